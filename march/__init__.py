@@ -1,0 +1,1 @@
+"""march: a laboratory for transformer architectures under one budget."""

@@ -1,0 +1,43 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="march",
+    version="0.1.0",
+    description="A laboratory for transformer architectures with its own fused Triton kernels",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["kernels", "kernels.*", "march", "march.*"]),
+    package_data={"march": ["py.typed"], "kernels": ["py.typed"]},
+    install_requires=[
+        # older: memory corruption in torch.load(weights_only=True), GHSA-63cw-57p8-fm3p
+        "torch>=2.10",
+        "triton>=3.5; platform_system == 'Linux'",
+        "deepspeed>=0.17",
+        "numpy>=1.26",
+        "tokenizers>=0.20",
+        "datasets>=3.0",
+        "pyarrow>=15",
+        "gensim>=4.3",  # carries the 107 Wikipedia articles of the embedded corpus
+        "mwparserfromhell>=0.6.6",
+        "tensorboard>=2.15",
+        "matplotlib>=3.8",
+        "tqdm>=4.66",
+        "rich>=13",
+    ],
+    extras_require={
+        # built from source against CUDA; selectable implementations and yardsticks, never required
+        "gpu": ["flash-attn>=2.6"],
+        "dev": [
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.8",
+            "mypy>=1.13",
+        ],
+    },
+)
