@@ -1,3 +1,24 @@
-"""Fused operators for transformer experiments."""
+"""Fused operators for transformer experiments, one seam over their implementations."""
 
+from kernels.api import attention, embedding, glu, linear_cross_entropy, residual_norm, unified_attention
+from kernels.dispatch import Impl, ImplementationError, describe, parse_impl, validate
+from kernels.dropout import Dropout, dropout_state
+
+# "0.0.x": with a larger version `transformers` believes that Hugging Face's package of this name is installed
 __version__ = "0.0.1"
+
+__all__ = [
+    "Dropout",
+    "Impl",
+    "ImplementationError",
+    "attention",
+    "describe",
+    "dropout_state",
+    "embedding",
+    "glu",
+    "linear_cross_entropy",
+    "parse_impl",
+    "residual_norm",
+    "unified_attention",
+    "validate",
+]

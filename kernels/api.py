@@ -1,0 +1,414 @@
+"""One function an operator: its contract, its validation, its dispatch.
+
+Legend: B batch, L positions (Lq queries, Lk keys), H heads, G key/value heads, K head width (Kv of the values),
+D stream width, F hidden width, V vocabulary, S states. Any strides. All floating inputs have one dtype (float16,
+bfloat16, float32; float64 where `reference` or `torch` computes) and one device, else ValueError. Every operator is
+differentiable in all its floating inputs. `impl`: see kernels.dispatch.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.dispatch import Impl, ImplementationError, choice, implementation
+from kernels.dropout import Dropout
+
+MAX_HEAD_DIM = 512
+
+
+def _check(condition: bool, operator: str, expected: str, got: object, fix: str) -> None:
+    if not condition:
+        raise ValueError(f"{operator}: expected {expected}, got {got}; {fix}")
+
+
+def _shape(x: Tensor) -> list[int]:
+    return list(x.shape)
+
+
+def _same(operator: str, dropouts: tuple[Dropout | None, ...] = (), **tensors: Tensor | None) -> None:
+    """One floating dtype and one device for all tensors that are given."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    first_name, first = next(iter(given.items()))
+    _check(
+        first.dtype.is_floating_point,
+        operator,
+        f"{first_name} of a floating dtype",
+        first.dtype,
+        f"convert it with {first_name}.to(torch.float32)",
+    )
+    for name, x in given.items():
+        _check(
+            x.dtype == first.dtype,
+            operator,
+            f"{name} as {first.dtype} like {first_name}",
+            x.dtype,
+            f"convert it with {name}.to({first.dtype})",
+        )
+        _check(
+            x.device == first.device,
+            operator,
+            f"{name} on {first.device} like {first_name}",
+            x.device,
+            f"move it with {name}.to({first_name}.device)",
+        )
+    for dropout in dropouts:
+        if dropout is not None:
+            _check(
+                dropout.rng.device == first.device,
+                operator,
+                f"dropout.rng on {first.device}",
+                dropout.rng.device,
+                "move it to the operator's device",
+            )
+
+
+def _check_padding(
+    operator: str, batch: int, keys: int, lengths: Tensor | None, mask: Tensor | None, device: torch.device
+) -> None:
+    _check(
+        lengths is None or mask is None,
+        operator,
+        "key_lengths or key_mask",
+        "both",
+        "give the mask alone, it can express the lengths",
+    )
+    if lengths is not None:
+        _check(
+            lengths.shape == (batch,) and lengths.dtype in (torch.int32, torch.int64),
+            operator,
+            f"key_lengths as integers [{batch}]",
+            f"{lengths.dtype} {_shape(lengths)}",
+            "one length a sequence",
+        )
+        _check(lengths.device == device, operator, f"key_lengths on {device}", lengths.device, "move it there")
+    if mask is not None:
+        _check(
+            mask.shape == (batch, keys) and mask.dtype == torch.bool,
+            operator,
+            f"key_mask as bool [{batch}, {keys}], True where a key is real",
+            f"{mask.dtype} {_shape(mask)}",
+            "give one row a sequence and one column a key",
+        )
+        _check(mask.device == device, operator, f"key_mask on {device}", mask.device, "move it there")
+
+
+def _check_keys_values(operator: str, q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str]) -> None:
+    batch, _, heads, width = q.shape
+    for name, x in zip(names, (k, v), strict=True):
+        _check(
+            x.dim() == 4 and x.shape[0] in (1, batch),
+            operator,
+            f"{name} as [{batch} or 1, Lk, G, K]",
+            _shape(x),
+            "lay heads out as [B, L, H, K]",
+        )
+    _check(
+        k.shape[:3] == v.shape[:3],
+        operator,
+        f"{names[0]} and {names[1]} of one [B, Lk, G]",
+        f"{_shape(k)} and {_shape(v)}",
+        "only the last dimension may differ",
+    )
+    _check(
+        k.shape[3] == width,
+        operator,
+        f"{names[0]} of width {width} like q",
+        _shape(k),
+        "project to one width",
+    )
+    _check(
+        k.shape[2] > 0 and heads % k.shape[2] == 0,
+        operator,
+        f"a number of key/value heads that divides {heads}",
+        k.shape[2],
+        "repeat or regroup the heads",
+    )
+    for name, x in (("q", q), (names[1], v)):
+        _check(
+            1 <= x.shape[3] <= MAX_HEAD_DIM,
+            operator,
+            f"a head width from 1 to {MAX_HEAD_DIM} in {name}",
+            x.shape[3],
+            "use more, narrower heads",
+        )
+
+
+def _active(dropout: Dropout | None) -> Dropout | None:
+    return dropout if dropout is not None and dropout.p > 0 else None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float = 1.0,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout: Dropout | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """dropout(softmax(scale Q K^T + mask)) V (Vaswani et al., 2017), for each head.
+
+    q [B, Lq, H, K]; k [B or 1, Lk, G, K]; v [B or 1, Lk, G, Kv], H a multiple of G: query head h reads key/value
+    head h // (H / G); a batch of 1 is shared by all sequences. K, Kv from 1 to 512. Returns [B, Lq, H, Kv].
+
+    causal: query i sees keys j <= i (both counted from 0). key_lengths: integers [B], keys from there on are padding.
+    key_mask: bool [B, Lk], True where a key is real. A query that sees no key gives zeros and zero gradients.
+    dropout: on the probabilities, rows (sequence, head, query), columns keys.
+    """
+    op = "attention"
+    _check(q.dim() == 4, op, "q as [B, Lq, H, K]", _shape(q), "lay heads out as [B, L, H, K]")
+    _same(op, (dropout,), q=q, k=k, v=v)
+    _check_keys_values(op, q, k, v, ("k", "v"))
+    _check_padding(op, q.shape[0], k.shape[1], key_lengths, key_mask, q.device)
+    function = implementation(op, impl, q.device)
+    return function(
+        q,
+        k,
+        v,
+        scale=float(scale),
+        causal=causal,
+        key_lengths=key_lengths,
+        key_mask=key_mask,
+        dropout=_active(dropout),
+    )
+
+
+def unified_attention(
+    q: Tensor,
+    k_own: Tensor,
+    v_own: Tensor,
+    k_other: Tensor,
+    v_other: Tensor,
+    *,
+    scale: float = 1.0,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout: Dropout | None = None,
+    as_published: bool = False,
+    impl: Impl = "auto",
+) -> Tensor:
+    """One softmax over two segments: [own keys, causal | other keys, padding-masked].
+
+    q [B, L, H, K]; k_own, v_own [B, L, G, K]; k_other, v_other [B, Lo, G', K]. key_lengths / key_mask: of the other
+    segment, as in `attention`. Returns [B, L, H, Kv].
+
+    as_published: the mask of the published runs, whose segments were in the other order than the keys, so that a
+    query saw later positions. `reference` only; any other explicit choice raises ImplementationError.
+    """
+    op = "unified_attention"
+    _check(q.dim() == 4, op, "q as [B, L, H, K]", _shape(q), "lay heads out as [B, L, H, K]")
+    _same(op, (dropout,), q=q, k_own=k_own, v_own=v_own, k_other=k_other, v_other=v_other)
+    _check_keys_values(op, q, k_own, v_own, ("k_own", "v_own"))
+    _check_keys_values(op, q, k_other, v_other, ("k_other", "v_other"))
+    _check(
+        k_own.shape[1] == q.shape[1],
+        op,
+        f"{q.shape[1]} own keys, one a query",
+        k_own.shape[1],
+        "own keys come from the queries' positions",
+    )
+    _check(
+        v_own.shape[3] == v_other.shape[3],
+        op,
+        "one width of v_own and v_other",
+        f"{v_own.shape[3]} and {v_other.shape[3]}",
+        "project both to one width",
+    )
+    _check_padding(op, q.shape[0], k_other.shape[1], key_lengths, key_mask, q.device)
+    arguments = {
+        "scale": float(scale),
+        "key_lengths": key_lengths,
+        "key_mask": key_mask,
+        "dropout": _active(dropout),
+    }
+    if as_published:
+        name = choice(op, impl, q.device)
+        if name != "reference":
+            raise ImplementationError(
+                f"{op}: the published mask exists in impl='reference' only, got {name!r} on {q.device}; "
+                "pass impl={'unified_attention': 'reference'}"
+            )
+        return reference.unified_attention(q, k_own, v_own, k_other, v_other, as_published=True, **arguments)
+    return implementation(op, impl, q.device)(q, k_own, v_own, k_other, v_other, **arguments)
+
+
+def glu(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    kind: str = "gated",
+    activation: str = "relu",
+    factor: float = 1.0,
+    dropout: Dropout | None = None,
+    gate_dropout: Dropout | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Hidden layer of a feedforward with its first product. x [B, L, D]; returns [B, L, F].
+
+    kind "plain":  dropout(act(x W^T)), weight [F, D];
+    kind "gated":  dropout(act(x Wg^T) * (x Wu^T)), weight [2 F, D], the gate's rows first (Shazeer, 2020);
+    kind "mixed":  dropout(factor (gate_dropout(sigmoid(x Ws^T)) + relu(x Wf^T))), weight [2 F, D], the slow rows first.
+    activation: relu, gelu (erf), silu, sigmoid or identity. factor, gate_dropout: of "mixed" only.
+    """
+    op = "glu"
+    _check(x.dim() == 3, op, "x as [B, L, D]", _shape(x), "reshape it")
+    _check(
+        weight.dim() == 2 and weight.shape[1] == x.shape[2],
+        op,
+        f"weight as [rows, {x.shape[2]}]",
+        _shape(weight),
+        "weights are [out, in]",
+    )
+    _check(kind in ("plain", "gated", "mixed"), op, "kind plain, gated or mixed", repr(kind), "name one of them")
+    _check(
+        activation in reference.ACTIVATIONS,
+        op,
+        f"an activation among {', '.join(reference.ACTIVATIONS)}",
+        repr(activation),
+        "name one of them",
+    )
+    _check(
+        kind == "plain" or weight.shape[0] % 2 == 0,
+        op,
+        "an even number of rows, two halves",
+        weight.shape[0],
+        "stack gate and up",
+    )
+    _check(
+        kind == "mixed" or (factor == 1.0 and gate_dropout is None),
+        op,
+        "factor and gate_dropout with kind 'mixed' only",
+        kind,
+        "leave them out",
+    )
+    _same(op, (dropout, gate_dropout), x=x, weight=weight)
+    function = implementation(op, impl, x.device)
+    return function(
+        x,
+        weight,
+        kind=kind,
+        activation=activation,
+        factor=float(factor),
+        dropout=_active(dropout),
+        gate_dropout=_active(gate_dropout),
+    )
+
+
+def residual_norm(
+    x: Tensor | None,
+    s: Tensor | None,
+    gain: Tensor,
+    *,
+    dropout: Dropout | None = None,
+    eps: float = 1e-6,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """y = x + dropout(s) and z = rmsnorm(y) gain (Zhang and Sennrich, 2019), in one pass; returns (y, z), [B, L, D].
+
+    x None: no residual, y = dropout(s). s None: norm alone, y = x. gain [D]. Statistics float32 (float64 for float64).
+    """
+    op = "residual_norm"
+    stream = x if x is not None else s
+    if stream is None:
+        raise ValueError(f"{op}: expected x or s, got neither; give the tensor to normalise")
+    _check(stream.dim() == 3, op, "x and s as [B, L, D]", _shape(stream), "reshape it")
+    if x is not None and s is not None:
+        _check(x.shape == s.shape, op, f"s as {_shape(x)} like x", _shape(s), "a sublayer keeps its shape")
+    _check(gain.shape == stream.shape[2:], op, f"gain as [{stream.shape[2]}]", _shape(gain), "one gain a feature")
+    _check(s is not None or dropout is None, op, "no dropout without s", "one", "leave it out")
+    _same(op, (dropout,), x=x, s=s, gain=gain)
+    return implementation(op, impl, stream.device)(x, s, gain, dropout=_active(dropout), eps=float(eps))
+
+
+def linear_cross_entropy(
+    h: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    return_per_token: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mean cross entropy of the logits (h scale) weight^T. h [B, L, D], weight [V, D], labels int64 [B, L].
+
+    Returns the float32 (float64 for float64) mean over the labels other than ignore_index, 0 where there are none;
+    with return_per_token also the loss of each token [B, L], 0 where ignored, detached. Labels outside
+    [0, V) other than ignore_index are the caller's error: they are not checked, which would synchronise the device.
+    """
+    op = "linear_cross_entropy"
+    _check(h.dim() == 3, op, "h as [B, L, D]", _shape(h), "reshape it")
+    _check(
+        weight.dim() == 2 and weight.shape[1] == h.shape[2],
+        op,
+        f"weight as [V, {h.shape[2]}]",
+        _shape(weight),
+        "weights are [out, in]",
+    )
+    _check(
+        labels.shape == h.shape[:2] and labels.dtype == torch.int64,
+        op,
+        f"labels as int64 {_shape(h)[:2]}",
+        f"{labels.dtype} {_shape(labels)}",
+        "one label a position",
+    )
+    _check(labels.device == h.device, op, f"labels on {h.device}", labels.device, "move them there")
+    _same(op, h=h, weight=weight)
+    loss, per_token = implementation(op, impl, h.device)(
+        h, weight, labels, scale=float(scale), ignore_index=ignore_index
+    )
+    return (loss, per_token.detach()) if return_per_token else loss
+
+
+def embedding(
+    ids: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    *,
+    combine: str = "average",
+    dropout: Dropout | None = None,
+    position_dropout: Dropout | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """dropout(E[ids]) and position_dropout(T[:L]), summed, or averaged (halved sum). Returns [B, L, D].
+
+    ids int64 [B, L] in [0, V); table E [V, D]; positions T [P, D] with P >= L. The position dropout is drawn for
+    each sequence.
+    """
+    op = "embedding"
+    _check(
+        ids.dim() == 2 and ids.dtype == torch.int64,
+        op,
+        "ids as int64 [B, L]",
+        f"{ids.dtype} {_shape(ids)}",
+        "reshape or convert them",
+    )
+    for name, x in (("table", table), ("positions", positions)):
+        _check(
+            x.dim() == 2 and x.shape[1] == table.shape[1],
+            op,
+            f"{name} as [rows, {table.shape[-1]}]",
+            _shape(x),
+            "both tables have one width",
+        )
+    _check(
+        ids.shape[1] <= positions.shape[0],
+        op,
+        f"at most {positions.shape[0]} positions",
+        ids.shape[1],
+        "shorten the sequences or enlarge max_length",
+    )
+    _check(combine in ("average", "sum"), op, "combine average or sum", repr(combine), "name one of them")
+    _check(ids.device == table.device, op, f"ids on {table.device}", ids.device, "move them there")
+    _same(op, (dropout, position_dropout), table=table, positions=positions)
+    return implementation(op, impl, table.device)(
+        ids,
+        table,
+        positions,
+        combine=combine,
+        dropout=_active(dropout),
+        position_dropout=_active(position_dropout),
+    )

@@ -1,0 +1,201 @@
+"""The plain formulas, in any float type up to float64: the oracle of every test.
+
+B batch, Lq/Lk query and key positions, H heads, G key/value heads, K head width, D stream width, F hidden width,
+V vocabulary. Nothing here is fast, nothing is chunked, everything is materialised.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.dropout import SEGMENT_COLUMNS, Dropout, keep_mask, keep_scale, stream_keep_mask
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Statistics, softmax and loss are float32, or float64 of float64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
+    """dropout(x) of a stream x [B, L, D]."""
+    if dropout is None or dropout.p == 0:
+        return x
+    return torch.where(stream_keep_mask(dropout, x), x * keep_scale(dropout.p), 0.0).to(x.dtype)
+
+
+def key_padding(
+    batch: int, length: int, key_lengths: Tensor | None, key_mask: Tensor | None, device: torch.device
+) -> Tensor:
+    """bool [batch, length], True where a key may be attended to."""
+    valid = torch.ones(batch, length, dtype=torch.bool, device=device)
+    if key_lengths is not None:
+        valid = valid & (torch.arange(length, device=device)[None] < key_lengths[:, None])
+    if key_mask is not None:
+        valid = valid & key_mask
+    return valid
+
+
+def causal_valid(queries: int, keys: int, device: torch.device) -> Tensor:
+    """bool [queries, keys]: key j is seen by query i when j <= i."""
+    return torch.arange(keys, device=device)[None] <= torch.arange(queries, device=device)[:, None]
+
+
+def masked_softmax(scores: Tensor, valid: Tensor) -> Tensor:
+    """softmax over the last dimension among valid entries; a row with none gives zeros."""
+    scores = scores.masked_fill(~valid, float("-inf"))
+    top = scores.amax(-1, keepdim=True).detach()
+    weights = torch.exp(scores - top.masked_fill(top.isinf(), 0.0))
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1.0)
+
+
+def _per_head(x: Tensor, batch: int, heads: int) -> Tensor:
+    """Broadcasts keys or values [B or 1, Lk, G, K] to [batch, heads, Lk, K]."""
+    x = x.expand(batch, -1, -1, -1).transpose(1, 2)
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float = 1.0,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """dropout(softmax(scale Q K^T + mask)) V; contract in kernels.api.attention."""
+    batch, queries, heads, _ = q.shape
+    keys = k.shape[1]
+    if keys == 0:
+        return (q[..., :1] * 0.0).expand(*q.shape[:3], v.shape[3]) + v.sum() * 0.0 + k.sum() * 0.0
+    valid = key_padding(batch, keys, key_lengths, key_mask, q.device)[:, None, None]
+    if causal:
+        valid = valid & causal_valid(queries, keys, q.device)
+    scores = torch.einsum("bmhk,bhnk->bhmn", q, _per_head(k, batch, heads)) * scale
+    probabilities = masked_softmax(scores.to(at_least_float32(q.dtype)), valid)
+    if dropout is not None and dropout.p > 0:
+        keep = keep_mask(dropout, batch, heads, queries, keys)
+        probabilities = torch.where(keep, probabilities * keep_scale(dropout.p), 0.0)
+    return torch.einsum("bhmn,bhnk->bmhk", probabilities.to(v.dtype), _per_head(v, batch, heads))
+
+
+def unified_attention(
+    q: Tensor,
+    k_own: Tensor,
+    v_own: Tensor,
+    k_other: Tensor,
+    v_other: Tensor,
+    *,
+    scale: float = 1.0,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout: Dropout | None = None,
+    as_published: bool = False,
+) -> Tensor:
+    """One softmax over [own keys, causal | other keys, padding-masked]; contract in kernels.api.unified_attention.
+
+    as_published: the original's mask [padding | causal] over keys [own | other], which lets a query see future
+    positions; kept so that its effect can be measured, in this implementation only.
+    """
+    batch, queries, heads, _ = q.shape
+    own, other = k_own.shape[1], k_other.shape[1]
+    padding = key_padding(batch, other, key_lengths, key_mask, q.device)[:, None, None].expand(-1, 1, queries, -1)
+    causal = causal_valid(queries, own, q.device).expand(batch, 1, -1, -1)
+    valid = torch.cat([padding, causal] if as_published else [causal, padding], dim=-1)
+    k = torch.cat([_per_head(k_own, batch, heads), _per_head(k_other, batch, heads)], dim=2)
+    v = torch.cat([_per_head(v_own, batch, heads), _per_head(v_other, batch, heads)], dim=2)
+    scores = torch.einsum("bmhk,bhnk->bhmn", q, k) * scale
+    probabilities = masked_softmax(scores.to(at_least_float32(q.dtype)), valid)
+    if dropout is not None and dropout.p > 0:
+        keep = torch.cat(
+            [
+                keep_mask(dropout, batch, heads, queries, own),
+                keep_mask(dropout, batch, heads, queries, other, offset=SEGMENT_COLUMNS),
+            ],
+            dim=-1,
+        )
+        probabilities = torch.where(keep, probabilities * keep_scale(dropout.p), 0.0)
+    return torch.einsum("bhmn,bhnk->bmhk", probabilities.to(v.dtype), v)
+
+
+ACTIVATIONS = {
+    "relu": torch.relu,
+    "gelu": F.gelu,  # the exact erf form
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "identity": lambda x: x,
+}
+
+
+def glu(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    kind: str,
+    activation: str = "relu",
+    factor: float = 1.0,
+    dropout: Dropout | None = None,
+    gate_dropout: Dropout | None = None,
+) -> Tensor:
+    """Hidden layer of a feedforward; contract in kernels.api.glu."""
+    product = x @ weight.T
+    if kind == "plain":
+        hidden = ACTIVATIONS[activation](product)
+    else:
+        gate, up = product.chunk(2, dim=-1)
+        if kind == "gated":
+            hidden = ACTIVATIONS[activation](gate) * up
+        else:
+            hidden = (drop(torch.sigmoid(gate), gate_dropout) + torch.relu(up)) * factor
+    return drop(hidden, dropout)
+
+
+def rms_norm(y: Tensor, gain: Tensor, eps: float = 1e-6) -> Tensor:
+    """y rsqrt(mean(y^2) + eps) gain (Zhang and Sennrich, 2019), statistics at least float32."""
+    wide = y.to(at_least_float32(y.dtype))
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * gain.to(wide.dtype)).to(y.dtype)
+
+
+def residual_norm(
+    x: Tensor | None, s: Tensor | None, gain: Tensor, *, dropout: Dropout | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """y = x + dropout(s), z = rms_norm(y) gain; contract in kernels.api.residual_norm."""
+    if s is None:
+        y = x
+    else:
+        dropped = drop(s, dropout)
+        y = dropped if x is None else x + dropped
+    assert y is not None
+    return y, rms_norm(y, gain, eps)
+
+
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, labels: Tensor, *, scale: float = 1.0, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """(mean loss, loss of each token [...]) of logits (h scale) weight^T; contract in kernels.api."""
+    logits = ((h * scale) @ weight.T).to(at_least_float32(h.dtype))
+    per_token = F.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="none"
+    ).view(labels.shape)
+    count = (labels != ignore_index).sum().clamp(min=1)
+    return per_token.sum() / count, per_token
+
+
+def embedding(
+    ids: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    *,
+    combine: str = "average",
+    dropout: Dropout | None = None,
+    position_dropout: Dropout | None = None,
+) -> Tensor:
+    """dropout(E[ids]) and dropout(T[:L]), averaged or summed; contract in kernels.api.embedding."""
+    tokens = drop(table[ids], dropout)
+    places = drop(positions[: ids.shape[1]].expand(ids.shape[0], -1, -1), position_dropout)
+    total = tokens + places
+    return total / 2 if combine == "average" else total
