@@ -6,6 +6,8 @@ bfloat16, float32; float64 where `reference` or `torch` computes) and one device
 differentiable in all its floating inputs. `impl`: see kernels.dispatch.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -218,7 +220,7 @@ def unified_attention(
         "project both to one width",
     )
     _check_padding(op, q.shape[0], k_other.shape[1], key_lengths, key_mask, q.device)
-    arguments = {
+    arguments: dict[str, Any] = {
         "scale": float(scale),
         "key_lengths": key_lengths,
         "key_mask": key_mask,

@@ -1,1 +1,18 @@
-"""march: a laboratory for transformer architectures under one budget."""
+"""march: a laboratory for transformer architectures under one budget.
+
+`march.build_model(name, ...)` builds an experiment's model; `march.load_predecessor` and `march.to_predecessor`
+exchange weights with the original's checkpoints. The names load torch when they are first used.
+"""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["build_model", "load_predecessor", "to_predecessor"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        import march.model
+
+        return getattr(march.model, name)
+    raise AttributeError(f"module 'march' has no attribute {name!r}")

@@ -1,0 +1,24 @@
+"""The model: `build_model`, and the predecessor's checkpoints."""
+
+from typing import Any
+
+import kernels
+from march import experiments
+from march.config import resolve
+from march.model.init import initialise
+from march.model.predecessor import load_predecessor, to_predecessor
+from march.model.transformer import Output, Transformer
+
+__all__ = ["Output", "Transformer", "build_model", "load_predecessor", "to_predecessor"]
+
+
+def build_model(name: str, *, impl: kernels.Impl = "auto", **overrides: Any) -> Transformer:
+    """The model of experiment `name`, float32 on torch's default device, drawn from torch's global generator.
+
+    impl: implementation of the operators, see `kernels.dispatch`. overrides: fields of `march.config.ModelConfig`
+    (dim_model, num_layers, num_heads, dim_qkv, dim_feedforward, vocab_size, max_length, dropout, database_states, ...);
+    an override changes the field named and no other. ConfigError (a ValueError) when a name or value is wrong.
+    """
+    model = Transformer(resolve(experiments.configuration(name, **overrides)), impl)
+    initialise(model)
+    return model

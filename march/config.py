@@ -1,0 +1,273 @@
+"""What a model is: frozen, typed, checked, resolved into blocks before any module exists. No torch here.
+
+`ModelConfig` is what experiments and `--set` change; `resolve` turns it into one `BlockConfig` for each block, an
+ordered tuple of sublayers with a residual flag each. A module reads its block's fields only.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+PerBlock = int | tuple[int, ...]
+SublayerKind = Literal["self_attention", "cross_attention", "unified_attention", "database_attention", "feedforward"]
+MAX_HEAD_DIM = 512
+
+
+class ConfigError(ValueError):
+    """A field or a value that cannot be: the message says expected, got, fix."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The fields that experiments change. Widths in elements, lengths in positions.
+
+    num_layers counts the blocks of both stacks. num_heads and dim_qkv are one number, or one for each block of a
+    stack (block i of both stacks has the same). database_states: keys and values of the learned bank, 0 for none.
+    """
+
+    dim_model: int = 512
+    num_layers: int = 6
+    num_heads: PerBlock = 8
+    dim_qkv: PerBlock = 64
+    dim_feedforward: int = 2048
+    vocab_size: int = 30000
+    max_length: int = 1024
+    dropout: float = 0.1
+    database_states: int = 0
+    feedforward: Literal["plain", "gated", "mixed"] = "plain"
+    activation: Literal["relu", "gelu", "silu", "sigmoid", "identity"] = "relu"
+    mixed_factor: float = 0.5
+    slow_dropout: float = 0.0
+    position_init: Literal["scaled", "unit"] = "scaled"
+    embedding_combine: Literal["average", "sum"] = "average"
+    self_attention_residual: bool = True
+    unified_attention: bool = False
+    unified_mask: Literal["aligned", "as_published"] = "aligned"
+    linear_init: Literal["torch", "t5"] = "torch"
+    precision: Literal["bf16", "fp32"] = "bf16"
+
+
+@dataclass(frozen=True)
+class SublayerConfig:
+    """One sublayer: what it is, and whether its input is added to its output."""
+
+    kind: SublayerKind
+    residual: bool = True
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """One block of a stack: its attention widths and its sublayers in order."""
+
+    num_heads: int
+    dim_qkv: int
+    sublayers: tuple[SublayerConfig, ...]
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A checked configuration and the blocks of both stacks."""
+
+    model: ModelConfig
+    encoder: tuple[BlockConfig, ...]
+    decoder: tuple[BlockConfig, ...]
+
+
+FIELDS: dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(ModelConfig)}
+_TYPES = get_type_hints(ModelConfig)
+_POSITIVE = ("dim_model", "num_layers", "dim_feedforward", "vocab_size", "max_length")
+
+
+def nearest(name: str, names: list[str], count: int = 3) -> list[str]:
+    """The names most like `name`, by its letters in any case."""
+    lowered = {candidate.lower(): candidate for candidate in names}
+    close = difflib.get_close_matches(name.lower(), list(lowered), n=count, cutoff=0.4)
+    return [lowered[match] for match in close]
+
+
+def _expected(kind: Any) -> str:
+    if kind == PerBlock:
+        return "a whole number, or one for each block of a stack (12,8,4)"
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    return {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_type(name: str, value: Any) -> Any:
+    """`value` as the type of field `name` (lists become tuples); ConfigError otherwise."""
+    if name not in FIELDS:
+        close = nearest(name, list(FIELDS))
+        hint = f"did you mean {', '.join(close)}?" if close else f"the fields are {', '.join(FIELDS)}"
+        raise ConfigError(f"{name}: expected a field of the model, got {name!r}; {hint}")
+    kind = _TYPES[name]
+    if kind == PerBlock and isinstance(value, list | tuple) and value and all(_whole(v) for v in value):
+        return tuple(value)
+    if kind in (PerBlock, int) and _whole(value):
+        return value
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind is bool and isinstance(value, bool):
+        return value
+    if get_origin(kind) is Literal and value in get_args(kind):
+        return value
+    raise ConfigError(f"{name}: expected {_expected(kind)}, got {value!r}; for example {name}={_example(name)}")
+
+
+def _example(name: str) -> str:
+    return str(FIELDS[name].default).lower() if _TYPES[name] is bool else str(FIELDS[name].default)
+
+
+def parse_value(name: str, text: str) -> Any:
+    """`text` of a command line as the value of field `name`, typed and checked; lists as 12,8,4."""
+    if name not in FIELDS:
+        check_type(name, text)
+    kind = _TYPES[name]
+    text = text.strip()
+    value: Any = text
+    try:
+        if kind == PerBlock:
+            numbers = [int(part) for part in text.strip("[]()").split(",") if part.strip()]
+            value = numbers if "," in text else numbers[0]
+        elif kind is int:
+            value = int(text.replace("_", ""))
+        elif kind is float:
+            value = float(text)
+        elif kind is bool:
+            value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+    except (ValueError, KeyError, IndexError):
+        value = text  # the check below says what was expected
+    return check_type(name, value)
+
+
+def parse_override(assignment: str) -> tuple[str, Any]:
+    """("field", value) of "field=value"."""
+    name, separator, text = assignment.partition("=")
+    if not separator or not text.strip():
+        raise ConfigError(f"--set: expected field=value, got {assignment!r}; for example --set num_heads=12,8,4")
+    return name.strip(), parse_value(name.strip(), text)
+
+
+def override(config: ModelConfig, **changes: Any) -> ModelConfig:
+    """`config` with the fields in `changes` and nothing else changed; checked."""
+    changed = dataclasses.replace(config, **{name: check_type(name, value) for name, value in changes.items()})
+    check(changed)
+    return changed
+
+
+def blocks_per_stack(config: ModelConfig) -> int:
+    return config.num_layers // 2
+
+
+def per_block(config: ModelConfig, name: Literal["num_heads", "dim_qkv"]) -> tuple[int, ...]:
+    """The field's value for each block of a stack."""
+    value = getattr(config, name)
+    return value if isinstance(value, tuple) else (value,) * blocks_per_stack(config)
+
+
+def _require(condition: bool, name: str, expected: str, got: Any, fix: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}: expected {expected}, got {got}; {fix}")
+
+
+def check(config: ModelConfig) -> None:
+    """ConfigError when the fields cannot go together."""
+    for name in _POSITIVE:
+        value = getattr(config, name)
+        _require(value >= 1, name, "at least 1", value, f"the baseline has {FIELDS[name].default}")
+    _require(
+        config.num_layers % 2 == 0,
+        "num_layers",
+        "an even number, the blocks of both stacks",
+        config.num_layers,
+        f"use {config.num_layers + 1}",
+    )
+    depth = blocks_per_stack(config)
+    for name in ("num_heads", "dim_qkv"):
+        value = getattr(config, name)
+        if isinstance(value, tuple):
+            _require(
+                len(value) == depth,
+                name,
+                f"one number or {depth}, one for each block of a stack (num_layers={config.num_layers})",
+                f"{len(value)} in {','.join(map(str, value))}",
+                "give as many as blocks",
+            )
+        for number in per_block(config, name):  # type: ignore[arg-type]
+            _require(number >= 1, name, "at least 1", number, "every block attends")
+    for width in per_block(config, "dim_qkv"):
+        _require(width <= MAX_HEAD_DIM, "dim_qkv", f"at most {MAX_HEAD_DIM}", width, "use more, narrower heads")
+    for name in ("dropout", "slow_dropout"):
+        value = getattr(config, name)
+        _require(0.0 <= value < 1.0, name, "a probability in [0, 1)", value, "0 switches it off")
+    _require(config.database_states >= 0, "database_states", "0 or more", config.database_states, "0: no database")
+    if config.database_states:
+        widths = sorted(set(per_block(config, "dim_qkv")))
+        _require(
+            len(widths) == 1,
+            "database_states",
+            "one dim_qkv in all blocks, which share the bank",
+            f"dim_qkv {widths}",
+            "use one dim_qkv, or database_states=0",
+        )
+    _require(
+        config.unified_mask == "aligned" or config.unified_attention,
+        "unified_mask",
+        "aligned without unified_attention",
+        config.unified_mask,
+        "set unified_attention=true too",
+    )
+    _require(
+        config.slow_dropout == 0 or config.feedforward == "mixed",
+        "slow_dropout",
+        "0 without the mixed feedforward",
+        config.slow_dropout,
+        "set feedforward=mixed too",
+    )
+
+
+def _sublayers(config: ModelConfig, decoder: bool) -> tuple[SublayerConfig, ...]:
+    sublayers: list[SublayerConfig] = []
+    if decoder and config.unified_attention:
+        sublayers.append(SublayerConfig("unified_attention", config.self_attention_residual))
+    else:
+        sublayers.append(SublayerConfig("self_attention", config.self_attention_residual))
+        if decoder:
+            sublayers.append(SublayerConfig("cross_attention"))
+    if config.database_states:
+        sublayers.append(SublayerConfig("database_attention"))
+    sublayers.append(SublayerConfig("feedforward"))
+    return tuple(sublayers)
+
+
+def resolve(config: ModelConfig) -> ResolvedConfig:
+    """The blocks of both stacks; ConfigError when the fields cannot go together."""
+    check(config)
+    widths = list(zip(per_block(config, "num_heads"), per_block(config, "dim_qkv"), strict=True))
+    encoder, decoder = (
+        tuple(BlockConfig(heads, width, _sublayers(config, is_decoder)) for heads, width in widths)
+        for is_decoder in (False, True)
+    )
+    return ResolvedConfig(config, encoder, decoder)
+
+
+def to_dict(config: ModelConfig) -> dict[str, Any]:
+    """The fields as JSON knows them."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()
+    }
+
+
+def from_dict(fields: dict[str, Any]) -> ModelConfig:
+    """The configuration that `to_dict` wrote."""
+    return override(ModelConfig(), **fields)
+
+
+def difference(config: ModelConfig, base: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields in which `config` differs from `base`: name -> (base's value, config's value)."""
+    ours, theirs = to_dict(config), to_dict(base)
+    return {name: (theirs[name], ours[name]) for name in ours if ours[name] != theirs[name]}

@@ -1,0 +1,209 @@
+"""The layers: they own the parameters and call the operators.
+
+Legend: B batch, L positions, D dim_model, H heads, K dim_qkv, F dim_feedforward, S database states. Weights are
+[out, in]; Wq, Wk, Wv are one product, so one packed parameter [3 H K, D], and so are gate and up.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from march.config import BlockConfig, ModelConfig, SublayerConfig
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+class Sites:
+    """Numbers the places that drop, in the order of construction: the site of the dropout contract."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> int:
+        self.count += 1
+        return self.count - 1
+
+
+@dataclass
+class Pass:
+    """What the sublayers of one forward pass share.
+
+    rng: dropout state (None: no dropout, in evaluation). memory: keys and values [B, Le, H, K] that each encoder
+    block's self-attention computed; the encoder appends, decoder block i reads entry i. key_mask: bool [B, Le], True
+    where an encoder token is real. database: the bank's keys and values, each [1, S, 1, K].
+    """
+
+    impl: kernels.Impl
+    rng: Tensor | None
+    key_mask: Tensor | None
+    memory: list[KeysValues] = field(default_factory=list)
+    database: KeysValues | None = None
+
+    def dropout(self, p: float, site: int) -> kernels.Dropout | None:
+        return None if self.rng is None or p == 0 else kernels.Dropout(p, self.rng, site)
+
+
+class Norm(nn.Module):
+    """The gain [D] of an RMSNorm; the norm itself is part of `residual_norm`."""
+
+    def __init__(self, dim_model: int):
+        super().__init__()
+        self.gain = nn.Parameter(torch.empty(dim_model))
+
+
+class Sublayer(nn.Module):
+    """A sublayer with the gain of the norm before it. forward: z [B, L, D] (normalised) to s [B, L, D]."""
+
+    def __init__(self, config: ModelConfig, block: BlockConfig, index: int, residual: bool, sites: Sites):
+        super().__init__()
+        self.dropout = config.dropout
+        self.heads, self.width, self.index, self.residual = block.num_heads, block.dim_qkv, index, residual
+        self.norm = Norm(config.dim_model)
+        self.inner_site = sites()  # of attention probabilities or of the hidden layer
+        self.output_site = sites()  # of what is added to the stream
+
+    def projection(self, rows: int, columns: int) -> nn.Parameter:
+        return nn.Parameter(torch.empty(rows, columns))
+
+    def split(self, product: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """[B, L, parts H K] as `parts` views [B, L, H, K]."""
+        return product.unflatten(-1, (parts, self.heads, self.width)).unbind(2)
+
+
+class SelfAttention(Sublayer):
+    """Wq, Wk, Wv, Wo; in the encoder all keys, masked by padding, and in the decoder the earlier ones."""
+
+    def __init__(
+        self, config: ModelConfig, block: BlockConfig, index: int, residual: bool, sites: Sites, *, decoder: bool
+    ):
+        super().__init__(config, block, index, residual, sites)
+        inner = self.heads * self.width
+        self.decoder = decoder
+        self.w_qkv = self.projection(3 * inner, config.dim_model)
+        self.w_o = self.projection(config.dim_model, inner)
+
+    def forward(self, z: Tensor, shared: Pass) -> Tensor:
+        q, k, v = self.split(nn.functional.linear(z, self.w_qkv), 3)
+        if not self.decoder:
+            shared.memory.append((k, v))
+        mixed = kernels.attention(
+            q,
+            k,
+            v,
+            causal=self.decoder,
+            key_mask=None if self.decoder else shared.key_mask,
+            dropout=shared.dropout(self.dropout, self.inner_site),
+            impl=shared.impl,
+        )
+        return nn.functional.linear(mixed.flatten(2), self.w_o)
+
+    def remember(self, z: Tensor, shared: Pass) -> None:
+        """Keys and values alone: all that the last encoder block is needed for."""
+        rows = self.heads * self.width
+        k, v = self.split(nn.functional.linear(z, self.w_qkv[rows:]), 2)
+        shared.memory.append((k, v))
+
+
+class CrossAttention(Sublayer):
+    """Wq and Wo; keys and values are those of encoder block i's self-attention."""
+
+    def __init__(self, config: ModelConfig, block: BlockConfig, index: int, residual: bool, sites: Sites):
+        super().__init__(config, block, index, residual, sites)
+        inner = self.heads * self.width
+        self.w_q = self.projection(inner, config.dim_model)
+        self.w_o = self.projection(config.dim_model, inner)
+
+    def keys_values(self, shared: Pass) -> tuple[Tensor, Tensor, Tensor | None]:
+        k, v = shared.memory[self.index]
+        return k, v, shared.key_mask
+
+    def forward(self, z: Tensor, shared: Pass) -> Tensor:
+        (q,) = self.split(nn.functional.linear(z, self.w_q), 1)
+        k, v, key_mask = self.keys_values(shared)
+        mixed = kernels.attention(
+            q, k, v, key_mask=key_mask, dropout=shared.dropout(self.dropout, self.inner_site), impl=shared.impl
+        )
+        return nn.functional.linear(mixed.flatten(2), self.w_o)
+
+
+class DatabaseAttention(CrossAttention):
+    """Wq and Wo; keys and values are the learned bank, one head shared by all, no mask."""
+
+    def keys_values(self, shared: Pass) -> tuple[Tensor, Tensor, Tensor | None]:
+        assert shared.database is not None
+        return *shared.database, None
+
+
+class UnifiedAttention(Sublayer):
+    """Wq, Wk, Wv, Wo; one softmax over [own keys, causal | encoder block i's keys, padding-masked]."""
+
+    def __init__(self, config: ModelConfig, block: BlockConfig, index: int, residual: bool, sites: Sites):
+        super().__init__(config, block, index, residual, sites)
+        inner = self.heads * self.width
+        self.as_published = config.unified_mask == "as_published"
+        self.w_qkv = self.projection(3 * inner, config.dim_model)
+        self.w_o = self.projection(config.dim_model, inner)
+
+    def forward(self, z: Tensor, shared: Pass) -> Tensor:
+        q, k, v = self.split(nn.functional.linear(z, self.w_qkv), 3)
+        k_other, v_other = shared.memory[self.index]
+        mixed = kernels.unified_attention(
+            q,
+            k,
+            v,
+            k_other,
+            v_other,
+            key_mask=shared.key_mask,
+            dropout=shared.dropout(self.dropout, self.inner_site),
+            as_published=self.as_published,
+            # the faulty mask exists in the reference only; the rest of the model runs as chosen
+            impl="reference" if self.as_published else shared.impl,
+        )
+        return nn.functional.linear(mixed.flatten(2), self.w_o)
+
+
+class FeedForward(Sublayer):
+    """W_in [F or 2 F, D] (gate or slow rows first) and Wdown [D, F]."""
+
+    def __init__(self, config: ModelConfig, block: BlockConfig, index: int, residual: bool, sites: Sites):
+        super().__init__(config, block, index, residual, sites)
+        self.kind, self.activation = config.feedforward, config.activation
+        self.factor = config.mixed_factor if self.kind == "mixed" else 1.0
+        self.slow_dropout = config.slow_dropout
+        self.slow_site = sites()
+        halves = 1 if self.kind == "plain" else 2
+        self.w_in = self.projection(halves * config.dim_feedforward, config.dim_model)
+        self.w_down = self.projection(config.dim_model, config.dim_feedforward)
+
+    def forward(self, z: Tensor, shared: Pass) -> Tensor:
+        hidden = kernels.glu(
+            z,
+            self.w_in,
+            kind=self.kind,
+            activation=self.activation,
+            factor=self.factor,
+            dropout=shared.dropout(self.dropout, self.inner_site),
+            gate_dropout=shared.dropout(self.slow_dropout, self.slow_site),
+            impl=shared.impl,
+        )
+        return nn.functional.linear(hidden, self.w_down)
+
+
+_CLASSES: dict[str, Callable[..., Sublayer]] = {
+    "cross_attention": CrossAttention,
+    "database_attention": DatabaseAttention,
+    "unified_attention": UnifiedAttention,
+    "feedforward": FeedForward,
+}
+
+
+def build_sublayer(
+    config: ModelConfig, block: BlockConfig, index: int, sublayer: SublayerConfig, sites: Sites, *, decoder: bool
+) -> Sublayer:
+    """The module of one sublayer of block `index`."""
+    if sublayer.kind == "self_attention":
+        return SelfAttention(config, block, index, sublayer.residual, sites, decoder=decoder)
+    return _CLASSES[sublayer.kind](config, block, index, sublayer.residual, sites)
