@@ -1,0 +1,39 @@
+"""What a step costs: parameters, FLOPs, bytes, memory, the micro-batch that fits.
+
+Used by `train.py --show`, the trainer and the benchmarks. `parameters` needs no torch.
+"""
+
+from typing import Any
+
+from march.cost.devices import DEVICES, Device, device_peak, find_device
+from march.cost.parameters import parameters, total_parameters
+
+_LAZY = {
+    "StepCost": "step",
+    "step_cost": "step",
+    "training_flops": "step",
+    "Memory": "fitting",
+    "memory": "fitting",
+    "fitting_micro_batch": "fitting",
+    "state_bytes": "fitting",
+}
+
+__all__ = [
+    "DEVICES",
+    "Device",
+    "device_peak",
+    "find_device",
+    "parameters",
+    "total_parameters",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import importlib
+
+        value = getattr(importlib.import_module(f"march.cost.{_LAZY[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'march.cost' has no attribute {name!r}")
