@@ -1,0 +1,47 @@
+# Two commands for a fresh machine with Python 3.11: `make train` and `make test`. Both set up what they need.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+# the deepspeed launcher starts workers by the interpreter and tools it finds first
+RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
+EXP ?= Baseline
+ARGS ?=
+
+.PHONY: help setup train test test-all check format clean
+
+help:
+	@echo "make train [EXP=Baseline] [ARGS='--budget demo']   set up, then train an experiment"
+	@echo "make test                                          set up, then the tests that CI runs"
+	@echo "make test-all                                      the slow ones too"
+	@echo "make check                                         ruff and mypy"
+
+# Installed anew when the requirements change. torch comes first and alone: resolved with the others, a newer CUDA
+# build could win.
+$(BIN)/.installed: setup.py pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+setup: $(BIN)/.installed
+
+train: setup
+	$(RUN) deepspeed train.py --exp $(EXP) $(ARGS)
+
+test: setup
+	$(RUN) python -m pytest
+
+test-all: setup
+	$(RUN) python -m pytest -m "slow or not slow"
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache
