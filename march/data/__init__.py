@@ -3,5 +3,17 @@
 from march.data.corruption import Batch, Examples, SpanCorruption
 from march.data.errors import DataError
 from march.data.order import MicroBatch, Prefetch, step_indices
+from march.data.prepare import ensure
+from march.data.store import Store
 
-__all__ = ["Batch", "DataError", "Examples", "MicroBatch", "Prefetch", "SpanCorruption", "step_indices"]
+__all__ = [
+    "Batch",
+    "DataError",
+    "Examples",
+    "MicroBatch",
+    "Prefetch",
+    "SpanCorruption",
+    "Store",
+    "ensure",
+    "step_indices",
+]

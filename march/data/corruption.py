@@ -42,9 +42,7 @@ class SpanCorruption:
 
     def __post_init__(self):
         if not 0.0 < self.noise_density < 1.0:
-            raise DataError(
-                "noise_density between 0 and 1", str(self.noise_density), "use 0.15, the recipe's value"
-            )
+            raise DataError("noise_density between 0 and 1", str(self.noise_density), "use 0.15, the recipe's value")
         if not self.mean_span >= 1.0:
             raise DataError("mean_span of at least 1 token", str(self.mean_span), "use 3, the recipe's value")
         if self.num_noise < 1 or self.num_kept < 1 or self.num_spans > min(self.num_kept, self.num_noise):
@@ -112,9 +110,7 @@ class SpanCorruption:
         sentinels = FIRST_SENTINEL - np.arange(spans + 1)
         spans_before = np.arange(spans)
         # sentinel s follows kept span s in the input, and precedes noise span s in the labels
-        input_ids = _interleave(
-            tokens[~is_noise], kept_ends + spans_before, sentinels[:-1], n, self.input_length
-        )
+        input_ids = _interleave(tokens[~is_noise], kept_ends + spans_before, sentinels[:-1], n, self.input_length)
         label_positions = np.concatenate(
             [noise_ends - noise + spans_before, np.full((n, 1), self.label_length - 1)], axis=1
         )
@@ -139,9 +135,7 @@ def _composition(words: np.ndarray, parts: int, total: int) -> np.ndarray:
     return np.diff(ends, axis=1)
 
 
-def _interleave(
-    tokens: np.ndarray, positions: np.ndarray, sentinels: np.ndarray, n: int, length: int
-) -> np.ndarray:
+def _interleave(tokens: np.ndarray, positions: np.ndarray, sentinels: np.ndarray, n: int, length: int) -> np.ndarray:
     """int64 [n, length]: sentinels at their positions [n, s], the tokens (flat, row by row) everywhere else."""
     out = np.empty((n, length), dtype=np.int64)
     free = np.ones((n, length), dtype=bool)

@@ -1,9 +1,9 @@
 """Counter-based random words: a hash of what they are for, so that no generator has a state to lose.
 
-A training example must be the same on one rank and on eight, and after a resume. The words are therefore a function of
-(seed, index, epoch, k) and of nothing else. numpy's own generators would need one object a row (8 us each before a
-single draw, and then a Python loop over rows) and their streams may change between numpy versions (NEP 19); this is SplitMix64
-(Steele, Lea, Flood 2014): a 64-bit Weyl sequence with Stafford's mix 13 behind it, seven array operations.
+A training example must be the same on one rank and on eight, and after a resume. The words are therefore a
+function of (seed, index, epoch, k) and of nothing else. numpy's own generators would need one object a row (8 us
+each before a single draw, and then a Python loop over rows), and their streams may change between numpy versions
+(NEP 19). This is SplitMix64 (Steele, Lea, Flood 2014): a 64-bit Weyl sequence with Stafford's mix 13 behind it.
 """
 
 import numpy as np

@@ -76,9 +76,7 @@ class Prefetch:
     ):
         micro_batch = global_batch // world if micro_batch is None else micro_batch
         if not 0 <= rank < world:
-            raise DataError(
-                "a rank from 0 to world - 1", f"rank {rank} of {world}", "pass the process's own rank"
-            )
+            raise DataError("a rank from 0 to world - 1", f"rank {rank} of {world}", "pass the process's own rank")
         if micro_batch < 1 or global_batch % (world * micro_batch):
             raise DataError(
                 "a global batch that is a multiple of world times micro-batch",
@@ -99,9 +97,7 @@ class Prefetch:
         indices, epochs = step_indices(step, self._global_batch, len(self._examples), self._seed)
         size = self._micro_batch
         return [
-            MicroBatch(
-                first, self._examples.batch(indices[first : first + size], epochs[first : first + size])
-            )
+            MicroBatch(first, self._examples.batch(indices[first : first + size], epochs[first : first + size]))
             for first in self._firsts
         ]
 

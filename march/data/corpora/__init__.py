@@ -1,0 +1,18 @@
+"""Where text comes from: the embedded excerpt, Wikipedia, or a user's files."""
+
+from march.data.corpora.base import Corpus
+from march.data.corpora.excerpt import Excerpt
+from march.data.corpora.files import Files
+from march.data.corpora.wikipedia import Wikipedia
+from march.data.errors import DataError
+
+SOURCES: dict[str, type[Corpus]] = {"excerpt": Excerpt, "wikipedia": Wikipedia, "files": Files}
+
+__all__ = ["SOURCES", "Corpus", "DataError", "Excerpt", "Files", "Wikipedia", "open_corpus"]
+
+
+def open_corpus(source: str, **options) -> Corpus:
+    """The corpus of that name; DataError for an unknown name or an option that it does not have."""
+    if source not in SOURCES:
+        raise DataError(f"a source of {', '.join(SOURCES)}", repr(source), "choose one with --source")
+    return SOURCES[source].create(**options)

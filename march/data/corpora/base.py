@@ -1,0 +1,67 @@
+"""What the preparation asks of a corpus."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from march.data.errors import DataError
+
+
+@dataclass(frozen=True)
+class Corpus(ABC):
+    """Documents in a fixed order. The dataclass fields of a subclass are its options, as the manifest records them.
+
+    source: its name; vocab_size: the default number of tokens; min_frequency: how often a pair has to occur to be
+    merged, so that a corpus too small for vocab_size gets a vocabulary it can fill; fill_vocabulary: whether fewer
+    tokens than vocab_size are an error even when nobody asked for the size.
+    """
+
+    source: ClassVar[str]
+    vocab_size: ClassVar[int]
+    min_frequency: ClassVar[int] = 2
+    fill_vocabulary: ClassVar[bool] = True
+
+    @classmethod
+    def create(cls, **options) -> "Corpus":
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(options) - known):
+            raise DataError(
+                f"options of the source {cls.source}: {', '.join(sorted(known)) or 'none'}",
+                ", ".join(unknown),
+                "leave them out, or choose another --source",
+            )
+        return cls(**options)
+
+    def options(self) -> dict[str, Any]:
+        """The options as JSON types."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The folder's name, without the vocabulary: readable, and different for different options."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the corpus's content; another one makes a prepared store stale. Cheap to compute."""
+
+    @abstractmethod
+    def documents(self) -> Iterator[str]:
+        """All documents, in order, one in memory at a time."""
+
+    def sample(self) -> Iterator[str]:
+        """The documents that the vocabulary is trained on."""
+        return self.documents()
+
+    def count(self) -> int | None:
+        """The number of documents, for progress bars, or None when only reading tells."""
+        return None
+
+    def sample_count(self) -> int | None:
+        """The number of documents in the sample, like count()."""
+        return self.count()
+
+    @abstractmethod
+    def attribution(self) -> str:
+        """Text of the attribution file that goes with the store."""
