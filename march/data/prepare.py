@@ -47,24 +47,29 @@ def ensure(
     that is damaged or stale is refused with DataError, never replaced unasked.
     """
     corpus = open_corpus(source, **source_options)
-    size = "default" if vocab_size is None else str(vocab_size)
+    requested = _requested(corpus, vocab_size)
     directory = Path(directory)
-    path = directory / f"{corpus.name}-v{corpus.vocab_size if vocab_size is None else vocab_size}"
-    if vocab_size is None and not corpus.fill_vocabulary:
-        path = directory / f"{corpus.name}-vauto"
+    path = directory / f"{corpus.name}-v{requested}"
     if not force and (path / stores.MANIFEST).exists():
-        return _open(path, corpus, size)
+        return _open(path, corpus, requested)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _lock(directory / f".{path.name}.lock", path):
             if force or not (path / stores.MANIFEST).exists():
                 _prepare(corpus, path, vocab_size)
-            return _open(path, corpus, size)
+            return _open(path, corpus, requested)
     except OSError as error:
         got = f"{type(error).__name__}: {error}"
         raise DataError(
             f"to be able to read the corpus and to write to {directory}", got, "check space and rights, or --directory"
         ) from error
+
+
+def _requested(corpus: Corpus, vocab_size: int | None) -> str:
+    """The vocabulary's size, or "auto" where the text decides it."""
+    if vocab_size is None:
+        return str(corpus.vocab_size) if corpus.fill_vocabulary else "auto"
+    return str(vocab_size)
 
 
 def _open(path: Path, corpus: Corpus, requested: str) -> Store:
@@ -158,8 +163,9 @@ def _build(corpus: Corpus, folder: Path, final: Path, vocab_size: int | None) ->
     manifest = {
         "format": stores.FORMAT,
         "source": identity,
+        "note": corpus.note,
         "command": _command(corpus, final.parent, vocab_size),
-        "vocabulary": {"size": size, "requested": "default" if vocab_size is None else str(vocab_size)},
+        "vocabulary": {"size": size, "requested": _requested(corpus, vocab_size)},
         "dtype": dtype.str,
         "documents": documents,
         "characters": characters,

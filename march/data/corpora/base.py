@@ -12,12 +12,13 @@ from march.data.errors import DataError
 class Corpus(ABC):
     """Documents in a fixed order. The dataclass fields of a subclass are its options, as the manifest records them.
 
-    source: its name; vocab_size: the default number of tokens; min_frequency: how often a pair has to occur to be
-    merged, so that a corpus too small for vocab_size gets a vocabulary it can fill; fill_vocabulary: whether fewer
-    tokens than vocab_size are an error even when nobody asked for the size.
+    source: its name. note: what it is, for people. vocab_size: the default number of tokens. min_frequency: how often
+    a pair has to occur to be merged when nobody asked for a size, so that a corpus too small for vocab_size gets a
+    vocabulary it can fill. fill_vocabulary: whether fewer tokens than the default vocab_size are an error.
     """
 
     source: ClassVar[str]
+    note: ClassVar[str]
     vocab_size: ClassVar[int]
     min_frequency: ClassVar[int] = 2
     fill_vocabulary: ClassVar[bool] = True

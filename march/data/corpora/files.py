@@ -26,6 +26,7 @@ class Files(Corpus):
     """
 
     source = "files"
+    note = "a user's own files"
     vocab_size = 30_000
     min_frequency = 40
     fill_vocabulary = False

@@ -1,9 +1,13 @@
 """English Wikipedia (or another language) as cleaned by Wikimedia, through Hugging Face datasets."""
 
+import socket
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from march.data.corpora.base import Corpus
 from march.data.errors import DataError
@@ -19,6 +23,7 @@ class Wikipedia(Corpus):
     limit: the number of articles, all of them when None (for a trial)."""
 
     source = "wikipedia"
+    note = "Wikipedia, as cleaned by the Wikimedia Foundation (CC BY-SA)"
     vocab_size = 30_000
 
     snapshot: str = "20231101.en"
@@ -41,17 +46,17 @@ class Wikipedia(Corpus):
         # opened on first use: the import takes 2 s, and a prepared store needs neither it nor a network
         import datasets
 
+        _resolve(self.dataset)
         try:
             return datasets.load_dataset(self.dataset, self.snapshot, split="train", streaming=True)
-        except ValueError as error:
-            if "BuilderConfig" in str(error):
+        except Exception as error:
+            # of many kinds, by the layer that fails (hub, HTTP client, file system): named in the message, and chained
+            if isinstance(error, ValueError) and "BuilderConfig" in str(error):
                 raise DataError(
                     f"a snapshot of {self.dataset}",
                     f"{self.snapshot!r}, which it does not have",
                     "choose one of the dataset's configurations with --snapshot, such as 20231101.en",
                 ) from None
-            raise _unreachable(self.dataset, error) from error
-        except (OSError, RuntimeError) as error:  # includes huggingface_hub's and datasets' own network errors
             raise _unreachable(self.dataset, error) from error
 
     def documents(self) -> Iterator[str]:
@@ -91,8 +96,20 @@ class Wikipedia(Corpus):
             raise DataError(
                 f"a column 'text' in {self.dataset}", "none", "use --source files for other formats"
             ) from None
-        except (OSError, RuntimeError) as error:
+        except Exception as error:
             raise _unreachable(self.dataset, error) from error
+
+
+def _resolve(dataset: str) -> None:
+    """Fails at once where the hub's name does not resolve; its client would try for 24 s."""
+    from huggingface_hub import constants
+
+    if Path(dataset).exists() or constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError as error:
+        raise _unreachable(dataset, error) from error
 
 
 def _unreachable(dataset: str, error: Exception) -> DataError:
