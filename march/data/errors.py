@@ -8,7 +8,7 @@ class DataError(ValueError):
     """
 
     def __init__(self, expected: str, got: str, fix: str):
-        super().__init__(" ".join(f"expected {expected}, got {got}; fix: {fix}".split()))
+        super().__init__(" ".join(f"expected {expected}, got {got}; fix: {fix}".splitlines()))
         self.expected, self.got, self.fix = expected, got, fix
 
     def __reduce__(self):  # an exception with three arguments does not survive pickling otherwise

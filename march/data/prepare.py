@@ -47,6 +47,8 @@ def ensure(
     that is damaged or stale is refused with DataError, never replaced unasked.
     """
     corpus = open_corpus(source, **source_options)
+    if vocab_size is not None:
+        vocabulary.check_size(vocab_size)
     requested = _requested(corpus, vocab_size)
     directory = Path(directory)
     path = directory / f"{corpus.name}-v{requested}"
@@ -149,7 +151,7 @@ def _build(corpus: Corpus, folder: Path, final: Path, vocab_size: int | None) ->
     documents = characters = 0
     try:
         with bar("tokenising", corpus.count(), unit="doc") as progress:
-            for tokens, lengths, count in _encoded(tokenizer, corpus.documents()):
+            for tokens, lengths, count in _encoded(tokenizer, corpus.documents(), dtype):
                 writer.add(tokens, lengths)
                 documents, characters = documents + len(lengths), characters + count
                 progress.update(len(lengths))
@@ -214,7 +216,9 @@ class _Watched:
             yield text
 
 
-def _encoded(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+def _encoded(
+    tokenizer: Tokenizer, texts: Iterable[str], dtype: np.dtype
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Tokens, document lengths and the number of characters of one batch after another, in order.
 
     The tokenizer uses all cores inside a batch (RAYON_NUM_THREADS sets how many); three batches at a time keep
@@ -223,17 +227,15 @@ def _encoded(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[np.nd
     with ThreadPoolExecutor(max_workers=3) as pool:
         running: deque[Future] = deque()
         for batch in _batches(texts):
-            running.append(pool.submit(_encode, tokenizer, batch))
+            running.append(pool.submit(_encode, tokenizer, batch, dtype))
             if len(running) == 3:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray, int]:
-    pieces = [
-        np.array([*encoding.ids, END_OF_TEXT], dtype=np.uint32) for encoding in tokenizer.encode_batch_fast(texts)
-    ]
+def _encode(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, int]:
+    pieces = [np.array([*encoding.ids, END_OF_TEXT], dtype=dtype) for encoding in tokenizer.encode_batch_fast(texts)]
     lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
     return np.concatenate(pieces), lengths, sum(map(len, texts))
 
@@ -263,5 +265,6 @@ def _command(corpus: Corpus, directory: Path, vocab_size: int | None) -> str:
     for key, value in corpus.options().items():
         if value is None or value == defaults.get(key):
             continue
-        words += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        values = value if isinstance(value, list) else [str(value).replace("\n", "\\n").replace("\t", "\\t")]
+        words += [f"--{key}", *values]  # line breaks as the command line takes them, so that it stays one line
     return shlex.join(words)

@@ -103,7 +103,8 @@ def choose(lengths: np.ndarray) -> np.ndarray:
     for split in (0, 1):
         room = int(lengths.sum() * SMALL_SHARE)
         for document in order:
-            if chosen[document] == 2 and lengths[document] <= room:
+            others = (chosen == 2).sum() - 1
+            if chosen[document] == 2 and lengths[document] <= room and others >= 2 - split:  # something for the rest
                 chosen[document] = split
                 room -= int(lengths[document])
         if not (chosen == split).any():

@@ -24,12 +24,7 @@ def train(texts: Iterable[str], vocab_size: int, min_frequency: int = 2, length:
 
     `length`, the number of texts, is only for the progress bar, which a terminal on stderr gets.
     """
-    if vocab_size < SMALLEST:
-        raise DataError(
-            f"a vocabulary of at least {SMALLEST} tokens ({len(RESERVED)} reserved, and every byte)",
-            str(vocab_size),
-            f"choose --vocab-size {SMALLEST} or more",
-        )
+    check_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     # every digit is a word of its own, so no merge crosses or joins digits
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -49,6 +44,16 @@ def train(texts: Iterable[str], vocab_size: int, min_frequency: int = 2, length:
     # Reserved ids for digits, but not hidden ones: `special` would make decode() drop every number by default.
     tokenizer.add_tokens([AddedToken(digit, normalized=False, special=False) for digit in DIGITS])
     return _guard(Tokenizer.from_str(tokenizer.to_str()))  # without the detour the digits stay special until saved
+
+
+def check_size(vocab_size: int) -> None:
+    """DataError for a vocabulary that has no room for the reserved tokens and every byte."""
+    if vocab_size < SMALLEST:
+        raise DataError(
+            f"a vocabulary of at least {SMALLEST} tokens ({len(RESERVED)} reserved, and every byte)",
+            str(vocab_size),
+            f"choose --vocab-size {SMALLEST} or more",
+        )
 
 
 def load(path: Path) -> Tokenizer:
