@@ -1,5 +1,6 @@
 """Users' files and Wikipedia, the errors they give, and the command line."""
 
+import io
 import json
 import os
 import shlex
@@ -14,6 +15,7 @@ import pytest
 from march.data import DataError, ensure
 from march.data.__main__ import main
 from march.data.corpora import files, open_corpus, wikipedia
+from march.data.progress import bar
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [f"Document {i} tells of {'rivers and hills ' * (3 + i % 4)}in the year {1900 + i}." for i in range(30)]
@@ -193,6 +195,20 @@ def test_a_hub_that_does_not_resolve_is_said_at_once(monkeypatch):
 
 
 # the command line
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_bars_are_for_terminals(terminal, monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    with bar("counting", 10, unit="doc") as progress:
+        progress.update(10)
+    assert ("counting: 100%" in stream.getvalue()) == terminal
+    # fewer units than `least` are over too soon to show
+    with bar("hidden", 10, unit="doc", least=11) as progress:
+        progress.update(10)
+    assert "hidden" not in stream.getvalue()
 
 
 def test_prepare_info_and_verify(tmp_path, capsys):

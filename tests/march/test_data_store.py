@@ -139,8 +139,8 @@ def test_damage_is_refused(copy, name):
     flipped[len(content) // 2] ^= 1
     for damaged, what in (
         (bytes(flipped), "sha256"),
-        (content[:-2], "bytes"),
-        (content + b"\0\0", "bytes"),
+        (content[:-2], rf"of {len(content):,} bytes"),
+        (content + b"\0\0", rf"of {len(content):,} bytes"),
         (None, "none"),
     ):
         file.unlink() if damaged is None else file.write_bytes(damaged)

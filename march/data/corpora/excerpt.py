@@ -12,6 +12,7 @@ from typing import Any
 from march.data.corpora import wikitext
 from march.data.corpora.base import Corpus
 from march.data.errors import DataError
+from march.data.progress import bar
 
 DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 DUMP_BYTES = 1_695_871
@@ -73,8 +74,13 @@ class Excerpt(Corpus):
 @cache
 def _cleaned() -> list[tuple[Article, str]]:
     """The articles that have prose, read and cleaned once a process: 3 s, 6 MB."""
-    articles = ((article, wikitext.clean(article.wikitext)) for article in articles_of(dump_path()))
-    return [(article, text) for article, text in articles if text]
+    found = []
+    with bar("cleaning articles", total=None, unit="article") as progress:
+        for article in articles_of(dump_path()):
+            if text := wikitext.clean(article.wikitext):
+                found.append((article, text))
+            progress.update(1)
+    return found
 
 
 def dump_path() -> Path:
