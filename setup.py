@@ -18,8 +18,10 @@ setup(
         "triton>=3.5; platform_system == 'Linux'",
         "deepspeed>=0.17",
         "numpy>=1.26",
+        "filelock>=3.12",
+        "psutil>=5.9",
         "tokenizers>=0.20",
-        "datasets>=3.0",
+        "datasets>=3.2",
         "pyarrow>=15",
         "gensim>=4.3",  # carries the 107 Wikipedia articles of the embedded corpus
         "mwparserfromhell>=0.6.6",
