@@ -307,9 +307,8 @@ def test_a_parameter_without_a_rule_fails():
         initialise(model)
 
 
-def test_explicit_triton_on_a_cpu_raises():
-    if kernels.dispatch.triton_interpreted():
-        pytest.skip("Triton's interpreter is on")
+def test_explicit_triton_on_a_cpu_raises(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(kernels.ImplementationError, match="impl='triton'"):
         small_model("Baseline", impl="triton")(**batch())
     with pytest.raises(ValueError, match="expected one of"):
