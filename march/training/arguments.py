@@ -1,0 +1,184 @@
+"""The command line of train.py. Only parsing and what follows from the arguments alone; no torch here.
+
+Options that were not given stay None, so that a resumed run can tell "as before" from "asked anew".
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from march import config as configuration
+from march import experiments
+from march.training.budget import BUDGETS, Budget, get_budget
+from march.training.errors import UsageError
+
+# What a run folder remembers of the command line, and a resumed run takes from there.
+REMEMBERED = ("exp", "impl", "budget", "seed", "steps", "set", "source", "files", "data_dir", "zero", "precision")
+
+ZERO_STAGES = (0, 1, 2)
+# Tried with DeepSpeed 0.19: backward meets empty weights, because the operators read weights of other modules
+# (tied embedding, norms), which stage 3 has released by then.
+NO_ZERO_3 = "stage 3 releases weights that the operators read across modules; 1 is the default"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes become one line with the nearest option, instead of the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see --help")
+
+    def parse(self, argv: list[str] | None) -> argparse.Namespace:
+        arguments, unknown = self.parse_known_args(argv)
+        if unknown:
+            options = [name for action in self._actions for name in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].split("=")[0], options, n=2)
+            hint = f"did you mean {' or '.join(close)}?" if close else "see --help"
+            raise UsageError(f"expected an option of train.py, got {unknown[0]!r}; {hint}")
+        return arguments
+
+
+def build_parser() -> _Parser:
+    parser = _Parser(
+        prog="train.py",
+        allow_abbrev=False,
+        description="Train one experiment: `deepspeed train.py ...` on every GPU, `python train.py ...` on one.",
+    )
+    what = parser.add_argument_group("what to train")
+    what.add_argument("--exp", metavar="NAME", help="experiment, any case; default Baseline (see --list)")
+    what.add_argument(
+        "--set", action="append", metavar="FIELD=VALUE", help="change one field of the model; may be repeated"
+    )
+    what.add_argument("--impl", help="auto, torch, reference, triton, or by operator: attention=flash_attn,glu=torch")
+    how = parser.add_argument_group("how")
+    how.add_argument("--budget", metavar="NAME", help=f"{' or '.join(BUDGETS)}; default paper on CUDA, else demo")
+    how.add_argument("--steps", type=int, metavar="N", help="optimiser steps, instead of the budget's")
+    how.add_argument("--seed", type=int, metavar="N", help="initialisation, data order, dropout; default 42")
+    how.add_argument("--precision", metavar="TYPE", help="bf16 or fp32; default the budget's or the experiment's")
+    how.add_argument("--micro-batch", type=int, metavar="N", help="sequences at once in a process; default what fits")
+    how.add_argument("--zero", type=int, metavar="STAGE", help="ZeRO stage 0, 1 or 2; default 1")
+    how.add_argument("--source", metavar="NAME", help="of the text: excerpt, wikipedia, files; default the budget's")
+    how.add_argument("--files", nargs="+", metavar="PATH", help="with --source files: text, JSON lines or parquet")
+    how.add_argument("--data-dir", metavar="DIR", help="prepared data; default data")
+    where = parser.add_argument_group("where, and again")
+    where.add_argument("--run-dir", metavar="DIR", help="default runs/<experiment>-<budget>-<date>")
+    where.add_argument("--checkpoint-every", type=int, metavar="N", help="steps; the last one is always saved")
+    where.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="continue the run in DIR, or the newest one of this experiment and budget",
+    )
+    show = parser.add_argument_group("look only")
+    show.add_argument("--list", action="store_true", help="the experiments")
+    show.add_argument("--show", metavar="NAME", help="one experiment: configuration, parameters, cost")
+    show.add_argument("--json", action="store_true", help="with --list or --show: for machines")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from the launcher
+    return parser
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked command line: what to train, under which budget, from which data."""
+
+    experiment: experiments.Experiment
+    overrides: dict[str, Any]  # --set, typed
+    config: configuration.ModelConfig  # before the corpus's vocabulary is known
+    budget: Budget
+    budget_name: str
+    seed: int
+    precision: str
+    zero: int
+    impl: str | Mapping[str, str]
+    source: str
+    files: list[str]
+    data_dir: Path
+    micro_batch: int | None
+    remembered: dict[str, Any]  # the options given, for a later --resume
+
+    @property
+    def comparable(self) -> bool:
+        """May the losses stand beside the published ones? The recipe, the corpus and the model as published."""
+        unchanged = not self.overrides and self.precision == experiments.configuration(self.experiment.name).precision
+        return self.budget.comparable and unchanged and self.source == "wikipedia"
+
+
+def check(arguments: argparse.Namespace, *, cuda: bool) -> Request:
+    """The request behind `arguments`; `cuda` decides the default budget.
+
+    Raises:
+        UsageError, march.config.ConfigError: a name or value that cannot be; one line: expected, got, fix.
+    """
+    experiment = experiments.get(arguments.exp or "Baseline")
+    overrides: dict[str, Any] = {}
+    for assignment in arguments.set or []:
+        name, value = configuration.parse_override(assignment)
+        overrides[name] = value
+    budget_name = arguments.budget or ("paper" if cuda else "demo")
+    budget = get_budget(budget_name, steps=arguments.steps, checkpoint_every=arguments.checkpoint_every)
+    if arguments.micro_batch is not None and arguments.micro_batch < 1:
+        raise UsageError(f"expected --micro-batch of at least 1, got {arguments.micro_batch}; leave it out")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**63:
+        raise UsageError(f"expected --seed from 0 to 2^63 - 1, got {arguments.seed}; 42 is the recipe's")
+    precision = _precision(arguments.precision, overrides, budget, experiment.name)
+    zero = 1 if arguments.zero is None else arguments.zero
+    if zero not in ZERO_STAGES:
+        raise UsageError(f"expected --zero 0, 1 or 2, got {zero}; {NO_ZERO_3}")
+    source = arguments.source or ("files" if arguments.files else budget.source)
+    if arguments.files and source != "files":
+        raise UsageError(f"expected --files with --source files, got --source {source}; leave one out")
+    if source != budget.source:
+        budget = replace(budget, vocab_size=None, comparable=False, label=f"{budget.label}; from {source}")
+    config = experiments.configuration(experiment.name, **{**overrides, "precision": precision})
+    return Request(
+        experiment=experiment,
+        overrides=overrides,
+        config=config,
+        budget=budget,
+        budget_name=budget_name,
+        seed=budget.seed if arguments.seed is None else arguments.seed,
+        precision=precision,
+        zero=zero,
+        impl=_impl(arguments.impl or "auto"),
+        source=source,
+        files=arguments.files or [],
+        data_dir=Path(arguments.data_dir or "data"),
+        micro_batch=arguments.micro_batch,
+        remembered={
+            **{name: getattr(arguments, name) for name in REMEMBERED if getattr(arguments, name) is not None},
+            "exp": experiment.name,
+            "budget": budget_name,
+        },
+    )
+
+
+def _precision(given: str | None, overrides: dict[str, Any], budget: Budget, name: str) -> str:
+    if given is not None and given not in ("bf16", "fp32"):
+        raise UsageError(f"expected --precision bf16 or fp32, got {given!r}; give one of these")
+    by_field = overrides.pop("precision", None)  # the field and the option are one thing
+    if given and by_field and given != by_field:
+        raise UsageError(f"expected one precision, got --precision {given} and precision={by_field}; leave one out")
+    return given or by_field or budget.precision or experiments.configuration(name).precision
+
+
+def _impl(text: str) -> str | Mapping[str, str]:
+    import kernels
+
+    try:
+        return kernels.parse_impl(text)
+    except ValueError as error:
+        raise UsageError(f"--{error}; see --help") from error
+
+
+def fill_from(arguments: argparse.Namespace, remembered: dict[str, Any]) -> argparse.Namespace:
+    """`arguments` with what was not given taken from the run that is continued."""
+    filled = argparse.Namespace(**vars(arguments))
+    for name in REMEMBERED:
+        if getattr(filled, name) is None:
+            setattr(filled, name, remembered.get(name))
+    return filled
