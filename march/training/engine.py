@@ -1,0 +1,300 @@
+"""DeepSpeed's engine: its configuration, checked before and after, and its state by parameter name.
+
+The state that goes into a checkpoint is the float32 master weights and AdamW's two moments under the names of
+the model's parameters, gathered from whatever partitions ZeRO made of them. So a checkpoint does not depend on
+the number of processes, the ZeRO stage or the micro-batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from march.training.arguments import NO_ZERO_3, ZERO_STAGES
+from march.training.budget import Budget
+from march.training.distributed import World, largest, say, together
+from march.training.errors import UsageError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# Every key that may appear in a configuration of ours, with the type of its value; dicts nest. DeepSpeed
+# ignores unknown top-level keys (`zero_optimisation`) in silence.
+SCHEMA: dict[str, Any] = {
+    "train_batch_size": int,
+    "train_micro_batch_size_per_gpu": int,
+    "gradient_accumulation_steps": int,
+    "gradient_clipping": float,
+    "steps_per_print": int,
+    "zero_allow_untested_optimizer": bool,
+    "communication_data_type": str,
+    "bf16": {"enabled": bool},
+    "data_types": {"grad_accum_dtype": str},
+    "zero_optimization": {"stage": int, "overlap_comm": bool, "contiguous_gradients": bool},
+    "wall_clock_breakdown": bool,
+}
+
+
+class LossOnly(nn.Module):
+    """The model as the engine sees it: tensors in, the loss out (float32 scalar)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, decoder_input_ids: Tensor, labels: Tensor, dropout_state: Tensor | None
+    ) -> Tensor:
+        """input_ids int64 [B, Le], decoder_input_ids and labels int64 [B, Ld], dropout_state int64 [3]."""
+        return self.model(input_ids, decoder_input_ids, labels=labels, dropout_state=dropout_state).loss
+
+
+def deepspeed_config(budget: Budget, precision: str, zero: int, micro_batch: int, world_size: int) -> dict[str, Any]:
+    """The configuration for one run, as the dict that `deepspeed.initialize` takes; validated.
+
+    Raises:
+        UsageError: the global batch is no multiple of micro-batch times processes, or the combination of
+            ZeRO stage and precision cannot accumulate in float32.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(f"expected --precision {' or '.join(PRECISIONS)}, got {precision!r}; give one of these")
+    if zero not in ZERO_STAGES:
+        raise UsageError(f"expected --zero 0, 1 or 2, got {zero}; {NO_ZERO_3}")
+    if precision == "bf16" and zero == 0:
+        raise UsageError(
+            "expected --zero 1 or higher with bf16, got --zero 0, where DeepSpeed accumulates gradients in bf16; "
+            "use --zero 1 (same result on one process) or --precision fp32"
+        )
+    per_step = micro_batch * world_size
+    if budget.global_batch % per_step:
+        raise UsageError(
+            f"expected a global batch of {budget.global_batch} sequences to be a multiple of micro-batch x processes, "
+            f"got {micro_batch} x {world_size}; change --micro-batch or the number of processes"
+        )
+    config: dict[str, Any] = {
+        "train_batch_size": budget.global_batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": budget.global_batch // per_step,
+        "gradient_clipping": budget.gradient_clipping,
+        "steps_per_print": 2**31,  # our own lines say it
+        "wall_clock_breakdown": False,
+        # FusedAdam and torch's AdamW are both on DeepSpeed's list; a newer DeepSpeed may drop one
+        "zero_allow_untested_optimizer": True,
+        # 36M parameters, 16 micro-steps on one GPU: bf16 accumulation would lose what bf16 sums lose
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": {"stage": zero, "overlap_comm": False, "contiguous_gradients": True},
+    }
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    validate(config)
+    return config
+
+
+def validate(config: Mapping[str, Any], schema: Mapping[str, Any] = SCHEMA, path: str = "") -> None:
+    """Refuse keys and types that are not in the schema.
+
+    Raises:
+        UsageError: naming the key, what was expected and the nearest known key.
+    """
+    import difflib
+
+    for key, value in config.items():
+        where = f"{path}{key}"
+        if key not in schema:
+            near = difflib.get_close_matches(key, schema, n=1)
+            hint = f"did you mean {path}{near[0]}?" if near else "remove it"
+            raise UsageError(
+                f"DeepSpeed configuration: expected one of {', '.join(sorted(schema))}, got {where}; {hint}"
+            )
+        expected = schema[key]
+        if isinstance(expected, dict):
+            if not isinstance(value, Mapping):
+                raise UsageError(f"DeepSpeed configuration: expected {where} to be a table, got {value!r}; nest it")
+            validate(value, expected, f"{where}.")
+        elif type(value) is not expected:
+            raise UsageError(
+                f"DeepSpeed configuration: expected {where} of type {expected.__name__}, got {value!r}; correct it"
+            )
+
+
+def build_optimizer(parameters: list[nn.Parameter], budget: Budget, world: World) -> torch.optim.Optimizer:
+    """AdamW over every parameter in one group: DeepSpeed's FusedAdam on CUDA, torch's AdamW on a CPU.
+
+    A CUDA machine without nvcc cannot build FusedAdam: torch's fused AdamW, the same update, takes its place, and
+    the run says so.
+    """
+    settings: dict[str, Any] = {
+        "lr": budget.learning_rate,
+        "betas": (budget.beta1, budget.beta2),
+        "eps": budget.epsilon,
+        "weight_decay": budget.weight_decay,
+    }
+    if world.device.type == "cuda":
+        missing = _cannot_build_fused_adam()
+        if largest(world, float(missing is not None)) == 0:
+            from deepspeed.ops.adam import FusedAdam
+
+            def build() -> torch.optim.Optimizer:
+                return FusedAdam(parameters, adam_w_mode=True, **settings)
+
+            # one process of a node compiles (a minute, once for a machine), the others load its result
+            built = together(world, build, when=world.local_rank == 0)
+            optimizer = together(world, lambda: built or build())
+            assert optimizer is not None
+            return optimizer
+        say(world, f"DeepSpeed's FusedAdam cannot be built ({missing or 'on another rank'}): using torch's fused AdamW")
+    # fused: one pass over 36M parameters instead of one for each operation
+    return torch.optim.AdamW(parameters, fused=True, **settings)
+
+
+def _cannot_build_fused_adam() -> str | None:
+    """What stands in the way of DeepSpeed's CUDA optimiser, or None."""
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.op_builder import FusedAdamBuilder
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if installed_ops.get(FusedAdamBuilder.NAME, False):  # compiled when DeepSpeed was installed
+        return None
+    if CUDA_HOME is None or not shutil.which("nvcc", path=f"{CUDA_HOME}/bin"):
+        return "no nvcc; set CUDA_HOME to the toolkit of torch's CUDA version"
+    return None if shutil.which("ninja") else "no ninja; pip install ninja"
+
+
+def build_engine(model: nn.Module, config: dict[str, Any], budget: Budget, world: World):
+    """The engine around `model` (which it casts and moves in place), checked against what was asked.
+
+    Raises:
+        RuntimeError: DeepSpeed's engine does not report the settings it was given.
+    """
+    import deepspeed
+
+    # DeepSpeed reports its memory, buckets and groups at INFO and WARNING, some 60 lines a process
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    validate(config)
+    wrapped = LossOnly(model)
+    parameters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    model.to(world.device)  # FusedAdam refuses parameters on another device
+    optimizer = build_optimizer(parameters, budget, world)
+    engine, *_ = deepspeed.initialize(
+        model=wrapped, model_parameters=parameters, optimizer=optimizer, config=config, dist_init_required=False
+    )
+    reported = {
+        "stage": engine.zero_optimization_stage(),
+        "gradient_clipping": engine.gradient_clipping(),
+        "accumulation": engine.gradient_accumulation_steps(),
+        "micro_batch": engine.train_micro_batch_size_per_gpu(),
+        "bf16": engine.bfloat16_enabled(),
+        "processes": engine.dp_world_size,
+    }
+    asked = {
+        "stage": config["zero_optimization"]["stage"],
+        "gradient_clipping": config["gradient_clipping"],
+        "accumulation": config["gradient_accumulation_steps"],
+        "micro_batch": config["train_micro_batch_size_per_gpu"],
+        "bf16": "bf16" in config,
+        "processes": world.size,
+    }
+    if reported != asked:
+        raise RuntimeError(f"DeepSpeed's engine runs with {reported}, not with {asked}")
+    return engine
+
+
+def gather_state(engine, step: int, world: World) -> dict[str, dict[str, Tensor]] | None:
+    """{"model" | "exp_avg" | "exp_avg_sq": {parameter name: float32 CPU tensor of its shape}}; rank 0 only.
+
+    Collective: every rank calls it, between two steps. `step` is the number of finished steps; at 0 the moments
+    are not there yet and are left out.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    keys = (None, *MOMENTS) if step > 0 else (None,)
+    gathered: dict[str, dict[str, Tensor]] = {key or "model": {} for key in keys}
+    for name, parameter in engine.module.model.named_parameters():
+        for key in keys:
+            if _is_plain(engine):
+                full = parameter if key is None else engine.optimizer.state[parameter][key]
+            elif key is None:
+                full = safe_get_full_fp32_param(parameter)
+            else:
+                full = safe_get_full_optimizer_state(parameter, key)
+            if full is None:
+                raise RuntimeError(f"DeepSpeed gave no {key or 'master weight'} for {name}")
+            if world.is_first:
+                gathered[key or "model"][name] = full.detach().to("cpu", torch.float32, copy=True)
+    return gathered if world.is_first else None
+
+
+def scatter_state(engine, state: Mapping[str, Mapping[str, Tensor]], step: int, world: World) -> None:
+    """Put a gathered state back into the engine's partitions; the inverse of gather_state. Collective.
+
+    Only rank 0 needs `state`: it sends each tensor to the others, so nodes need not share a disk.
+
+    Raises:
+        UsageError: names or shapes are not the model's (on rank 0; RunError on the others).
+    """
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    named = dict(engine.module.model.named_parameters())
+    parts = ("model", *MOMENTS) if step > 0 else ("model",)
+    shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
+    together(world, lambda: _check_state(state, parts, shapes), when=world.is_first)
+    if step > 0:
+        _create_optimizer_state(engine, step)
+    for name, parameter in named.items():
+        for part in parts:
+            if world.is_first:
+                full = state[part][name].to(world.device, torch.float32)
+            else:
+                full = torch.empty(shapes[name], dtype=torch.float32, device=world.device)
+            if world.size > 1:
+                torch.distributed.broadcast(full, src=0)
+            if part == "model":
+                parameter.data.copy_(full)  # rounded to bf16 where that is the parameter's type
+                if not _is_plain(engine):
+                    safe_set_full_fp32_param(parameter, full)
+            elif _is_plain(engine):
+                engine.optimizer.state[parameter][part].copy_(full)
+            else:
+                safe_set_full_optimizer_state(parameter, full, part)
+
+
+def _check_state(
+    state: Mapping[str, Mapping[str, Tensor]], parts: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    for part in parts:
+        tensors = state.get(part, {})
+        if tensors.keys() != shapes.keys():
+            odd = ", ".join(sorted(tensors.keys() ^ shapes.keys())[:3])
+            raise UsageError(f"expected the model's parameters in {part}, got a difference in {odd}; use its own run")
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != shapes[name]:
+                raise UsageError(
+                    f"expected {part} of {name} with shape {shapes[name]}, got {tuple(tensor.shape)}; use its own run"
+                )
+
+
+def _is_plain(engine) -> bool:
+    """No ZeRO and float32: DeepSpeed then runs the optimiser as it is, over the model's own parameters."""
+    return engine.zero_optimization_stage() == 0
+
+
+def _create_optimizer_state(engine, step: int) -> None:
+    """Give AdamW the state that it would create at its first step, so that there is something to copy into."""
+    for group in engine.basic_optimizer.param_groups:
+        for flat in group["params"]:
+            moments: dict[str, Any] = {key: torch.zeros_like(flat, dtype=torch.float32) for key in MOMENTS}
+            if isinstance(engine.basic_optimizer, torch.optim.AdamW):
+                moments["step"] = torch.tensor(float(step), device=flat.device)
+            else:
+                moments["step"] = step  # FusedAdam counts with an integer
+            engine.basic_optimizer.state[flat] = moments
+    # ZeRO's views into the moments by parameter; made at the first step otherwise
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        link()
