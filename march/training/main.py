@@ -1,0 +1,142 @@
+"""From a command line to a trained model: check, prepare, build, run, report."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from march.config import ConfigError
+from march.data.errors import DataError
+from march.training import arguments as command_line
+from march.training.errors import RunError, UsageError
+
+RUNS = Path("runs")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run train.py with `argv` (default: the process's); returns the exit code.
+
+    0: all steps done. 1: the run had to stop. 2: it could not start as asked. 128 + n: stopped by signal n, with a
+    checkpoint.
+    """
+    # OpenMP's threads spin while they wait, before torch is loaded is the time to say otherwise: with other programs
+    # on the cores a demo step took 13 s spinning and 2.6 s asleep (2 cores, load 7)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        given = command_line.build_parser().parse(argv)
+        if given.list or given.show:
+            from march.report import listing
+
+            return listing.main(given)
+        return _train(given)
+    except (UsageError, ConfigError, DataError, RunError, OSError) as error:
+        report = getattr(error, "report", None)
+        # a mistake on the command line is every rank's; one of them says it
+        if report or (report is None and os.environ.get("RANK", "0") == "0"):
+            print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 1 if isinstance(error, RunError | OSError) else 2
+
+
+def _train(given) -> int:
+    import torch
+
+    if given.resume is not None and given.run_dir is not None:
+        raise UsageError("expected --resume or --run-dir, got both; --resume DIR names the folder")
+    request = command_line.check(given, cuda=torch.cuda.is_available())
+
+    from march.training import distributed, session
+
+    world = distributed.start()
+    folder, stored = None, None
+    if given.resume is not None:
+        folder, stored = session.find_run(given.resume, _canonical(given.exp), given.budget, RUNS, world)
+        given = command_line.fill_from(given, stored["arguments"])
+        request = command_line.check(given, cuda=torch.cuda.is_available())
+    code = _run(request, given, folder, stored, world)
+    # not in a finally: a rank that failed leaves at once, and the launcher ends the others
+    distributed.stop(world)
+    return code
+
+
+def _canonical(name: str | None) -> str | None:
+    from march import experiments
+
+    return experiments.get(name).name if name else None
+
+
+def _run(request: command_line.Request, given, folder, stored, world) -> int:
+    import kernels
+    from march.data import Examples, SpanCorruption
+    from march.training import distributed, session
+    from march.training.distributed import say
+    from march.training.loop import Plan, Trainer
+    from march.training.runfolder import peak_memory, process_age, refuse_other_identity
+
+    budget = request.budget
+    say(world, f"{request.experiment.name} | budget {budget.name}: {budget.label}")
+    store = session.prepare_data(request, world)
+    config = session.fit_vocabulary(request, store)
+    corruption = SpanCorruption(raw_length=budget.raw_length)
+    session.check_lengths(config, corruption)
+    train = Examples(store.split("train"), corruption, request.seed)
+    validation = Examples(store.split("validation"), corruption, session.EVALUATION_SEED)
+    identity = session.identity(request, config, store)
+    checkpoint = session.load_checkpoint(folder, budget, world) if folder else None
+    if folder and checkpoint:
+        refuse_other_identity(stored["identity"], identity)
+        if checkpoint.step >= budget.steps:
+            raise UsageError(
+                f"expected steps left to do, got a run of {checkpoint.step} finished ones; "
+                f"ask for more with --steps {checkpoint.step + budget.steps}"
+            )
+        say(world, f"continuing {folder.path} after step {checkpoint.step}")
+
+    model = session.build_model(request, config)
+    micro_batch = session.fit_micro_batch(request, config, model, corruption, world)
+    folder = folder or session.create_folder(given.run_dir, request, RUNS, world)
+    plan = Plan(
+        experiment=request.experiment.name,
+        budget=budget,
+        seed=request.seed,
+        precision=request.precision,
+        zero=request.zero,
+        micro_batch=micro_batch,
+        train=train,
+        validation=validation,
+        identity=identity,
+        peak_share=session.peak_share(config, corruption, request.precision, world),
+    )
+    trainer = Trainer(plan, model, world, folder, checkpoint)
+    distributed.together(
+        world,
+        lambda: session.write_start(folder, request, config, identity, model, plan, trainer, store, world),
+        when=world.is_first,
+    )
+    entropy = train.label_unigram_entropy(session.ENTROPY_SEQUENCES)
+    say(
+        world,
+        f"{folder.path} | {session.count_parameters(model):,} parameters | {world.size} process(es) x micro-batch "
+        f"{micro_batch} x {trainer.accumulation} = {budget.global_batch} sequences a step | "
+        f"ln V {math.log(config.vocab_size):.2f}, unigram entropy {entropy:.2f} | "
+        f"{kernels.describe(request.impl, world.device)}",
+    )
+    try:
+        outcome = trainer.run()
+    except RunError as error:
+        session.write_end(folder, request, config, trainer.rows, entropy, world, {"failed": str(error)})
+        raise
+    memory = session.largest_memory(peak_memory(world), world)
+    end: dict[str, Any] = {
+        **asdict(outcome),
+        **memory,
+        "finished": outcome.stopped_by is None,
+        "process_seconds": round(process_age(), 1),
+        "parameters": session.count_parameters(model),
+    }
+    session.write_end(folder, request, config, trainer.rows, entropy, world, end)
+    say(world, session.closing_lines(request, config, folder, end, entropy))
+    return outcome.exit_code
