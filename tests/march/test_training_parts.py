@@ -1,0 +1,361 @@
+"""The parts of training that need no engine: checkpoints, budgets, micro-batch, folder, metrics, tables, picture."""
+
+import io
+import json
+import math
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from training_support import process_world
+
+from march.training import checkpoint as checkpoint_module
+from march.training.arguments import build_parser, check, fill_from
+from march.training.budget import DEMO, PAPER, get_budget
+from march.training.checkpoint import Checkpoints, tag_of
+from march.training.errors import RunError, UsageError
+from march.training.metrics import LiveLine, Metrics, clock, read, short_number
+from march.training.microbatch import (
+    available_memory,
+    choose_micro_batch,
+    is_out_of_memory,
+    largest_divisor,
+    share_of_process,
+)
+from march.training.plot import plot_curve
+from march.training.published import PUBLISHED, comparison
+from march.training.runfolder import RunFolder, environment, refuse_other_identity
+
+TENSORS = {"model": {"w": torch.arange(600.0).reshape(20, 30)}, "exp_avg": {"w": torch.ones(20, 30)}}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Checkpoints of steps 1, 2 and 3, of which two are kept."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, TENSORS, {"elapsed": step})
+    return checkpoints
+
+
+def flip(path, count=40):
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + count] = bytes(byte ^ 0xFF for byte in data[middle : middle + count])
+    path.write_bytes(data)
+
+
+# Checkpoints
+
+
+def test_checkpoint_comes_back_and_old_ones_go(saved):
+    assert saved.tags() == [tag_of(2), tag_of(3)]
+    loaded = saved.load()
+    assert (loaded.step, loaded.warning, loaded.state["elapsed"]) == (3, None, 3)
+    assert torch.equal(loaded.tensors["model"]["w"], TENSORS["model"]["w"])
+    assert loaded.tensors.keys() == TENSORS.keys()
+
+
+@pytest.mark.parametrize("damage", ["latest", "wrong latest", "bytes", "manifest", "missing file", "state", "half"])
+def test_damage_falls_back_to_the_newest_whole_one_and_says_so(saved, damage):
+    newest = saved.directory / tag_of(3)
+    if damage == "latest":
+        (saved.directory / "latest").unlink()
+    elif damage == "wrong latest":
+        (saved.directory / "latest").write_text("step-00000009")
+    elif damage == "bytes":
+        flip(newest / "model.pt")
+    elif damage == "manifest":
+        (newest / "manifest.json").write_text("{")
+    elif damage == "missing file":
+        (newest / "exp_avg.pt").unlink()
+    elif damage == "state":
+        (newest / "state.json").write_text('{"step": 30}')
+    else:
+        shutil.rmtree(newest)
+        newest.mkdir()
+    loaded = saved.load()
+    assert loaded.step == (3 if "latest" in damage else 2)
+    assert loaded.warning
+    assert f"continuing from {tag_of(loaded.step)}" in loaded.warning
+
+
+def test_killed_between_rename_and_latest_continues_from_the_newer_one(saved):
+    (saved.directory / "latest").write_text(tag_of(2))
+    loaded = saved.load()
+    assert loaded.step == 3
+    assert "step-00000003 is newer" in loaded.warning
+
+
+def test_nothing_whole_is_refused_and_never_a_silent_start_at_zero(saved, tmp_path):
+    for tag in saved.tags():
+        flip(saved.directory / tag / "model.pt")
+    with pytest.raises(UsageError, match="only damaged ones"):
+        saved.load()
+    with pytest.raises(UsageError, match="got none; start without --resume"):
+        Checkpoints(tmp_path / "empty", keep=1).load()
+
+
+@pytest.mark.parametrize("tag", ["../outside", "step-1", "latest", "/etc", "step-00000003/../x"])
+def test_tags_are_names_of_checkpoints_and_nothing_else(saved, tag):
+    with pytest.raises(UsageError, match="expected a checkpoint such as"):
+        saved.load(tag)
+
+
+def test_manifest_cannot_point_outside(saved):
+    file = saved.directory / tag_of(3) / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["files"]["../../secret.pt"] = {"bytes": 1, "sha256": "0"}
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match="damaged"):
+        saved.load(tag_of(3))
+
+
+def test_malicious_pickle_with_a_right_hash_does_not_run(saved, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    target = saved.directory / tag_of(3)
+    (target / "model.pt").write_bytes(pickle.dumps(Evil()))
+    manifest = json.loads((target / "manifest.json").read_text())
+    manifest["files"]["model.pt"] = {
+        "bytes": (target / "model.pt").stat().st_size,
+        "sha256": checkpoint_module._sha256(target / "model.pt"),
+    }
+    (target / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match=r"expected tensors in model\.pt"):
+        saved.load(tag_of(3))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("moment", ["before", "while writing", "at the rename"])
+def test_full_disk_is_a_clean_error_and_the_previous_checkpoint_intact(saved, monkeypatch, moment):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    if moment == "before":
+        usage = shutil.disk_usage("/")
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+    elif moment == "while writing":
+        real, calls = torch.save, []
+
+        def fill_up(tensors, file):
+            calls.append(1)
+            if len(calls) > 1:
+                file.write(b"half")
+                raise RuntimeError("PytorchStreamWriter failed writing file data/0: No space left on device")
+            real(tensors, file)
+
+        monkeypatch.setattr(torch, "save", fill_up)
+    else:
+        monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(RunError, match=r"step 4 could not be written.*earlier checkpoints are intact"):
+        saved.save(4, TENSORS, {})
+    monkeypatch.undo()
+    assert saved.load().step == 3
+    assert saved.load().warning is None
+    assert not list(saved.directory.glob(".incomplete-*4"))
+
+
+def test_leftovers_of_a_killed_save_are_removed_by_the_next(saved):
+    left = saved.directory / ".incomplete-step-00000004"
+    left.mkdir()
+    (left / "model.pt").write_bytes(b"half")
+    assert saved.load().step == 3
+    saved.save(4, TENSORS, {})
+    assert sorted(path.name for path in saved.directory.iterdir()) == ["latest", tag_of(3), tag_of(4)]
+
+
+def test_the_same_step_again_replaces_a_damaged_one(saved):
+    flip(saved.directory / tag_of(3) / "model.pt")
+    saved.save(3, TENSORS, {})
+    assert saved.load().warning is None
+
+
+# Budgets and the command line
+
+
+def test_paper_budget_is_the_recipe():
+    assert (PAPER.steps, PAPER.global_batch, PAPER.raw_length, PAPER.tokens_per_step) == (1000, 1024, 1024, 1_048_576)
+    assert (PAPER.learning_rate, PAPER.beta1, PAPER.beta2, PAPER.epsilon) == (1e-4, 0.9, 0.95, 1e-8)
+    assert (PAPER.weight_decay, PAPER.gradient_clipping, PAPER.seed) == (0.1, 1.0, 42)
+    assert (PAPER.eval_every, PAPER.eval_sequences, PAPER.vocab_size) == (20, 1000, 30_000)
+    assert PAPER.comparable
+    assert not DEMO.comparable
+    assert not get_budget("paper", steps=10).comparable
+    with pytest.raises(UsageError, match="checkpoint-every of at least 1, got 0"):
+        get_budget("paper", checkpoint_every=0)
+
+
+def request(*argv, cuda=False):
+    return check(build_parser().parse(list(argv)), cuda=cuda)
+
+
+def test_default_budget_follows_the_device_and_precision_the_budget_or_experiment():
+    assert request().budget_name == "demo"
+    assert request().precision == "fp32"
+    assert request(cuda=True).budget_name == "paper"
+    assert request(cuda=True).precision == "bf16"
+    assert request("--exp", "BaselineFP32", cuda=True).precision == "fp32"
+    assert request("--precision", "bf16").config.precision == "bf16"
+    assert request("--set", "precision=bf16").precision == "bf16"
+    with pytest.raises(UsageError, match="expected one precision"):
+        request("--precision", "fp32", "--set", "precision=bf16")
+
+
+def test_only_the_recipe_itself_is_comparable():
+    assert request("--budget", "paper").comparable
+    assert request("--budget", "paper", "--seed", "7").comparable
+    for change in (["--set", "dropout=0"], ["--precision", "fp32"], ["--steps", "5"], ["--source", "excerpt"]):
+        assert not request("--budget", "paper", *change).comparable
+    assert not request("--budget", "demo").comparable
+
+
+def test_launcher_arguments_are_accepted_and_resume_fills_what_was_not_given():
+    given = build_parser().parse(["--local_rank=1", "--resume", "--steps", "9"])
+    assert given.resume == ""
+    filled = fill_from(given, {"exp": "Database", "steps": 4, "set": ["dropout=0.2"], "budget": "demo"})
+    again = check(filled, cuda=True)
+    assert (again.experiment.name, again.budget.steps, again.overrides) == ("Database", 9, {"dropout": 0.2})
+    assert again.budget_name == "demo"
+
+
+# The micro-batch
+
+
+def test_divisors_and_shares():
+    assert [largest_divisor(128, limit) for limit in (0, 1, 5, 100, 500)] == [1, 1, 4, 64, 128]
+    assert largest_divisor(125, 64) == 25
+    assert share_of_process(1024, 8) == 128
+    with pytest.raises(UsageError, match="divides the global batch of 1024, got 3; start 2"):
+        share_of_process(1024, 3)
+
+
+def test_micro_batch_is_halved_until_it_fits_and_says_so():
+    tried, said = [], []
+
+    def attempt(size):
+        tried.append(size)
+        if size > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert choose_micro_batch(attempt, 16, 16, process_world(), said.append) == 2
+    assert tried == [16, 8, 4, 2]
+    assert said[0].startswith("micro-batch 16 does not fit into memory: trying 8 (same global batch")
+    with pytest.raises(RunError, match="out of memory with one sequence"):
+        choose_micro_batch(lambda size: attempt(99), 16, 2, process_world(), said.append)
+
+
+def test_other_errors_are_not_taken_for_memory():
+    def broken(size):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        choose_micro_batch(broken, 16, 16, process_world(), print)
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    assert 0 < available_memory(process_world()) < 2**50
+
+
+# The folder, metrics, table, picture
+
+
+def test_run_folder_never_mixes_two_runs(tmp_path):
+    first = RunFolder.create(tmp_path, "Baseline", "demo", None)
+    second = RunFolder.create(tmp_path, "Baseline", "demo", None)
+    assert first.path != second.path
+    assert first.path.name.startswith("Baseline-demo-20")
+    first.write("config.json", {"experiment": "Baseline", "budget": {"name": "demo"}, "started": "2026-01-01"})
+    second.write("config.json", {"experiment": "Database", "budget": {"name": "demo"}, "started": "2026-01-02"})
+    assert RunFolder.newest(tmp_path, None, None).path == second.path
+    assert RunFolder.newest(tmp_path, "Baseline", "demo").path == first.path
+    with pytest.raises(UsageError, match="got none"):
+        RunFolder.newest(tmp_path, "Baseline", "paper")
+    with pytest.raises(UsageError, match="which holds a run"):
+        RunFolder.create(tmp_path, "Baseline", "demo", first.path)
+
+
+def test_identity_names_every_difference():
+    stored = {"seed": 42, "config": {"num_heads": [8, 4], "dropout": 0.1}}
+    refuse_other_identity(json.loads(json.dumps(stored)), {"seed": 42, "config": {"num_heads": (8, 4), "dropout": 0.1}})
+    with pytest.raises(UsageError, match=r"config.dropout: the run has 0.1, asked 0.2; seed: the run has 42, asked 1"):
+        refuse_other_identity(stored, {"seed": 1, "config": {"num_heads": (8, 4), "dropout": 0.2}})
+
+
+def test_environment_says_where_and_with_what():
+    entry = environment(process_world(), parameters=5)
+    assert entry["versions"]["torch"] == torch.__version__
+    assert entry["parameters"] == 5
+    assert {"commit", "uncommitted_changes", "device", "processes", "command"} <= entry.keys()
+
+
+def test_metrics_of_steps_that_run_again_are_dropped(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "loss": float(step)} for step in (1, 2, 3)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "lo')
+    assert read(file) == rows
+    metrics = Metrics(file, tmp_path / "tensorboard", resume_step=2)
+    metrics.add({"step": 3, "loss": 30.0, "grad_norm": None})
+    metrics.close()
+    assert [row["loss"] for row in read(file)] == [1.0, 2.0, 30.0]
+
+
+def test_live_line_is_rewritten_on_a_terminal_and_plain_elsewhere():
+    row = {"step": 2, "loss": 5.25, "tokens_per_second": 1_234_567.0}
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream in (Terminal(), io.StringIO()):
+        line = LiveLine(2, 0, enabled=True, stream=stream)
+        line.show({**row, "step": 1}, None, None, 61.0)
+        line.show(row, 5.5, 0.43, 0.0)
+        line.close()
+        text = stream.getvalue()
+        assert "loss 5.2500 | eval 5.5000 | 1.23M tokens/s | 43% of peak" in text
+        assert ("\r" in text) is stream.isatty()
+    silent = io.StringIO()
+    LiveLine(2, 0, enabled=False, stream=silent).show(row, None, None, 0.0)
+    assert silent.getvalue() == ""
+    assert (short_number(950.0), clock(3661), clock(59.6)) == ("950", "1:01:01", "1:00")
+
+
+def test_published_table_stands_beside_ours():
+    assert len(PUBLISHED) == 25
+    text = comparison("ReLUGatedLinearUnit", "APEUnitVariance", 5.80, 5.7917)
+    assert "5.7696" in text
+    assert "+0.0000" in text
+    assert "ReLUGatedLinearUnit - APEUnitVariance: -0.0200 (decided)" in text
+    assert "undecided" in comparison("MoreHeadsLessQKVDim", "Baseline", 5.8, 5.8)
+    assert "no published run" in comparison("Best", "Baseline", 5.0, 5.0)
+
+
+def test_picture_has_both_curves_and_both_levels(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = {}
+
+    def keep(figure, path):
+        (axes,) = figure.axes
+        drawn["lines"] = {line.get_label(): line.get_ydata() for line in axes.lines}
+        drawn["text"] = " ".join(text.get_text() for text in axes.texts) + axes.get_title(loc="left")
+        original(figure, path)
+
+    original = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", keep)
+    rows = [
+        {"step": step, "loss": 14.0 / step, "eval_loss": 14.1 / step if step % 5 == 0 else None}
+        for step in range(1, 21)
+    ]
+    plot_curve(rows, tmp_path / "curve.png", title="Baseline", subtitle="demo", vocab_size=4096, unigram_entropy=6.1)
+    assert list(drawn["lines"]["train"]) == [row["loss"] for row in rows]
+    assert len(drawn["lines"]["eval"]) == 4
+    levels = [float(y[0]) for label, y in drawn["lines"].items() if label not in ("train", "eval")]
+    assert levels == pytest.approx([math.log(4096), 6.1])
+    assert "ln V\n8.32" in drawn["text"]
+    assert "unigram entropy\nof the labels\n6.10" in drawn["text"]
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

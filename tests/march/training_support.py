@@ -1,0 +1,100 @@
+"""What the training tests share: a small corpus, a small model, and DeepSpeed's engine inside the test process."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from march.data import Examples, SpanCorruption
+from march.training.budget import DEMO, Budget
+from march.training.distributed import World, start
+from march.training.loop import Plan, Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Overrides that shrink any experiment to some ten thousand parameters. Per-block lists and the database keep
+# their own values: an override changes the field named and nothing else.
+SMALL = {"dim_model": 32, "num_layers": 2, "num_heads": 2, "dim_qkv": 16, "dim_feedforward": 64, "max_length": 128}
+VOCABULARY = 200
+
+
+def small_overrides(**more) -> list[str]:
+    """SMALL as --set options."""
+    return [part for name, value in {**SMALL, **more}.items() for part in ("--set", f"{name}={value}")]
+
+
+def write_corpus(path: Path) -> Path:
+    """400 documents of words with a skewed frequency, as JSON lines."""
+    draw = random.Random(0)
+    words = [f"{head}{tail}" for head in ("ba", "do", "ki", "lu", "ne", "so") for tail in ("r", "mo", "st", "gri")]
+    weights = [1 / (rank + 1) for rank in range(len(words))]
+    documents = (" ".join(draw.choices(words, weights, k=60)) + "." for _ in range(400))
+    path.write_text("\n".join(json.dumps({"text": text}) for text in documents), encoding="utf-8")
+    return path
+
+
+def small_budget(**changes) -> Budget:
+    """Four steps of 8 sequences of 32 tokens."""
+    settings = {
+        "steps": 4,
+        "global_batch": 8,
+        "raw_length": 32,
+        "eval_every": 2,
+        "eval_sequences": 5,
+        "checkpoint_every": 2,
+        "keep_checkpoints": 2,
+    }
+    return Budget(**{**DEMO.to_dict(), **settings, **changes})
+
+
+def process_world() -> World:
+    """This test process as the only one, its process group started once."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return start()
+
+
+def build_trainer(model, *, budget=None, micro_batch=8, precision="fp32", zero=1, folder=None, checkpoint=None, seed=7):
+    """A trainer over tokens drawn from a skewed distribution; the model is built by the caller."""
+    budget = budget or small_budget()
+    tokens = np.random.default_rng(0).zipf(1.3, 8000).clip(max=VOCABULARY - 112) + 111
+    corruption = SpanCorruption(raw_length=budget.raw_length)
+    plan = Plan(
+        experiment="test",
+        budget=budget,
+        seed=seed,
+        precision=precision,
+        zero=zero,
+        micro_batch=micro_batch,
+        train=Examples(tokens.astype(np.uint16), corruption, seed),
+        validation=Examples(tokens[:2000].astype(np.uint16), corruption, 0),
+    )
+    return Trainer(plan, model, process_world(), folder, checkpoint, quiet=True)
+
+
+def run_command(
+    arguments: list[str], *, launcher=(), cwd: Path, timeout=240, **environment
+) -> subprocess.CompletedProcess:
+    """train.py in processes of its own, from `cwd`; `launcher` goes before it instead of the Python interpreter."""
+    command = [*(launcher or (sys.executable,)), str(ROOT / "train.py"), *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env=process_environment(**environment), capture_output=True, text=True, timeout=timeout
+    )
+
+
+def process_environment(**changes) -> dict[str, str]:
+    """This process's environment without what a process group of the test process left in it."""
+    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
+    kept = {name: value for name, value in os.environ.items() if name not in group}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **changes}
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in metrics(folder)]
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
