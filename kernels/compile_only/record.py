@@ -85,6 +85,16 @@ def launches(x: Tensor) -> bool:
     return x.device.type != "meta" or bool(_active)
 
 
+def architecture(x: Tensor) -> str:
+    """The target whose tiles an operator on `x` takes: the recording's, the CUDA device's, elsewhere sm_86's."""
+    if _active:
+        return _active[-1].arch
+    if x.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(x.device)
+        return f"sm_{major}{minor}"
+    return "sm_86"
+
+
 class _Pointer:
     """A meta tensor as a real launch would see it: allocations aligned to 256 bytes, as the CUDA allocator's are."""
 

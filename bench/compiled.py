@@ -1,0 +1,124 @@
+"""What the fused kernels compile to, without a GPU: one row a kernel and configuration, judged by section 5.
+
+    python -m bench.compiled [--arch sm_86] [--exp Baseline] [--kernel PATTERN] [--json] [--save DIR]
+
+A whole training step of the experiment, forward and backward, at the paper's shapes runs on meta tensors through the
+launch code of a GPU run; every kernel that it launches is compiled for the target. Nothing is executed: these are
+counts of instructions and resources, no speeds. Exit status 1 where a limit is broken or an operator has no fused
+kernel.
+"""
+
+import argparse
+import datetime
+import fnmatch
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kernels
+import march
+from kernels.compile_only import ARCHITECTURES, Launch, recording, reports, save, table
+from kernels.compile_only.sass import tool
+from kernels.dispatch import OPERATORS, fused_available
+from march import experiments
+
+MICRO_BATCH, ENCODER_LENGTH, DECODER_LENGTH = 64, 921, 206
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def missing_operators() -> list[str]:
+    """Operators without a fused kernel in this installation."""
+    return [operator for operator in OPERATORS if not fused_available(operator)]
+
+
+def training_step(
+    name: str,
+    arch: str = "sm_86",
+    *,
+    micro_batch: int = MICRO_BATCH,
+    encoder_length: int = ENCODER_LENGTH,
+    decoder_length: int = DECODER_LENGTH,
+    compile: bool = True,
+    **overrides: Any,
+) -> list[Launch]:
+    """Launches of one forward and backward of experiment `name` in its precision, padding mask and dropout included.
+
+    Operators without a fused kernel (`missing_operators`) take the torch path and do not appear. overrides: fields of
+    march.config.ModelConfig.
+    """
+    impl = {operator: "torch" if operator in missing_operators() else "triton" for operator in OPERATORS}
+    config = experiments.configuration(name, **overrides)
+    with torch.device("meta"):
+        model = march.build_model(name, impl=impl, **overrides).to(DTYPES[config.precision]).train()
+
+        def ids(length: int) -> torch.Tensor:
+            return torch.empty(micro_batch, length, dtype=torch.int64)
+
+        inputs = {
+            "input_ids": ids(encoder_length),
+            "decoder_input_ids": ids(decoder_length),
+            "labels": ids(decoder_length),
+            "attention_mask": torch.empty(micro_batch, encoder_length, dtype=torch.bool),
+            "dropout_state": torch.empty(3, dtype=torch.int64),
+        }
+    with recording(arch, compile) as launches:
+        loss = model(**inputs).loss
+        assert loss is not None
+        loss.backward()
+    return launches
+
+
+def versions() -> dict[str, str]:
+    """What compiled: Triton, its ptxas, torch."""
+    import triton
+
+    output = subprocess.run([tool("ptxas"), "--version"], check=True, capture_output=True, text=True).stdout
+    release = next((line.split("release ")[1].split(",")[0] for line in output.splitlines() if "release" in line), "?")
+    return {"triton": triton.__version__, "ptxas": release, "torch": torch.__version__, "kernels": kernels.__version__}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--arch", default="sm_86", choices=(*ARCHITECTURES, "all"))
+    parser.add_argument("--exp", default="Baseline", help="an experiment's name; several with commas; or 'all'")
+    parser.add_argument("--kernel", default="*", help="only kernels whose name contains this, or matches a * pattern")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="keep cubins, disassembly, PTX and TTGIR there")
+    given = parser.parse_args(arguments)
+    names = list(experiments.names()) if given.exp == "all" else given.exp.split(",")
+    architectures = ARCHITECTURES if given.arch == "all" else (given.arch,)
+    pattern = given.kernel if "*" in given.kernel else f"*{given.kernel}*"
+    missing = missing_operators()
+    failed = bool(missing)
+    results = []
+    for arch in architectures:
+        for name in names:
+            launches = [x for x in training_step(name, arch) if fnmatch.fnmatch(x.kernel, pattern)]
+            rows = reports(launches)
+            failed |= any(not row.passed for row in rows) or not rows
+            results.append({"experiment": name, "arch": arch, "rows": [row.row() for row in rows]})
+            if given.save:
+                save(launches, given.save / arch / name)
+            if not given.json:
+                print(f"{name}, {arch}: {len(launches)} launches of {len(rows)} compiled programs; compiled, not run")
+                print(table(rows) + "\n" if rows else "no fused kernel was launched\n")
+    facts = {"date": datetime.date.today().isoformat(), "versions": versions(), "status": "compiled, not run"}
+    shapes = {"micro_batch": MICRO_BATCH, "encoder_length": ENCODER_LENGTH, "decoder_length": DECODER_LENGTH}
+    if given.json:
+        print(json.dumps({**facts, **shapes, "missing": missing, "passed": not failed, "results": results}, indent=1))
+    else:
+        print(f"{facts['date']}, " + ", ".join(f"{key} {value}" for key, value in versions().items()))
+        print(f"micro-batch {MICRO_BATCH}, encoder {ENCODER_LENGTH}, decoder {DECODER_LENGTH} positions")
+        if missing:
+            print(f"operators without a fused kernel: {', '.join(missing)}")
+        print("FAIL" if failed else "pass")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

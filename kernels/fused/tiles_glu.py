@@ -1,0 +1,41 @@
+"""Tile configurations of the glu kernels: data, chosen by the compile report (docs/kernels/glu.md)."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block of rows, of hidden columns (of each half), of the inner dimension; warps, pipeline stages; how float32
+    operands multiply."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    precision: str = "ieee"
+
+    def options(self) -> dict[str, object]:
+        """As keyword arguments of a launch."""
+        blocks = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "PRECISION": self.precision}
+        return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
+
+
+# class -> tile. pair: two products (gated, mixed); bits of an element
+_DEFAULT: dict[tuple[bool, int], Tile] = {
+    (False, 16): Tile(128, 128, 32, 4, 3),
+    (True, 16): Tile(128, 64, 32, 4, 3),
+    (False, 32): Tile(64, 64, 32, 4, 2, "tf32x3"),
+    (True, 32): Tile(64, 32, 32, 4, 2, "tf32x3"),
+}
+# architecture -> its own choices; what is not named takes the default
+TABLE: dict[str, dict[tuple[bool, int], Tile]] = {}
+
+# programs that only map elements: 16 rows share a column's dropout key
+ELEMENTWISE = Tile(16, 256, 16, 4, 1)
+
+
+def product_tile(arch: str, pair: bool, bits: int) -> Tile:
+    """Configuration of the kernels with products."""
+    key = (pair, bits)
+    return TABLE.get(arch, {}).get(key) or _DEFAULT[key]
