@@ -1,9 +1,7 @@
 """The hidden layer of a feedforward in one kernel: products, activation, gating, dropout (docs/kernels/glu.md).
 
-One family for all kinds: `plain` has one product, `gated` and `mixed` have two, accumulated in one pass over x. The
-activation is a compile-time constant. Legend: B batch, L positions, M = B L rows, D inner width, F hidden width,
-P products (1 or 2), N = F rounded up to 16: rows of the hidden layer start at multiples of N, since F = 1365 would
-mean stores of 2 bytes.
+Legend: B batch, L positions, D inner width, F hidden width, P products (1: plain, 2: gated, mixed), N = F rounded up
+to 16: rows of the hidden layer start at multiples of N, since F = 1365 would mean stores of 2 bytes.
 
 Backward computes the gradients of the products ("d_product") in one elementwise pass, or together with the products
 where they were not kept; d_x and d_weight are plain products and stay with the library.
@@ -13,411 +11,16 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.compile_only import architecture, launches
 from kernels.dropout import Dropout, keep_scale
 from kernels.fused import tiles_glu as tiles
-from kernels.fused.primitives import column_keys, keep, row_keys, signed_threshold
+from kernels.fused.glu_kernels import _glu_backward_kernel, _glu_forward_kernel, _glu_recompute_kernel
+from kernels.fused.primitives import signed_threshold
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 COLUMN_UNIT = 16
-RUN_TIME = ["M", "L", "threshold", "gate_threshold", "site", "gate_site"]
-
-
-@triton.jit
-def _activate(a, ACTIVATION: tl.constexpr):
-    """act(a) in float32."""
-    if ACTIVATION == "relu":
-        return tl.maximum(a, 0.0)
-    elif ACTIVATION == "gelu":
-        return 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476))
-    elif ACTIVATION == "silu":
-        return a * tl.sigmoid(a)
-    elif ACTIVATION == "sigmoid":
-        return tl.sigmoid(a)
-    else:
-        return a
-
-
-@triton.jit
-def _slope(a, ACTIVATION: tl.constexpr):
-    """act'(a) in float32; 0 for relu at 0, as torch has it."""
-    if ACTIVATION == "relu":
-        return tl.where(a > 0.0, 1.0, 0.0)
-    elif ACTIVATION == "gelu":
-        density = tl.exp(-0.5 * a * a) * 0.3989422804014327
-        return 0.5 * (1.0 + tl.erf(a * 0.7071067811865476)) + a * density
-    elif ACTIVATION == "silu":
-        s = tl.sigmoid(a)
-        return s * (1.0 + a * (1.0 - s))
-    elif ACTIVATION == "sigmoid":
-        s = tl.sigmoid(a)
-        return s * (1.0 - s)
-    else:
-        return tl.full(a.shape, 1.0, tl.float32)
-
-
-@triton.jit
-def _drop(v, rng_ptr, site, threshold, scale, rows, columns, L):
-    """dropout(v) of rows (sequence rows // L, position rows % L) and `columns`; the same of a gradient."""
-    a, b = row_keys(rng_ptr, site, rows // L, 0, rows % L)
-    c = column_keys(rng_ptr, site, columns)
-    return tl.where(keep(a[:, None], b[:, None], c[None, :], threshold), v * scale, 0.0)
-
-
-@triton.jit
-def _combine(
-    first,
-    second,
-    rng_ptr,
-    site,
-    threshold,
-    scale,
-    gate_rng_ptr,
-    gate_site,
-    gate_threshold,
-    gate_scale,
-    factor,
-    rows,
-    columns,
-    L,
-    KIND: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    GATE_DROPOUT: tl.constexpr,
-):
-    """The hidden layer from its products, float32 [rows, columns]."""
-    if KIND == "plain":
-        hidden = _activate(first, ACTIVATION)
-    elif KIND == "gated":
-        hidden = _activate(first, ACTIVATION) * second
-    else:
-        slow = tl.sigmoid(first)
-        if GATE_DROPOUT:
-            slow = _drop(slow, gate_rng_ptr, gate_site, gate_threshold, gate_scale, rows, columns, L)
-        hidden = (slow + tl.maximum(second, 0.0)) * factor
-    if DROPOUT:
-        hidden = _drop(hidden, rng_ptr, site, threshold, scale, rows, columns, L)
-    return hidden
-
-
-@triton.jit
-def _gradients(
-    first,
-    second,
-    d_hidden,
-    rng_ptr,
-    site,
-    threshold,
-    scale,
-    gate_rng_ptr,
-    gate_site,
-    gate_threshold,
-    gate_scale,
-    factor,
-    rows,
-    columns,
-    L,
-    KIND: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    GATE_DROPOUT: tl.constexpr,
-):
-    """Gradients of both products, float32; of `plain` the first alone counts."""
-    if DROPOUT:
-        d_hidden = _drop(d_hidden, rng_ptr, site, threshold, scale, rows, columns, L)
-    if KIND == "plain":
-        d_first = d_hidden * _slope(first, ACTIVATION)
-        d_second = d_first
-    elif KIND == "gated":
-        d_first = d_hidden * second * _slope(first, ACTIVATION)
-        d_second = d_hidden * _activate(first, ACTIVATION)
-    else:
-        d_hidden *= factor
-        d_first = d_hidden * _slope(first, "sigmoid")
-        if GATE_DROPOUT:
-            d_first = _drop(d_first, gate_rng_ptr, gate_site, gate_threshold, gate_scale, rows, columns, L)
-        d_second = d_hidden * _slope(second, "relu")
-    return d_first, d_second
-
-
-@triton.jit
-def _products(
-    x_ptr,
-    w_ptr,
-    stride_xb,
-    stride_xl,
-    stride_xd,
-    stride_wr,
-    stride_wd,
-    rows,
-    columns,
-    M,
-    L,
-    F,
-    D: tl.constexpr,
-    X_UNIT: tl.constexpr,
-    W_UNIT: tl.constexpr,
-    PAIR: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """x W^T of `rows` and `columns` in one pass over x: two accumulators, float32 [BLOCK_M, BLOCK_N].
-
-    Rows and columns beyond the end read the last valid one, so that the loop needs no masks; nobody stores them.
-    Strides come in units, which tells the compiler their alignment: it knows multiples of 16 alone by itself, and
-    D = 380 would be read 2 bytes at a time.
-    """
-    safe_rows = tl.minimum(rows, M - 1)
-    safe_columns = tl.minimum(columns, F - 1)
-    sequence = (safe_rows // L).to(tl.int64)
-    x_rows = x_ptr + (sequence * (stride_xb * X_UNIT) + (safe_rows % L) * (stride_xl * X_UNIT))[:, None]
-    w_rows = w_ptr + (safe_columns.to(tl.int64) * (stride_wr * W_UNIT))[None, :]
-    w_half = F.to(tl.int64) * (stride_wr * W_UNIT)
-    first = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    second = first
-    for k in range(0, D, BLOCK_K):
-        inner = k + tl.arange(0, BLOCK_K)
-        x_ptrs = x_rows + (inner * stride_xd)[None, :]
-        w_ptrs = w_rows + (inner * stride_wd)[:, None]
-        if D % BLOCK_K == 0:
-            x = tl.load(x_ptrs)
-            w = tl.load(w_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=(inner < D)[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=(inner < D)[:, None], other=0.0)
-        first = tl.dot(x, w, first, input_precision=PRECISION)
-        if PAIR:
-            if D % BLOCK_K == 0:
-                w = tl.load(w_ptrs + w_half)
-            else:
-                w = tl.load(w_ptrs + w_half, mask=(inner < D)[:, None], other=0.0)
-            second = tl.dot(x, w, second, input_precision=PRECISION)
-    return first, second
-
-
-@triton.jit(do_not_specialize=RUN_TIME)
-def _glu_forward_kernel(
-    x_ptr,
-    w_ptr,
-    hidden_ptr,
-    product_ptr,
-    rng_ptr,
-    gate_rng_ptr,
-    M,
-    L,
-    F,
-    N,
-    stride_xb,
-    stride_xl,
-    stride_xd,
-    stride_wr,
-    stride_wd,
-    site,
-    threshold,
-    scale,
-    gate_site,
-    gate_threshold,
-    gate_scale,
-    factor,
-    D: tl.constexpr,
-    X_UNIT: tl.constexpr,
-    W_UNIT: tl.constexpr,
-    KIND: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    GATE_DROPOUT: tl.constexpr,
-    SAVE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """hidden [M, N] of x and w; with SAVE also the products [M, P N]. Columns from F to N become zero.
-
-    Programs that share rows of x are neighbours: x is read from memory once, the weights stay in the L2.
-    """
-    PAIR: tl.constexpr = KIND != "plain"
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    first, second = _products(
-        x_ptr,
-        w_ptr,
-        stride_xb,
-        stride_xl,
-        stride_xd,
-        stride_wr,
-        stride_wd,
-        rows,
-        columns,
-        M,
-        L,
-        F,
-        D,
-        X_UNIT,
-        W_UNIT,
-        PAIR,
-        PRECISION,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
-    inside = (rows < M)[:, None] & (columns < N)[None, :]
-    real = (columns < F)[None, :]
-    if SAVE:
-        stride_p = N * 2 if PAIR else N
-        product_ptrs = product_ptr + rows.to(tl.int64)[:, None] * stride_p + columns[None, :]
-        kind = product_ptr.dtype.element_ty
-        tl.store(product_ptrs, tl.where(real, first, 0.0).to(kind), mask=inside)
-        if PAIR:
-            tl.store(product_ptrs + N, tl.where(real, second, 0.0).to(kind), mask=inside)
-    hidden = _combine(
-        first,
-        second,
-        rng_ptr,
-        site,
-        threshold,
-        scale,
-        gate_rng_ptr,
-        gate_site,
-        gate_threshold,
-        gate_scale,
-        factor,
-        rows,
-        columns,
-        L,
-        KIND,
-        ACTIVATION,
-        DROPOUT,
-        GATE_DROPOUT,
-    )
-    hidden_ptrs = hidden_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
-    tl.store(hidden_ptrs, tl.where(real, hidden, 0.0).to(hidden_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=RUN_TIME)
-def _glu_backward_kernel(
-    saved_ptr,
-    x_ptr,
-    w_ptr,
-    d_hidden_ptr,
-    d_product_ptr,
-    rng_ptr,
-    gate_rng_ptr,
-    M,
-    L,
-    F,
-    N,
-    stride_xb,
-    stride_xl,
-    stride_xd,
-    stride_wr,
-    stride_wd,
-    stride_db,
-    stride_dl,
-    stride_df,
-    site,
-    threshold,
-    scale,
-    gate_site,
-    gate_threshold,
-    gate_scale,
-    factor,
-    D: tl.constexpr,
-    X_UNIT: tl.constexpr,
-    W_UNIT: tl.constexpr,
-    D_UNIT: tl.constexpr,
-    KIND: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    GATE_DROPOUT: tl.constexpr,
-    FROM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """d_product [M, P N] of d_hidden; columns from F to N become zero.
-
-    FROM "product": saved holds the products. "x": computes them again. "hidden": saved holds the hidden layer
-    of a plain relu, which is positive exactly where the product was positive and kept.
-    """
-    PAIR: tl.constexpr = KIND != "plain"
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (rows < M)[:, None] & (columns < N)[None, :]
-    real = (rows < M)[:, None] & (columns < F)[None, :]
-    rows64 = rows.to(tl.int64)[:, None]
-    stride_p = N * 2 if PAIR else N
-    if FROM == "x":
-        first, second = _products(
-            x_ptr,
-            w_ptr,
-            stride_xb,
-            stride_xl,
-            stride_xd,
-            stride_wr,
-            stride_wd,
-            rows,
-            columns,
-            M,
-            L,
-            F,
-            D,
-            X_UNIT,
-            W_UNIT,
-            PAIR,
-            PRECISION,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        )
-    else:
-        stride_s = N if FROM == "hidden" else stride_p
-        saved_ptrs = saved_ptr + rows64 * stride_s + columns[None, :]
-        first = tl.load(saved_ptrs, mask=inside, other=0.0).to(tl.float32)
-        second = first
-        if PAIR:
-            second = tl.load(saved_ptrs + N, mask=inside, other=0.0).to(tl.float32)
-    d_rows = (rows // L).to(tl.int64) * (stride_db * D_UNIT) + (rows % L) * (stride_dl * D_UNIT)
-    d_ptrs = d_hidden_ptr + d_rows[:, None] + (columns * stride_df)[None, :]
-    d_hidden = tl.load(d_ptrs, mask=real, other=0.0).to(tl.float32)
-    if FROM == "hidden":
-        d_first = tl.where(first > 0.0, d_hidden * scale, 0.0)
-        d_second = d_first
-    else:
-        d_first, d_second = _gradients(
-            first,
-            second,
-            d_hidden,
-            rng_ptr,
-            site,
-            threshold,
-            scale,
-            gate_rng_ptr,
-            gate_site,
-            gate_threshold,
-            gate_scale,
-            factor,
-            rows,
-            columns,
-            L,
-            KIND,
-            ACTIVATION,
-            DROPOUT,
-            GATE_DROPOUT,
-        )
-    kind = d_product_ptr.dtype.element_ty
-    d_product_ptrs = d_product_ptr + rows64 * stride_p + columns[None, :]
-    tl.store(d_product_ptrs, d_first.to(kind), mask=inside)
-    if PAIR:
-        tl.store(d_product_ptrs + N, d_second.to(kind), mask=inside)
 
 
 def _padded(width: int) -> int:
@@ -432,7 +35,7 @@ def _unit(*strides: int) -> int:
     return unit
 
 
-def _x_strides(x: Tensor, weight: Tensor) -> dict[str, Any]:
+def _inner(x: Tensor, weight: Tensor) -> dict[str, Any]:
     x_unit, w_unit = _unit(x.stride(0), x.stride(1)), _unit(weight.stride(0))
     return {
         "stride_xb": x.stride(0) // x_unit,
@@ -494,11 +97,12 @@ def _forward(
             length,
             width,
             padded,
+            triton.cdiv(x.shape[2], tile.k),
             factor=factor,
             KIND=kind,
             ACTIVATION=activation,
             SAVE=save,
-            **_x_strides(x, weight),
+            **_inner(x, weight),
             **_dropouts(p, site, gate_p, gate_site),
             **tile.options(),
         )
@@ -521,40 +125,47 @@ def _backward(
     gate_site: int,
     source: str,
 ) -> Tensor:
-    """d_product [B L, P N]; source: "product", "hidden" or "x", see `_glu_backward_kernel`."""
+    """d_product [B L, P N]; source of the products: "product" or "hidden" (in `saved`), or "x"."""
     batch, length, width = d_hidden.shape
     halves = 1 if kind == "plain" else 2
     padded, rows = _padded(width), batch * length
     d_product = torch.empty((rows, halves * padded), dtype=x.dtype, device=x.device)
-    if launches(x) and rows and width:
-        tile = tiles.product_tile(architecture(x), halves == 2, 8 * x.element_size())
-        if source != "x":
-            tile = tiles.ELEMENTWISE
-        unit = _unit(d_hidden.stride(0), d_hidden.stride(1))
+    if not (launches(x) and rows and width):
+        return d_product
+    unit = _unit(d_hidden.stride(0), d_hidden.stride(1))
+    common = {
+        "M": rows,
+        "L": length,
+        "F": width,
+        "N": padded,
+        "stride_db": d_hidden.stride(0) // unit,
+        "stride_dl": d_hidden.stride(1) // unit,
+        "stride_df": d_hidden.stride(2),
+        "factor": factor,
+        "D_UNIT": unit,
+        "KIND": kind,
+        "ACTIVATION": activation,
+        **_dropouts(p, site, gate_p, gate_site),
+    }
+    tensors = (d_hidden, d_product, rng, gate_rng)
+    if source == "x":
+        tile = tiles.recompute_tile(architecture(x), halves == 2, 8 * x.element_size())
         grid = (triton.cdiv(rows, tile.m) * triton.cdiv(padded, tile.n),)
+        blocks = triton.cdiv(x.shape[2], tile.k)
+        _glu_recompute_kernel[grid](
+            x, weight, *tensors, inner_blocks=blocks, **common, **_inner(x, weight), **tile.options()
+        )
+    else:
+        block_m, block_n, warps = tiles.ELEMENTWISE
+        grid = (triton.cdiv(rows, block_m) * triton.cdiv(padded, block_n),)
         _glu_backward_kernel[grid](
             saved,
-            x,
-            weight,
-            d_hidden,
-            d_product,
-            rng,
-            gate_rng,
-            rows,
-            length,
-            width,
-            padded,
-            stride_db=d_hidden.stride(0) // unit,
-            stride_dl=d_hidden.stride(1) // unit,
-            stride_df=d_hidden.stride(2),
-            factor=factor,
-            D_UNIT=unit,
-            KIND=kind,
-            ACTIVATION=activation,
-            FROM=source,
-            **_x_strides(x, weight),
-            **_dropouts(p, site, gate_p, gate_site),
-            **tile.options(),
+            *tensors,
+            **common,
+            FROM_HIDDEN=source == "hidden",
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            num_warps=warps,
         )
     return d_product
 

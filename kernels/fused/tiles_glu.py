@@ -31,11 +31,16 @@ _DEFAULT: dict[tuple[bool, int], Tile] = {
 # architecture -> its own choices; what is not named takes the default
 TABLE: dict[str, dict[tuple[bool, int], Tile]] = {}
 
-# programs that only map elements: 16 rows share a column's dropout key
-ELEMENTWISE = Tile(16, 256, 16, 4, 1)
+# rows, columns and warps of a program that maps elements: 16 rows share a column's dropout key
+ELEMENTWISE = (16, 256, 4)
 
 
 def product_tile(arch: str, pair: bool, bits: int) -> Tile:
     """Configuration of the kernels with products."""
     key = (pair, bits)
     return TABLE.get(arch, {}).get(key) or _DEFAULT[key]
+
+
+def recompute_tile(arch: str, pair: bool, bits: int) -> Tile:
+    """Configuration of the backward that computes the products again."""
+    return product_tile(arch, pair, bits)

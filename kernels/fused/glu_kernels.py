@@ -1,0 +1,460 @@
+"""Device code of the glu kernels: products, activation, gating, dropout, and their gradients (docs/kernels/glu.md).
+
+One family for all kinds: `plain` has one product, `gated` and `mixed` have two, accumulated in one pass over x. The
+activation is a compile-time constant. Legend: B batch, L positions, M = B L rows, D inner width, F hidden width,
+P products (1 or 2), N = F rounded up to 16, on which rows of hidden layer and products start.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.fused.primitives import column_keys, keep, row_keys
+
+# lengths, sites and thresholds never compile anything anew
+RUN_TIME = ["M", "L", "inner_blocks", "threshold", "gate_threshold", "site", "gate_site"]
+
+
+@triton.jit
+def _activate(a, ACTIVATION: tl.constexpr):
+    """act(a) in float32."""
+    if ACTIVATION == "relu":
+        return tl.maximum(a, 0.0)
+    elif ACTIVATION == "gelu":
+        return 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476))
+    elif ACTIVATION == "silu":
+        return a * tl.sigmoid(a)
+    elif ACTIVATION == "sigmoid":
+        return tl.sigmoid(a)
+    else:
+        return a
+
+
+@triton.jit
+def _slope(a, ACTIVATION: tl.constexpr):
+    """act'(a) in float32; 0 for relu at 0, as torch has it."""
+    if ACTIVATION == "relu":
+        return tl.where(a > 0.0, 1.0, 0.0)
+    elif ACTIVATION == "gelu":
+        density = tl.exp(-0.5 * a * a) * 0.3989422804014327
+        return 0.5 * (1.0 + tl.erf(a * 0.7071067811865476)) + a * density
+    elif ACTIVATION == "silu":
+        s = tl.sigmoid(a)
+        return s * (1.0 + a * (1.0 - s))
+    elif ACTIVATION == "sigmoid":
+        s = tl.sigmoid(a)
+        return s * (1.0 - s)
+    else:
+        return tl.full(a.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def _drop(v, dropout, rows, columns, L):
+    """dropout(v) of rows (sequence rows // L, position rows % L) and `columns`; the same of a gradient.
+
+    dropout: (rng_ptr, site, threshold, scale). The gather looks idle: without it each thread draws the keys of all
+    columns that it holds in the product's layout, 16 Philox calls instead of 1 (700 of 2600 instructions).
+    """
+    rng_ptr, site, threshold, scale = dropout
+    a, b = row_keys(rng_ptr, site, rows // L, 0, rows % L)
+    c = tl.gather(column_keys(rng_ptr, site, columns), tl.arange(0, columns.shape[0]), 0)
+    return tl.where(keep(a[:, None], b[:, None], c[None, :], threshold), v * scale, 0.0)
+
+
+@triton.jit
+def _split(x):
+    """Left and right half of the columns; in the product's layout no value moves."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _combine(
+    first,
+    second,
+    dropout,
+    gate_dropout,
+    factor,
+    rows,
+    columns,
+    L,
+    KIND: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    GATE_DROPOUT: tl.constexpr,
+):
+    """The hidden layer from its products, float32 [rows, columns]."""
+    if KIND == "plain":
+        hidden = _activate(first, ACTIVATION)
+    elif KIND == "gated":
+        hidden = _activate(first, ACTIVATION) * second
+    else:
+        slow = tl.sigmoid(first)
+        if GATE_DROPOUT:
+            slow = _drop(slow, gate_dropout, rows, columns, L)
+        hidden = (slow + tl.maximum(second, 0.0)) * factor
+    if DROPOUT:
+        hidden = _drop(hidden, dropout, rows, columns, L)
+    return hidden
+
+
+@triton.jit
+def _gradients(
+    first,
+    second,
+    d_hidden,
+    dropout,
+    gate_dropout,
+    factor,
+    rows,
+    columns,
+    L,
+    KIND: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    GATE_DROPOUT: tl.constexpr,
+):
+    """Gradients of both products, float32; of `plain` the first alone counts."""
+    if DROPOUT:
+        d_hidden = _drop(d_hidden, dropout, rows, columns, L)
+    if KIND == "plain":
+        d_first = d_hidden * _slope(first, ACTIVATION)
+        d_second = d_first
+    elif KIND == "gated":
+        d_first = d_hidden * second * _slope(first, ACTIVATION)
+        d_second = d_hidden * _activate(first, ACTIVATION)
+    else:
+        d_hidden *= factor
+        d_first = d_hidden * _slope(first, "sigmoid")
+        if GATE_DROPOUT:
+            d_first = _drop(d_first, gate_dropout, rows, columns, L)
+        d_second = d_hidden * _slope(second, "relu")
+    return d_first, d_second
+
+
+@triton.jit
+def _products(
+    x_ptr,
+    w_ptr,
+    x_strides,
+    w_strides,
+    rows,
+    columns,
+    M,
+    L,
+    F,
+    inner_blocks,
+    D: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    W_UNIT: tl.constexpr,
+    PAIR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """x W^T of `rows` and `columns` in one pass over x: two accumulators, float32 [BLOCK_M, BLOCK_N].
+
+    inner_blocks is D / BLOCK_K at run time: a constant count is unrolled whole, and spills behind it. Rows and columns
+    beyond the end read the last valid one, so that the loop needs no masks; nobody stores those rows. Strides come in
+    units, which tells the compiler their alignment: by itself it knows multiples of 16 alone, and D = 380 would be
+    read 2 bytes at a time.
+    """
+    stride_xb, stride_xl, stride_xd = x_strides
+    stride_wr, stride_wd = w_strides
+    safe_rows = tl.minimum(rows, M - 1)
+    safe_columns = tl.minimum(columns, F - 1)
+    sequence = (safe_rows // L).to(tl.int64)
+    x_rows = x_ptr + (sequence * (stride_xb * X_UNIT) + (safe_rows % L) * (stride_xl * X_UNIT))[:, None]
+    w_rows = w_ptr + (safe_columns.to(tl.int64) * (stride_wr * W_UNIT))[None, :]
+    w_half = F.to(tl.int64) * (stride_wr * W_UNIT)
+    first = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    second = first
+    for block in range(inner_blocks):
+        inner = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        x_ptrs = x_rows + (inner * stride_xd)[None, :]
+        w_ptrs = w_rows + (inner * stride_wd)[:, None]
+        if D % BLOCK_K == 0:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=(inner < D)[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=(inner < D)[:, None], other=0.0)
+        first = tl.dot(x, w, first, input_precision=PRECISION)
+        if PAIR:
+            if D % BLOCK_K == 0:
+                w = tl.load(w_ptrs + w_half)
+            else:
+                w = tl.load(w_ptrs + w_half, mask=(inner < D)[:, None], other=0.0)
+            second = tl.dot(x, w, second, input_precision=PRECISION)
+    return first, second
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def _glu_forward_kernel(
+    x_ptr,
+    w_ptr,
+    hidden_ptr,
+    product_ptr,
+    rng_ptr,
+    gate_rng_ptr,
+    M,
+    L,
+    F,
+    N,
+    inner_blocks,
+    stride_xb,
+    stride_xl,
+    stride_xd,
+    stride_wr,
+    stride_wd,
+    site,
+    threshold,
+    scale,
+    gate_site,
+    gate_threshold,
+    gate_scale,
+    factor,
+    D: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    W_UNIT: tl.constexpr,
+    KIND: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    GATE_DROPOUT: tl.constexpr,
+    SAVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """hidden [M, N] of x and w; with SAVE also the products [M, P N]. Columns from F to N repeat the last one.
+
+    Programs that share rows of x are neighbours: x is read from memory once, the weights stay in the L2.
+    """
+    PAIR: tl.constexpr = KIND != "plain"
+    HALF: tl.constexpr = BLOCK_N // 2
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    left = tl.program_id(0) % tiles_n * BLOCK_N
+    columns = left + tl.arange(0, BLOCK_N)
+    first, second = _products(
+        x_ptr,
+        w_ptr,
+        (stride_xb, stride_xl, stride_xd),
+        (stride_wr, stride_wd),
+        rows,
+        columns,
+        M,
+        L,
+        F,
+        inner_blocks,
+        D,
+        X_UNIT,
+        W_UNIT,
+        PAIR,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    rows64 = rows.to(tl.int64)[:, None]
+    if SAVE:
+        inside = (rows < M)[:, None] & (columns < N)[None, :]
+        product_ptrs = product_ptr + rows64 * (N * 2 if PAIR else N) + columns[None, :]
+        tl.store(product_ptrs, first.to(product_ptr.dtype.element_ty), mask=inside)
+        if PAIR:
+            tl.store(product_ptrs + N, second.to(product_ptr.dtype.element_ty), mask=inside)
+    # one half of the columns after the other: 250 registers; the whole at once spills 2 to 9 of them
+    first, first_right = _split(first)
+    second, second_right = _split(second)
+    for right in tl.static_range(2):
+        if right:
+            first, second = first_right, second_right
+        columns = left + right * HALF + tl.arange(0, HALF)
+        hidden = _combine(
+            first,
+            second,
+            (rng_ptr, site, threshold, scale),
+            (gate_rng_ptr, gate_site, gate_threshold, gate_scale),
+            factor,
+            rows,
+            columns,
+            L,
+            KIND,
+            ACTIVATION,
+            DROPOUT,
+            GATE_DROPOUT,
+        )
+        inside = (rows < M)[:, None] & (columns < N)[None, :]
+        tl.store(hidden_ptr + rows64 * N + columns[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def _glu_backward_kernel(
+    saved_ptr,
+    d_hidden_ptr,
+    d_product_ptr,
+    rng_ptr,
+    gate_rng_ptr,
+    M,
+    L,
+    F,
+    N,
+    stride_db,
+    stride_dl,
+    stride_df,
+    site,
+    threshold,
+    scale,
+    gate_site,
+    gate_threshold,
+    gate_scale,
+    factor,
+    D_UNIT: tl.constexpr,
+    KIND: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    GATE_DROPOUT: tl.constexpr,
+    FROM_HIDDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """d_product [M, P N] of d_hidden [B, L, F] and what forward saved; columns from F to N become zero.
+
+    saved: the products [M, P N], or with FROM_HIDDEN the hidden layer [M, N] of a plain relu, which is positive exactly
+    where the product was positive and kept.
+    """
+    PAIR: tl.constexpr = KIND != "plain"
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    here = rows.to(tl.int64)[:, None] * (N * 2 if PAIR else N) + columns[None, :]
+    first = tl.load(saved_ptr + here, mask=inside, other=0.0).to(tl.float32)
+    second = first
+    if PAIR:
+        second = tl.load(saved_ptr + N + here, mask=inside, other=0.0).to(tl.float32)
+    d_rows = (rows // L).to(tl.int64) * (stride_db * D_UNIT) + (rows % L) * (stride_dl * D_UNIT)
+    real = (rows < M)[:, None] & (columns < F)[None, :]
+    d_ptrs = d_hidden_ptr + d_rows[:, None] + (columns * stride_df)[None, :]
+    d_hidden = tl.load(d_ptrs, mask=real, other=0.0).to(tl.float32)
+    if FROM_HIDDEN:
+        d_first = tl.where(first > 0.0, d_hidden * scale, 0.0)
+        d_second = d_first
+    else:
+        d_first, d_second = _gradients(
+            first,
+            second,
+            d_hidden,
+            (rng_ptr, site, threshold, scale),
+            (gate_rng_ptr, gate_site, gate_threshold, gate_scale),
+            factor,
+            rows,
+            columns,
+            L,
+            KIND,
+            ACTIVATION,
+            DROPOUT,
+            GATE_DROPOUT,
+        )
+    tl.store(d_product_ptr + here, d_first.to(d_product_ptr.dtype.element_ty), mask=inside)
+    if PAIR:
+        tl.store(d_product_ptr + N + here, d_second.to(d_product_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def _glu_recompute_kernel(
+    x_ptr,
+    w_ptr,
+    d_hidden_ptr,
+    d_product_ptr,
+    rng_ptr,
+    gate_rng_ptr,
+    M,
+    L,
+    F,
+    N,
+    inner_blocks,
+    stride_xb,
+    stride_xl,
+    stride_xd,
+    stride_wr,
+    stride_wd,
+    stride_db,
+    stride_dl,
+    stride_df,
+    site,
+    threshold,
+    scale,
+    gate_site,
+    gate_threshold,
+    gate_scale,
+    factor,
+    D: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    W_UNIT: tl.constexpr,
+    D_UNIT: tl.constexpr,
+    KIND: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    GATE_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """d_product as `_glu_backward_kernel`, from products computed again."""
+    PAIR: tl.constexpr = KIND != "plain"
+    HALF: tl.constexpr = BLOCK_N // 2
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    left = tl.program_id(0) % tiles_n * BLOCK_N
+    first, second = _products(
+        x_ptr,
+        w_ptr,
+        (stride_xb, stride_xl, stride_xd),
+        (stride_wr, stride_wd),
+        rows,
+        left + tl.arange(0, BLOCK_N),
+        M,
+        L,
+        F,
+        inner_blocks,
+        D,
+        X_UNIT,
+        W_UNIT,
+        PAIR,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    d_rows = (rows // L).to(tl.int64) * (stride_db * D_UNIT) + (rows % L) * (stride_dl * D_UNIT)
+    first, first_right = _split(first)
+    second, second_right = _split(second)
+    for right in tl.static_range(2):
+        if right:
+            first, second = first_right, second_right
+        columns = left + right * HALF + tl.arange(0, HALF)
+        inside = (rows < M)[:, None] & (columns < N)[None, :]
+        real = (rows < M)[:, None] & (columns < F)[None, :]
+        d_ptrs = d_hidden_ptr + d_rows[:, None] + (columns * stride_df)[None, :]
+        d_hidden = tl.load(d_ptrs, mask=real, other=0.0).to(tl.float32)
+        d_first, d_second = _gradients(
+            first,
+            second,
+            d_hidden,
+            (rng_ptr, site, threshold, scale),
+            (gate_rng_ptr, gate_site, gate_threshold, gate_scale),
+            factor,
+            rows,
+            columns,
+            L,
+            KIND,
+            ACTIVATION,
+            DROPOUT,
+            GATE_DROPOUT,
+        )
+        out_ptrs = d_product_ptr + rows.to(tl.int64)[:, None] * (N * 2 if PAIR else N) + columns[None, :]
+        tl.store(out_ptrs, d_first.to(d_product_ptr.dtype.element_ty), mask=inside)
+        if PAIR:
+            tl.store(out_ptrs + N, d_second.to(d_product_ptr.dtype.element_ty), mask=inside)
