@@ -246,6 +246,7 @@ def glu(
     factor: float = 1.0,
     dropout: Dropout | None = None,
     gate_dropout: Dropout | None = None,
+    recompute: bool = False,
     impl: Impl = "auto",
 ) -> Tensor:
     """Hidden layer of a feedforward with its first product. x [B, L, D]; returns [B, L, F].
@@ -254,6 +255,7 @@ def glu(
     kind "gated":  dropout(act(x Wg^T) * (x Wu^T)), weight [2 F, D], the gate's rows first (Shazeer, 2020);
     kind "mixed":  dropout(factor (gate_dropout(sigmoid(x Ws^T)) + relu(x Wf^T))), weight [2 F, D], the slow rows first.
     activation: relu, gelu (erf), silu, sigmoid or identity. factor, gate_dropout: of "mixed" only.
+    recompute: the fused kernels keep no products for backward but compute them again; the others always keep them.
     """
     op = "glu"
     _check(x.dim() == 3, op, "x as [B, L, D]", _shape(x), "reshape it")
@@ -288,6 +290,7 @@ def glu(
     )
     _same(op, (dropout, gate_dropout), x=x, weight=weight)
     function = implementation(op, impl, x.device)
+    extra = {"recompute": True} if recompute and choice(op, impl, x.device) == "triton" else {}
     return function(
         x,
         weight,
@@ -296,6 +299,7 @@ def glu(
         factor=float(factor),
         dropout=_active(dropout),
         gate_dropout=_active(gate_dropout),
+        **extra,
     )
 
 

@@ -8,8 +8,8 @@ in silence: a choice that cannot run raises `ImplementationError` and says what 
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Mapping
-from functools import cache
 
 import torch
 
@@ -69,9 +69,9 @@ def fused_available(operator: str) -> bool:
     return importlib.util.find_spec("triton") is not None and importlib.util.find_spec(FUSED[operator]) is not None
 
 
-@cache
 def _module(name: str):
-    return importlib.import_module(name)
+    # torch.compile traces this look-up, and would not trace the import
+    return sys.modules[name] if name in sys.modules else importlib.import_module(name)
 
 
 def implementation(operator: str, impl: Impl, device: torch.device) -> Callable:

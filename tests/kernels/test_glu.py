@@ -1,0 +1,221 @@
+"""glu in Triton against the formula in float64: every kind and activation, gradients, dropout, shapes, strides."""
+
+import pytest
+import torch
+from harness import DEVICE, check, evaluate, mutations
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from kernels.dropout import Dropout, dropout_state, keep_scale, stream_keep_mask
+
+HALVES = {"plain": 1, "gated": 2, "mixed": 2}
+ACTIVATIONS = ("relu", "gelu", "silu", "sigmoid", "identity")
+
+
+def _dropout(site, p=0.25, first=5):
+    return Dropout(p, dropout_state(42, 3, first), site)
+
+
+def _inputs(kind, batch=2, length=9, depth=40, width=85):
+    generator = torch.Generator().manual_seed(batch + 7 * length + 11 * depth + 13 * width)
+    x = torch.randn(batch, length, depth, generator=generator, dtype=torch.float64)
+    weight = torch.randn(HALVES[kind] * width, depth, generator=generator, dtype=torch.float64)
+    return {"x": x, "weight": weight / max(depth, 1) ** 0.5}
+
+
+FORMS = {
+    **{
+        f"{kind} {activation}": {"kind": kind, "activation": activation}
+        for kind in ("plain", "gated")
+        for activation in ACTIVATIONS
+    },
+    "mixed": {"kind": "mixed"},
+    "mixed half": {"kind": "mixed", "factor": 0.5},
+    "mixed dropout": {"kind": "mixed", "factor": 0.5, "gate_dropout": _dropout(3, 0.5)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_with_dropout(form, dtype):
+    settings = FORMS[form]
+    check("glu", _inputs(settings["kind"]), {**settings, "dropout": _dropout(2)}, dtype)
+
+
+@pytest.mark.parametrize("form", ["plain relu", "plain silu", "gated gelu", "mixed half"])
+def test_without_dropout(form):
+    settings = FORMS[form]
+    check("glu", _inputs(settings["kind"]), settings)
+
+
+@pytest.mark.parametrize("dropout", [None, _dropout(2)], ids=["", "dropout"])
+@pytest.mark.parametrize("form", ["plain relu", "plain gelu", "gated silu", "mixed dropout"])
+def test_recompute_instead_of_save(form, dropout):
+    settings = FORMS[form]
+    check("glu", _inputs(settings["kind"]), {**settings, "dropout": dropout, "recompute": True})
+
+
+# rows beyond a tile, columns beyond a tile and beyond a multiple of 16, inner widths around a block's 32
+SHAPES = [(3, 63, 40, 85), (2, 1, 32, 133), (1, 130, 33, 16), (5, 1, 1, 1), (1, 2, 65, 17), (130, 1, 8, 64)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("form", ["plain relu", "gated silu"])
+def test_odd_sizes(form, shape):
+    settings = FORMS[form]
+    check("glu", _inputs(settings["kind"], *shape), {**settings, "dropout": _dropout(2)})
+
+
+@pytest.mark.parametrize("layout", ["guarded", "transposed", "strided"])
+@pytest.mark.parametrize("form", ["plain relu", "gated relu"])
+def test_strides(form, layout):
+    settings = FORMS[form]
+    check("glu", _inputs(settings["kind"]), {**settings, "dropout": _dropout(2)}, layout=layout)
+
+
+def test_broadcast_input():
+    inputs = _inputs("gated")
+    expanded = {**inputs, "x": inputs["x"][:1].expand(3, -1, -1)}
+    got = kernels.glu(expanded["x"].float().to(DEVICE), inputs["weight"].float().to(DEVICE), impl="triton")
+    one = kernels.glu(inputs["x"][:1].float().to(DEVICE), inputs["weight"].float().to(DEVICE), impl="triton")
+    torch.testing.assert_close(got, one.expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 8, 6), (3, 0, 8, 6), (2, 3, 8, 0)], ids=str)
+@pytest.mark.parametrize("kind", HALVES)
+def test_empty(kind, shape):
+    result = evaluate("glu", _inputs(kind, *shape), {"kind": kind}, torch.float32, "triton", layout="guarded")
+    assert result.outputs["out"].shape == (shape[0], shape[1], shape[3])
+    assert not result.gradients["x"].any()
+    assert not result.gradients["weight"].any()
+
+
+MUTATED = {
+    "plain relu": {"dropout": _dropout(2)},
+    "gated gelu": {"dropout": _dropout(2)},
+    "mixed dropout": {"dropout": _dropout(2)},
+}
+MUTATIONS = [
+    (form, name)
+    for form, extra in MUTATED.items()
+    for name in mutations("glu", _inputs(FORMS[form]["kind"]), {**FORMS[form], **extra})
+]
+
+
+@pytest.mark.parametrize(("form", "mutation"), MUTATIONS)
+def test_a_spoiled_result_fails(form, mutation):
+    settings = {**FORMS[form], **MUTATED[form]}
+    with pytest.raises(AssertionError, match="glu"):
+        check("glu", _inputs(settings["kind"]), settings, mutate=mutation)
+
+
+def _float(kind, **sizes):
+    return [x.float().to(DEVICE).requires_grad_() for x in _inputs(kind, **sizes).values()]
+
+
+def test_dropout_is_the_contracts_mask_exactly():
+    x, weight = _float("plain", length=63)
+    dropout = Dropout(0.3, dropout_state(7, 9, 11, device=DEVICE), 5)
+    plain = kernels.glu(x, weight, kind="plain", activation="identity", impl="triton")
+    dropped = kernels.glu(x, weight, kind="plain", activation="identity", dropout=dropout, impl="triton")
+    keep = stream_keep_mask(dropout, plain)
+    assert torch.equal(dropped != 0, keep & (plain != 0))
+    torch.testing.assert_close(dropped[keep], plain[keep] * keep_scale(0.3))
+
+
+@pytest.mark.parametrize("form", ["plain relu", "mixed dropout"])
+def test_micro_batches_see_the_masks_of_the_whole(form):
+    settings = FORMS[form]
+    x, weight = _float(settings["kind"], batch=4)
+
+    def run(part, first):
+        sites = {
+            name: Dropout(p, dropout_state(42, 3, first, device=DEVICE), site)
+            for name, p, site in (("dropout", 0.25, 2), ("gate_dropout", 0.5, 3))
+            if name == "dropout" or name in settings
+        }
+        return kernels.glu(part, weight, impl="triton", **{**settings, **sites})
+
+    whole = run(x, 5)
+    parts = torch.cat([run(x[:1], 5), run(x[1:], 6)])
+    # the mask to the bit; values to rounding, the interpreter's product depends on a row's place in its tile
+    assert torch.equal(whole == 0, parts == 0)
+    torch.testing.assert_close(whole, parts)
+
+
+def _saved_bytes(form, **extra):
+    """Bytes kept for backward beyond x and weight, and the hidden layer."""
+    x, weight = _float(FORMS[form]["kind"])
+    sizes: dict[int, int] = {}
+
+    def pack(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = kernels.glu(x, weight, impl="triton", **FORMS[form], **extra)
+    for tensor in (x, weight):
+        sizes.pop(tensor.untyped_storage().data_ptr(), None)
+    own = sizes.pop(hidden.untyped_storage().data_ptr(), 0)
+    return sum(sizes.values()), own
+
+
+def test_what_is_saved():
+    rows, padded = 2 * 9, 96
+    assert _saved_bytes("plain relu") == (0, 4 * rows * padded)
+    assert _saved_bytes("plain gelu") == (4 * rows * padded, 0)
+    assert _saved_bytes("gated relu") == (4 * rows * 2 * padded, 0)
+    for form in ("plain gelu", "gated relu", "mixed"):
+        assert _saved_bytes(form, recompute=True) == (0, 0)
+
+
+def test_rows_of_the_hidden_layer_are_aligned():
+    x, weight = _float("gated")
+    hidden = kernels.glu(x, weight, impl="triton")
+    assert hidden.shape == (2, 9, 85)
+    assert hidden.stride() == (9 * 96, 96, 1)
+
+
+def test_no_products_are_written_in_evaluation():
+    x, weight = _float("gated")
+    with torch.no_grad():
+        _, product = torch.ops.march.glu(x, weight, None, None, "gated", "relu", 1.0, 0.0, 0, 0.0, 0, False)
+    assert product.numel() == 0
+
+
+def test_float64_is_refused():
+    x, weight = (tensor.double() for tensor in _float("plain"))
+    with pytest.raises(ValueError, match=r"expected float16, bfloat16 or float32, got torch\.float64"):
+        kernels.glu(x, weight, kind="plain", impl="triton")
+
+
+def test_registered_operators_are_consistent():
+    """Schema, fake implementation (shapes and strides), autograd registration, as torch checks them."""
+    x, weight = _float("gated")
+    rng = dropout_state(1, 2, 3, device=DEVICE)
+    arguments = (x, weight, rng, None, "gated", "silu", 1.0, 0.25, 4, 0.0, 0, True)
+    torch.library.opcheck(torch.ops.march.glu.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    with torch.no_grad():
+        hidden, product = torch.ops.march.glu(*arguments)
+        backward = (hidden, product, x, weight, rng, None, "gated", "silu", 1.0, 0.25, 4, 0.0, 0, "product")
+        torch.library.opcheck(
+            torch.ops.march.glu_backward.default, backward, test_utils=("test_schema", "test_faketensor")
+        )
+
+
+@pytest.mark.parametrize("how", ["compile", "checkpoint"])
+def test_compiled_and_checkpointed(how):
+    x, weight = _float("gated")
+    dropout = Dropout(0.25, dropout_state(1, 2, 3, device=DEVICE), 4)
+
+    def layer(x, weight):
+        return kernels.glu(x * 2, weight, activation="silu", dropout=dropout, impl="triton").sin()
+
+    expected = torch.autograd.grad(layer(x, weight).sum(), [x, weight])
+    if how == "compile":
+        out = torch.compile(layer, backend="aot_eager", fullgraph=True)(x, weight)
+    else:
+        out = checkpoint(layer, x, weight, use_reentrant=False)
+    got = torch.autograd.grad(out.sum(), [x, weight])
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
