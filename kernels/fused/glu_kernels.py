@@ -11,6 +11,7 @@ import triton.language as tl
 from kernels.fused.primitives import column_keys, keep, row_keys
 
 # lengths, sites and thresholds never compile anything anew
+PART_N = tl.constexpr(32)
 RUN_TIME = ["M", "L", "inner_blocks", "threshold", "gate_threshold", "site", "gate_site"]
 
 
@@ -61,9 +62,16 @@ def _drop(v, dropout, rows, columns, L):
 
 
 @triton.jit
-def _split(x):
-    """Left and right half of the columns; in the product's layout no value moves."""
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+def _part(x, INDEX: tl.constexpr, PARTS: tl.constexpr):
+    """Columns of part INDEX of PARTS (a power of two); in the product's layout no value moves."""
+    if PARTS == 1:
+        return x
+    else:
+        left, right = x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+        if INDEX < PARTS // 2:
+            return _part(left, INDEX, PARTS // 2)
+        else:
+            return _part(right, INDEX - PARTS // 2, PARTS // 2)
 
 
 @triton.jit
@@ -231,7 +239,7 @@ def _glu_forward_kernel(
     Programs that share rows of x are neighbours: x is read from memory once, the weights stay in the L2.
     """
     PAIR: tl.constexpr = KIND != "plain"
-    HALF: tl.constexpr = BLOCK_N // 2
+    PARTS: tl.constexpr = BLOCK_N // PART_N if BLOCK_N > PART_N else 1
     tiles_n = tl.cdiv(N, BLOCK_N)
     rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     left = tl.program_id(0) % tiles_n * BLOCK_N
@@ -263,16 +271,12 @@ def _glu_forward_kernel(
         tl.store(product_ptrs, first.to(product_ptr.dtype.element_ty), mask=inside)
         if PAIR:
             tl.store(product_ptrs + N, second.to(product_ptr.dtype.element_ty), mask=inside)
-    # one half of the columns after the other: 250 registers; the whole at once spills 2 to 9 of them
-    first, first_right = _split(first)
-    second, second_right = _split(second)
-    for right in tl.static_range(2):
-        if right:
-            first, second = first_right, second_right
-        columns = left + right * HALF + tl.arange(0, HALF)
+    # one part of the columns after the other: 250 registers; the whole at once spills 2 to 9 of them
+    for part in tl.static_range(PARTS):
+        columns = left + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
         hidden = _combine(
-            first,
-            second,
+            _part(first, part, PARTS),
+            _part(second, part, PARTS),
             (rng_ptr, site, threshold, scale),
             (gate_rng_ptr, gate_site, gate_threshold, gate_scale),
             factor,
@@ -404,7 +408,7 @@ def _glu_recompute_kernel(
 ):
     """d_product as `_glu_backward_kernel`, from products computed again."""
     PAIR: tl.constexpr = KIND != "plain"
-    HALF: tl.constexpr = BLOCK_N // 2
+    PARTS: tl.constexpr = BLOCK_N // PART_N if BLOCK_N > PART_N else 1
     tiles_n = tl.cdiv(N, BLOCK_N)
     rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     left = tl.program_id(0) % tiles_n * BLOCK_N
@@ -429,19 +433,15 @@ def _glu_recompute_kernel(
         BLOCK_K,
     )
     d_rows = (rows // L).to(tl.int64) * (stride_db * D_UNIT) + (rows % L) * (stride_dl * D_UNIT)
-    first, first_right = _split(first)
-    second, second_right = _split(second)
-    for right in tl.static_range(2):
-        if right:
-            first, second = first_right, second_right
-        columns = left + right * HALF + tl.arange(0, HALF)
+    for part in tl.static_range(PARTS):
+        columns = left + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
         inside = (rows < M)[:, None] & (columns < N)[None, :]
         real = (rows < M)[:, None] & (columns < F)[None, :]
         d_ptrs = d_hidden_ptr + d_rows[:, None] + (columns * stride_df)[None, :]
         d_hidden = tl.load(d_ptrs, mask=real, other=0.0).to(tl.float32)
         d_first, d_second = _gradients(
-            first,
-            second,
+            _part(first, part, PARTS),
+            _part(second, part, PARTS),
             d_hidden,
             (rng_ptr, site, threshold, scale),
             (gate_rng_ptr, gate_site, gate_threshold, gate_scale),
