@@ -149,7 +149,7 @@ def _backward(
     }
     tensors = (d_hidden, d_product, rng, gate_rng)
     if source == "x":
-        tile = tiles.recompute_tile(architecture(x), halves == 2, 8 * x.element_size())
+        tile = tiles.product_tile(architecture(x), halves == 2, 8 * x.element_size())
         grid = (triton.cdiv(rows, tile.m) * triton.cdiv(padded, tile.n),)
         blocks = triton.cdiv(x.shape[2], tile.k)
         _glu_recompute_kernel[grid](
