@@ -50,14 +50,23 @@ def _slope(a, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _drop(v, dropout, rows, columns, L):
-    """dropout(v) of rows (sequence rows // L, position rows % L) and `columns`; the same of a gradient.
+def _row_keys(rng_ptr, site, rows, L, DROPOUT: tl.constexpr):
+    """Dropout keys of rows (sequence rows // L, position rows % L); anything where nothing is dropped."""
+    if DROPOUT:
+        return row_keys(rng_ptr, site, rows // L, 0, rows % L)
+    else:
+        return rows, rows
 
-    dropout: (rng_ptr, site, threshold, scale). The gather looks idle: without it each thread draws the keys of all
-    columns that it holds in the product's layout, 16 Philox calls instead of 1 (700 of 2600 instructions).
+
+@triton.jit
+def _drop(v, dropout, columns):
+    """dropout(v) of the rows of the keys in `dropout` and of `columns`; the same of a gradient.
+
+    dropout: (rng_ptr, site, threshold, scale, row keys). The gather looks idle: without it each thread draws the keys
+    of all columns that it holds in the product's layout, 16 Philox calls instead of 1 (700 of 2600 instructions).
     """
-    rng_ptr, site, threshold, scale = dropout
-    a, b = row_keys(rng_ptr, site, rows // L, 0, rows % L)
+    rng_ptr, site, threshold, scale, keys = dropout
+    a, b = keys
     c = tl.gather(column_keys(rng_ptr, site, columns), tl.arange(0, columns.shape[0]), 0)
     return tl.where(keep(a[:, None], b[:, None], c[None, :], threshold), v * scale, 0.0)
 
@@ -82,9 +91,7 @@ def _combine(
     dropout,
     gate_dropout,
     factor,
-    rows,
     columns,
-    L,
     KIND: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -98,10 +105,10 @@ def _combine(
     else:
         slow = tl.sigmoid(first)
         if GATE_DROPOUT:
-            slow = _drop(slow, gate_dropout, rows, columns, L)
+            slow = _drop(slow, gate_dropout, columns)
         hidden = (slow + tl.maximum(second, 0.0)) * factor
     if DROPOUT:
-        hidden = _drop(hidden, dropout, rows, columns, L)
+        hidden = _drop(hidden, dropout, columns)
     return hidden
 
 
@@ -113,9 +120,7 @@ def _gradients(
     dropout,
     gate_dropout,
     factor,
-    rows,
     columns,
-    L,
     KIND: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -123,7 +128,7 @@ def _gradients(
 ):
     """Gradients of both products, float32; of `plain` the first alone counts."""
     if DROPOUT:
-        d_hidden = _drop(d_hidden, dropout, rows, columns, L)
+        d_hidden = _drop(d_hidden, dropout, columns)
     if KIND == "plain":
         d_first = d_hidden * _slope(first, ACTIVATION)
         d_second = d_first
@@ -134,7 +139,7 @@ def _gradients(
         d_hidden *= factor
         d_first = d_hidden * _slope(first, "sigmoid")
         if GATE_DROPOUT:
-            d_first = _drop(d_first, gate_dropout, rows, columns, L)
+            d_first = _drop(d_first, gate_dropout, columns)
         d_second = d_hidden * _slope(second, "relu")
     return d_first, d_second
 
@@ -272,18 +277,20 @@ def _glu_forward_kernel(
         tl.store(product_ptrs, first.to(product_ptr.dtype.element_ty), mask=inside)
         if PAIR:
             tl.store(product_ptrs + N, second.to(product_ptr.dtype.element_ty), mask=inside)
+    keys = _row_keys(rng_ptr, site, rows, L, DROPOUT)
+    gate_keys = _row_keys(gate_rng_ptr, gate_site, rows, L, GATE_DROPOUT)
+    dropout = (rng_ptr, site, threshold, scale, keys)
+    gate_dropout = (gate_rng_ptr, gate_site, gate_threshold, gate_scale, gate_keys)
     # one part of the columns after the other: all 64 at once spill 2 to 9 registers
     for part in tl.static_range(PARTS):
         columns = left + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
         hidden = _combine(
             _part(first, part, PARTS),
             _part(second, part, PARTS),
-            (rng_ptr, site, threshold, scale),
-            (gate_rng_ptr, gate_site, gate_threshold, gate_scale),
+            dropout,
+            gate_dropout,
             factor,
-            rows,
             columns,
-            L,
             KIND,
             ACTIVATION,
             DROPOUT,
@@ -346,16 +353,18 @@ def _glu_backward_kernel(
         d_first = tl.where(first > 0.0, d_hidden * scale, 0.0)
         d_second = d_first
     else:
+        keys = _row_keys(rng_ptr, site, rows, L, DROPOUT)
+        gate_keys = _row_keys(gate_rng_ptr, gate_site, rows, L, GATE_DROPOUT)
+        dropout = (rng_ptr, site, threshold, scale, keys)
+        gate_dropout = (gate_rng_ptr, gate_site, gate_threshold, gate_scale, gate_keys)
         d_first, d_second = _gradients(
             first,
             second,
             d_hidden,
-            (rng_ptr, site, threshold, scale),
-            (gate_rng_ptr, gate_site, gate_threshold, gate_scale),
+            dropout,
+            gate_dropout,
             factor,
-            rows,
             columns,
-            L,
             KIND,
             ACTIVATION,
             DROPOUT,
@@ -434,6 +443,10 @@ def _glu_recompute_kernel(
         BLOCK_K,
     )
     d_rows = (rows // L).to(tl.int64) * (stride_db * D_UNIT) + (rows % L) * (stride_dl * D_UNIT)
+    keys = _row_keys(rng_ptr, site, rows, L, DROPOUT)
+    gate_keys = _row_keys(gate_rng_ptr, gate_site, rows, L, GATE_DROPOUT)
+    dropout = (rng_ptr, site, threshold, scale, keys)
+    gate_dropout = (gate_rng_ptr, gate_site, gate_threshold, gate_scale, gate_keys)
     for part in tl.static_range(PARTS):
         columns = left + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
         inside = (rows < M)[:, None] & (columns < N)[None, :]
@@ -444,12 +457,10 @@ def _glu_recompute_kernel(
             _part(first, part, PARTS),
             _part(second, part, PARTS),
             d_hidden,
-            (rng_ptr, site, threshold, scale),
-            (gate_rng_ptr, gate_site, gate_threshold, gate_scale),
+            dropout,
+            gate_dropout,
             factor,
-            rows,
             columns,
-            L,
             KIND,
             ACTIVATION,
             DROPOUT,
