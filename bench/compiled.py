@@ -1,6 +1,6 @@
 """What the fused kernels compile to, without a GPU: one row a kernel and configuration, judged by section 5.
 
-    python -m bench.compiled [--arch sm_86] [--exp Baseline] [--kernel PATTERN] [--json] [--save DIR]
+    python -m bench.compiled [--arch sm_86] [--exp Baseline] [--kernel PATTERN] [--padding] [--json] [--save DIR]
 
 A whole training step of the experiment, forward and backward, at the paper's shapes runs on meta tensors through the
 launch code of a GPU run; every kernel that it launches is compiled for the target. Nothing is executed: these are
@@ -43,10 +43,13 @@ def training_step(
     micro_batch: int = MICRO_BATCH,
     encoder_length: int = ENCODER_LENGTH,
     decoder_length: int = DECODER_LENGTH,
+    padding: bool = False,
     compile: bool = True,
     **overrides: Any,
 ) -> list[Launch]:
-    """Launches of one forward and backward of experiment `name` in its precision, padding mask and dropout included.
+    """Launches of one forward and backward of experiment `name` in its precision, with dropout.
+
+    padding: give the encoder's padding mask; training's packed sequences have none.
 
     Operators without a fused kernel (`missing_operators`) take the torch path and do not appear. overrides: fields of
     march.config.ModelConfig.
@@ -63,7 +66,7 @@ def training_step(
             "input_ids": ids(encoder_length),
             "decoder_input_ids": ids(decoder_length),
             "labels": ids(decoder_length),
-            "attention_mask": torch.empty(micro_batch, encoder_length, dtype=torch.bool),
+            "attention_mask": torch.empty(micro_batch, encoder_length, dtype=torch.bool) if padding else None,
             "dropout_state": torch.empty(3, dtype=torch.int64),
         }
     with recording(arch, compile) as launches:
@@ -87,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", default="sm_86", choices=(*ARCHITECTURES, "all"))
     parser.add_argument("--exp", default="Baseline", help="an experiment's name; several with commas; or 'all'")
     parser.add_argument("--kernel", default="*", help="only kernels whose name contains this, or matches a * pattern")
+    parser.add_argument("--padding", action="store_true", help="with a padding mask, which training's sequences lack")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--save", type=Path, metavar="DIR", help="keep cubins, disassembly, PTX and TTGIR there")
     given = parser.parse_args(arguments)
@@ -98,7 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = []
     for arch in architectures:
         for name in names:
-            launches = [x for x in training_step(name, arch) if fnmatch.fnmatch(x.kernel, pattern)]
+            launches = [
+                x for x in training_step(name, arch, padding=given.padding) if fnmatch.fnmatch(x.kernel, pattern)
+            ]
             rows = reports(launches)
             failed |= any(not row.passed for row in rows) or not rows
             results.append({"experiment": name, "arch": arch, "rows": [row.row() for row in rows]})
@@ -108,7 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{name}, {arch}: {len(launches)} launches of {len(rows)} compiled programs; compiled, not run")
                 print(table(rows) + "\n" if rows else "no fused kernel was launched\n")
     facts = {"date": datetime.date.today().isoformat(), "versions": versions(), "status": "compiled, not run"}
-    shapes = {"micro_batch": MICRO_BATCH, "encoder_length": ENCODER_LENGTH, "decoder_length": DECODER_LENGTH}
+    shapes = {
+        "micro_batch": MICRO_BATCH,
+        "encoder_length": ENCODER_LENGTH,
+        "decoder_length": DECODER_LENGTH,
+        "padding": given.padding,
+    }
     if given.json:
         print(json.dumps({**facts, **shapes, "missing": missing, "passed": not failed, "results": results}, indent=1))
     else:
