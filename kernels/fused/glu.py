@@ -7,11 +7,13 @@ Backward computes the gradients of the products ("d_product") in one elementwise
 where they were not kept; d_x and d_weight are plain products and stay with the library.
 """
 
+import math
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels.compile_only import architecture, launches
 from kernels.dropout import Dropout, keep_scale
@@ -174,6 +176,16 @@ _forward_op = torch.library.custom_op("march::glu", _forward, mutates_args=())
 _forward_op.register_fake(_forward)
 _backward_op = torch.library.custom_op("march::glu_backward", _backward, mutates_args=())
 _backward_op.register_fake(_backward)
+
+
+@register_flop_formula(torch.ops.march.glu)
+def _forward_flops(x_shape: Any, weight_shape: Any, *arguments: Any, **_: Any) -> int:
+    return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+@register_flop_formula(torch.ops.march.glu_backward)
+def _backward_flops(d_shape: Any, saved: Any, x_shape: Any, weight_shape: Any, *arguments: Any, **_: Any) -> int:
+    return 2 * math.prod(x_shape) * weight_shape[0] if arguments[-1] == "x" else 0
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

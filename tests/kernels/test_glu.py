@@ -4,6 +4,7 @@ import pytest
 import torch
 from harness import DEVICE, check, evaluate, mutations
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels.dropout import Dropout, dropout_state, keep_scale, stream_keep_mask
@@ -167,6 +168,18 @@ def test_what_is_saved():
     assert _saved_bytes("gated relu") == (4 * rows * 2 * padded, 0)
     for form in ("plain gelu", "gated relu", "mixed"):
         assert _saved_bytes(form, recompute=True) == (0, 0)
+
+
+def test_flops_are_those_of_the_products():
+    """2 M D rows forward, as much for each of d_x and d_weight, and again where recomputed."""
+    rows, depth = 2 * 9, 40
+    for form, width, recompute, passes in (("gated relu", 96, False, 1), ("gated relu", 96, True, 2)):
+        x = torch.empty(2, 9, depth, device="meta", requires_grad=True)
+        weight = torch.empty(2 * width, depth, device="meta", requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            hidden = kernels.glu(x, weight, impl="triton", recompute=recompute, **FORMS[form])
+            hidden.backward(torch.empty_like(hidden))
+        assert counter.get_total_flops() == (passes + 2) * 2 * rows * depth * 2 * width
 
 
 def test_rows_of_the_hidden_layer_are_aligned():
