@@ -196,7 +196,7 @@ def _plain(value: Any) -> Any:
 
 
 class _Recorder:
-    def __init__(self, arch: str, compile: bool):
+    def __init__(self, arch: str, compile: Callable[[str], bool]):
         self.arch, self.compile = arch, compile
         self.launches: list[Launch] = []
 
@@ -212,7 +212,7 @@ class _Recorder:
             grid = grid(dict(values))
         grid3 = tuple(int(n) for n in (*grid, 1, 1)[:3])
         compiled = None
-        if self.compile:
+        if self.compile(function.__name__):
             compiled = original(function, grid=grid3, warmup=warmup, **pointers, **options)
         self.launches.append(
             Launch(
@@ -231,10 +231,11 @@ class _Recorder:
 
 
 @contextlib.contextmanager
-def recording(arch: str = "sm_86", compile: bool = True) -> Iterator[list[Launch]]:
+def recording(arch: str = "sm_86", compile: bool | Callable[[str], bool] = True) -> Iterator[list[Launch]]:
     """Within it, fused operators on meta tensors run their launch code for `arch`; yields the growing list of launches.
 
-    compile: compile each distinct kernel (seconds each, kept in Triton's cache on disk), else only note the launch.
+    compile: compile each distinct kernel (seconds each, kept in Triton's cache on disk), else only note the launch; or
+    a function of the kernel's name that says which.
     Raises RuntimeError under TRITON_INTERPRET=1, where kernels are Python functions that nothing can compile, and
     ValueError for an unknown architecture. Launches on other than meta tensors are refused: nothing could run them.
     """
@@ -251,7 +252,7 @@ def recording(arch: str = "sm_86", compile: bool = True) -> Iterator[list[Launch
 
     if _active:
         raise RuntimeError("recording: expected no other active recording, got one; end it first")
-    recorder = _Recorder(arch, compile)
+    recorder = _Recorder(arch, compile if callable(compile) else lambda _: compile)
     original, previous = JITFunction.run, driver._active
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
