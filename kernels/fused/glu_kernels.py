@@ -177,7 +177,7 @@ def _products(
     safe_rows = tl.minimum(rows, M - 1)
     safe_columns = tl.minimum(columns, F - 1)
     sequence = (safe_rows // L).to(tl.int64)
-    x_rows = x_ptr + (sequence * (stride_xb * X_UNIT) + (safe_rows % L) * (stride_xl * X_UNIT))[:, None]
+    x_rows = x_ptr + (sequence * (stride_xb * X_UNIT) + (safe_rows % L).to(tl.int64) * (stride_xl * X_UNIT))[:, None]
     w_rows = w_ptr + (safe_columns.to(tl.int64) * (stride_wr * W_UNIT))[None, :]
     w_half = F.to(tl.int64) * (stride_wr * W_UNIT)
     first = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -345,7 +345,7 @@ def _glu_backward_kernel(
     second = first
     if PAIR:
         second = tl.load(saved_ptr + N + here, mask=inside, other=0.0).to(tl.float32)
-    d_rows = (rows // L).to(tl.int64) * (stride_db * D_UNIT) + (rows % L) * (stride_dl * D_UNIT)
+    d_rows = (rows // L).to(tl.int64) * (stride_db * D_UNIT) + (rows % L).to(tl.int64) * (stride_dl * D_UNIT)
     real = (rows < M)[:, None] & (columns < F)[None, :]
     d_ptrs = d_hidden_ptr + d_rows[:, None] + (columns * stride_df)[None, :]
     d_hidden = tl.load(d_ptrs, mask=real, other=0.0).to(tl.float32)
@@ -442,7 +442,7 @@ def _glu_recompute_kernel(
         BLOCK_N,
         BLOCK_K,
     )
-    d_rows = (rows // L).to(tl.int64) * (stride_db * D_UNIT) + (rows % L) * (stride_dl * D_UNIT)
+    d_rows = (rows // L).to(tl.int64) * (stride_db * D_UNIT) + (rows % L).to(tl.int64) * (stride_dl * D_UNIT)
     keys = _row_keys(rng_ptr, site, rows, L, DROPOUT)
     gate_keys = _row_keys(gate_rng_ptr, gate_site, rows, L, GATE_DROPOUT)
     dropout = (rng_ptr, site, threshold, scale, keys)

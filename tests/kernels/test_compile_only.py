@@ -14,6 +14,7 @@ from kernels.compile_only.products import products, useful_fraction
 from kernels.compile_only.record import launches
 from kernels.compile_only.report import _failures, _loops
 from kernels.compile_only.sass import Program
+from march import experiments
 
 # A loop whose cold block ptxas moved behind the code; a jump back that is no loop; an outer loop around an inner one.
 LISTING = """
@@ -283,14 +284,7 @@ def test_spills_and_slots_break_limits(session, monkeypatch):
 
 def test_command_line_report_and_its_files(tmp_path):
     """The rows of one kernel as JSON; the saved disassembly and cubin let anyone recount."""
-    code = """
-    import contextlib, io, json, sys
-    from bench.compiled import main, missing_operators
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        status = main(["--kernel", "_glu_forward", "--json", "--save", sys.argv[1]])
-    print(json.dumps({"status": status, "missing": missing_operators(), "report": json.loads(out.getvalue())}))
-    """
-    result = compiled(code, str(tmp_path))
+    result = compiled(STEP, "--kernel", "_glu_forward", "--save", str(tmp_path))
     report = result["report"]
     assert report["status"] == "compiled, not run"
     assert result["status"] == int(bool(result["missing"]) or not report["passed"])
@@ -302,6 +296,40 @@ def test_command_line_report_and_its_files(tmp_path):
         assert file.with_suffix(".cubin").read_bytes()[:4] == b"\x7fELF"
         assert Program(file.read_text()).count("HMMA") == row["hmma"]
         assert json.loads(file.with_suffix(".json").read_text())["registers"] == row["registers"]
+
+
+STEP = """
+import contextlib, io, json, sys
+from bench.compiled import main, missing_operators
+with contextlib.redirect_stdout(io.StringIO()) as out:
+    status = main(["--json", *sys.argv[1:]])
+print(json.dumps({"status": status, "missing": missing_operators(), "report": json.loads(out.getvalue())}))
+"""
+
+
+def _assert_step_passes(*arguments):
+    result = compiled(STEP, *arguments)
+    for entry in result["report"]["results"]:
+        assert entry["rows"]
+        for row in entry["rows"]:
+            assert row["passed"], (entry["experiment"], row["kernel"], row["configuration"], row["failures"])
+    assert result["status"] == int(bool(result["missing"]))
+
+
+def test_a_training_step_of_baseline_breaks_no_limit():
+    _assert_step_passes("--exp", "Baseline")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", experiments.names())
+def test_a_training_step_of_every_experiment_breaks_no_limit(name):
+    _assert_step_passes("--exp", name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])
+def test_a_training_step_on_other_targets_breaks_no_limit(arch):
+    _assert_step_passes("--exp", "Baseline,UnifiedAttention,Database,BigHeads", "--arch", arch)
 
 
 def test_command_line_names_its_choices():
