@@ -232,3 +232,20 @@ def test_compiled_and_checkpointed(how):
     got = torch.autograd.grad(out.sum(), [x, weight])
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_length_unseen_compiles_no_new_graph():
+    _, weight = _float("gated")
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    layer = torch.compile(
+        lambda x: kernels.glu(x, weight, impl="triton"), backend=backend, dynamic=True, fullgraph=True
+    )
+    for length in (5, 9, 13):
+        x, _ = _float("gated", length=length)
+        assert torch.equal(layer(x), kernels.glu(x, weight, impl="triton"))
+    assert len(graphs) == 1
