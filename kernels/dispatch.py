@@ -8,8 +8,8 @@ in silence: a choice that cannot run raises `ImplementationError` and says what 
 import importlib
 import importlib.util
 import os
-import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 
@@ -56,43 +56,60 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def _automatic(operator: str, device_type: str) -> str:
+    return "triton" if device_type == "cuda" and fused_available(operator) else "torch"
+
+
 def choice(operator: str, impl: Impl, device: torch.device) -> str:
     """Name of the implementation that `operator` takes on `device`."""
     name = impl if isinstance(impl, str) else impl.get(operator, "auto")
-    if name == "auto":
-        return "triton" if device.type == "cuda" and fused_available(operator) else "torch"
-    return name
+    return _automatic(operator, device.type) if name == "auto" else name
 
 
+@cache
 def fused_available(operator: str) -> bool:
     """True where the fused kernel of `operator` is part of this installation."""
     return importlib.util.find_spec("triton") is not None and importlib.util.find_spec(FUSED[operator]) is not None
 
 
-def _module(name: str):
-    # torch.compile traces this look-up, and would not trace the import
-    return sys.modules[name] if name in sys.modules else importlib.import_module(name)
+# filled by `_load`, read by `implementation`: a plain dictionary, which torch.compile can trace
+_LOADED: dict[tuple[str, str, str], Callable] = {}
 
 
-def implementation(operator: str, impl: Impl, device: torch.device) -> Callable:
-    """The function that computes `operator` on `device`; its keyword arguments are those of kernels.reference."""
-    name = choice(operator, impl, device)
+def _load(operator: str, name: str, device_type: str) -> None:
+    """Puts the function that is `name` for `operator` into _LOADED, or raises and says what to do."""
+    if (operator, name, device_type) in _LOADED:
+        return
     if name in ("torch", "reference"):
-        module = _module("kernels.portable" if name == "torch" else "kernels.reference")
-        return getattr(module, operator)
-    if name == "triton":
+        module = "kernels.portable" if name == "torch" else "kernels.reference"
+    elif name == "triton":
+        module = FUSED[operator]
         if not fused_available(operator):
             raise ImplementationError(
                 f"{operator}: impl='triton' has no fused kernel here (triton installed: "
                 f"{importlib.util.find_spec('triton') is not None}); use impl='torch'"
             )
-        if device.type != "cuda" and device.type != "meta" and not triton_interpreted():
+        if device_type != "cuda" and device_type != "meta" and not triton_interpreted():
             raise ImplementationError(
-                f"{operator}: impl='triton' needs a CUDA device, got tensors on {device}; use impl='torch' or 'auto', "
-                "or set TRITON_INTERPRET=1 before starting Python to run the kernels in Triton's interpreter"
+                f"{operator}: impl='triton' needs a CUDA device, got tensors on {device_type}; use impl='torch' or "
+                "'auto', or set TRITON_INTERPRET=1 before starting Python to run the kernels in Triton's interpreter"
             )
-        return getattr(_module(FUSED[operator]), operator)
-    return getattr(_module(f"kernels.libraries.{name}"), operator)
+    else:
+        module = f"kernels.libraries.{name}"
+    _LOADED[operator, name, device_type] = getattr(importlib.import_module(module), operator)
+
+
+# torch.compile takes the answers of these two as constants instead of tracing imports: what
+# torch.compiler.assume_constant_result sets, without importing the compiler, which takes 3 s
+_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_automatic._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def implementation(operator: str, impl: Impl, device: torch.device) -> Callable:
+    """The function that computes `operator` on `device`; its keyword arguments are those of kernels.reference."""
+    name = choice(operator, impl, device)
+    _load(operator, name, device.type)
+    return _LOADED[operator, name, device.type]
 
 
 def describe(impl: Impl, device: torch.device) -> str:
