@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels.compile_only.record import launches
 from kernels.dropout import Dropout, keep_scale
-from kernels.fused.primitives import column_keys, keep, row_keys, signed_threshold
+from kernels.fused.primitives import aligned, alignment, column_keys, keep, row_keys, signed_threshold
 
 MAX_WIDTH = 16384
 PROGRAMS_FORWARD = 512
@@ -65,10 +65,12 @@ def _embedding_fwd_kernel(
     HAS_DROPOUT: tl.constexpr,
     HAS_DROPOUT_T: tl.constexpr,
     AVERAGE: tl.constexpr,
+    ALIGN: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    stride_v, stride_p = aligned(stride_v, ALIGN), aligned(stride_p, ALIGN)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     if HAS_DROPOUT:
@@ -115,10 +117,12 @@ def _embedding_table_bwd_kernel(
     scale,
     HAS_DROPOUT: tl.constexpr,
     AVERAGE: tl.constexpr,
+    ALIGN: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    stride_ob, stride_ol = aligned(stride_ob, ALIGN), aligned(stride_ol, ALIGN)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     if HAS_DROPOUT:
@@ -159,11 +163,13 @@ def _embedding_positions_bwd_kernel(
     scale,
     HAS_DROPOUT: tl.constexpr,
     AVERAGE: tl.constexpr,
+    ALIGN: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     position = tl.program_id(0)
+    stride_ob, stride_ol = aligned(stride_ob, ALIGN), aligned(stride_ol, ALIGN)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     if HAS_DROPOUT:
@@ -234,6 +240,7 @@ def _forward(
         HAS_DROPOUT=rng is not None,
         HAS_DROPOUT_T=rng_t is not None,
         AVERAGE=average,
+        ALIGN=alignment(table.stride(0), positions.stride(0)),
         D=width,
         ROWS=rows,
         BLOCK_D=block_d,
@@ -265,7 +272,14 @@ def _backward(
         return d_table, d_positions
     d_out = _unit_stride(d_out)
     rows, block_d, warps = backward_tile(width)
-    shape = {"AVERAGE": average, "D": width, "ROWS": rows, "BLOCK_D": block_d, "num_warps": warps}
+    shape = {
+        "AVERAGE": average,
+        "ALIGN": alignment(*d_out.stride()[:2]),
+        "D": width,
+        "ROWS": rows,
+        "BLOCK_D": block_d,
+        "num_warps": warps,
+    }
     # stable: tokens of one id stay in the order of their positions, whatever the sort does inside
     sorted_ids, order = torch.sort(ids.flatten(), stable=True)
     start = torch.searchsorted(sorted_ids, torch.arange(vocabulary + 1, device=ids.device))

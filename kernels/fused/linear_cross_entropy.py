@@ -1,4 +1,4 @@
-"""Mean cross entropy of the logits (h scale) E^T, of which no more than a chunk of 200 MB exists at a time, in backward.
+"""Mean cross entropy of the logits (h scale) E^T; at most 200 MB of them exist at a time, in backward.
 
     s = scale h E^T        lse = log sum_v exp(s_v)        loss = sum over valid tokens (lse - s_label) / count
     G = exp(s - lse) - onehot(label), 0 in rows of ignored tokens      c = d_loss scale / count
@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.compile_only.record import launches
+from kernels.fused.primitives import aligned, alignment
 
 # G of a chunk of the vocabulary: [T, columns] in the dtype of h
 CHUNK_BYTES = 200_000_000
@@ -54,30 +55,37 @@ def _logits(
     offs_n,
     stride_h,
     stride_w,
-    D: tl.constexpr,
+    width,
+    EVEN: tl.constexpr,
+    ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """h[offs_m] E[offs_n]^T in float32, [BLOCK_M, BLOCK_N]; all offsets are of existing rows."""
+    """h[offs_m] E[offs_n]^T in float32, [BLOCK_M, BLOCK_N]; all offsets are of existing rows.
+
+    The width is a run-time argument: with a constant one LLVM unrolls the whole product, 255 registers and a spill.
+    """
+    width = aligned(width, ALIGN)
+    stride_h, stride_w = aligned(stride_h, ALIGN), aligned(stride_w, ALIGN)
     offs_k = tl.arange(0, BLOCK_K)
     h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * stride_h + offs_k[None, :]
     w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_w + offs_k[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for k in range(0, D, BLOCK_K):
-        if D % BLOCK_K == 0:
+    for k in range(0, width, BLOCK_K):
+        if EVEN:
             h = tl.load(h_ptrs + k)
             w = tl.load(w_ptrs + k)
         else:
-            h = tl.load(h_ptrs + k, mask=(offs_k < D - k)[None, :], other=0.0)
-            w = tl.load(w_ptrs + k, mask=(offs_k < D - k)[None, :], other=0.0)
+            h = tl.load(h_ptrs + k, mask=(offs_k < width - k)[None, :], other=0.0)
+            w = tl.load(w_ptrs + k, mask=(offs_k < width - k)[None, :], other=0.0)
         acc = tl.dot(h, tl.trans(w), acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit(do_not_specialize=["tokens", "vocabulary"])
-def _lce_fwd_kernel(
+def _linear_cross_entropy_fwd_kernel(
     h_ptr,
     w_ptr,
     labels_ptr,
@@ -88,8 +96,10 @@ def _lce_fwd_kernel(
     vocabulary,
     stride_h,
     stride_w,
+    width,
     scale_log2,
-    D: tl.constexpr,
+    EVEN: tl.constexpr,
+    ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     SPLITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -115,7 +125,9 @@ def _lce_fwd_kernel(
     for tile in range(split * share, tl.minimum((split + 1) * share, tiles)):
         column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         offs_n = tl.minimum(column, vocabulary - 1)
-        s = _logits(h_ptr, w_ptr, offs_m, offs_n, stride_h, stride_w, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+        s = _logits(
+            h_ptr, w_ptr, offs_m, offs_n, stride_h, stride_w, width, EVEN, ALIGN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+        )
         s *= scale_log2
         s = tl.where((column < vocabulary)[None, :], s, float("-inf"))
         new = tl.maximum(top, tl.max(s, axis=1))
@@ -129,7 +141,7 @@ def _lce_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens", "ignore_index"])
-def _lce_join_kernel(
+def _linear_cross_entropy_join_kernel(
     top_ptr,
     total_ptr,
     target_ptr,
@@ -167,7 +179,7 @@ def _lce_join_kernel(
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _lce_mean_kernel(sum_ptr, count_ptr, loss_ptr, inverse_ptr, blocks, BLOCK: tl.constexpr):
+def _linear_cross_entropy_mean_kernel(sum_ptr, count_ptr, loss_ptr, inverse_ptr, blocks, BLOCK: tl.constexpr):
     """One program: the mean loss and 1 / count of valid tokens, 0 and 1 where there are none."""
     acc = tl.zeros([BLOCK], dtype=tl.float32)
     valid = tl.zeros([BLOCK], dtype=tl.int32)
@@ -181,7 +193,7 @@ def _lce_mean_kernel(sum_ptr, count_ptr, loss_ptr, inverse_ptr, blocks, BLOCK: t
 
 
 @triton.jit(do_not_specialize=["tokens", "columns", "first_column", "ignore_index"])
-def _lce_dlogits_kernel(
+def _linear_cross_entropy_dlogits_kernel(
     h_ptr,
     w_ptr,
     labels_ptr,
@@ -193,9 +205,11 @@ def _lce_dlogits_kernel(
     stride_h,
     stride_w,
     stride_g,
+    width,
     scale_log2,
     ignore_index,
-    D: tl.constexpr,
+    EVEN: tl.constexpr,
+    ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -211,18 +225,20 @@ def _lce_dlogits_kernel(
     row = (first + inside % size) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = inside // size * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m, offs_n = tl.minimum(row, tokens - 1), tl.minimum(column, columns - 1)
-    s = _logits(h_ptr, w_ptr, offs_m, offs_n, stride_h, stride_w, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    s = _logits(
+        h_ptr, w_ptr, offs_m, offs_n, stride_h, stride_w, width, EVEN, ALIGN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+    )
     label = tl.load(labels_ptr + offs_m)
     g = tl.exp2(s * scale_log2 - tl.load(lse_ptr + offs_m)[:, None])
     g = tl.where((column + first_column)[None, :] == label[:, None], g - 1.0, g)
     g = tl.where((label != ignore_index)[:, None], g, 0.0)
+    # a row of G has room for whole tiles: a mask of columns would split the stores into 2 bytes each
     offs = row.to(tl.int64)[:, None] * stride_g + column[None, :]
-    mask = (row < tokens)[:, None] & (column < columns)[None, :]
-    tl.store(g_ptr + offs, g.to(g_ptr.dtype.element_ty), mask=mask)
+    tl.store(g_ptr + offs, g.to(g_ptr.dtype.element_ty), mask=(row < tokens)[:, None])
 
 
 @triton.jit(do_not_specialize=["elements"])
-def _lce_scale_kernel(x_ptr, out_ptr, d_loss_ptr, inverse_ptr, scale, elements, BLOCK: tl.constexpr):
+def _linear_cross_entropy_scale_kernel(x_ptr, out_ptr, d_loss_ptr, inverse_ptr, scale, elements, BLOCK: tl.constexpr):
     """out = x scale d_loss / count, flat, in out's dtype."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     factor = tl.load(d_loss_ptr).to(tl.float32) * tl.load(inverse_ptr) * scale
@@ -280,7 +296,7 @@ def _forward(
     h, weight, labels = _matrix(h), _matrix(weight), labels.contiguous()
     top, total, target = (allocate(SPLITS, tokens) for _ in range(3))
     block_m, block_n, block_k, warps, stages = forward_tile(h.element_size())
-    _lce_fwd_kernel[(triton.cdiv(tokens, block_m) * SPLITS,)](
+    _linear_cross_entropy_fwd_kernel[(triton.cdiv(tokens, block_m) * SPLITS,)](
         h,
         weight,
         labels,
@@ -291,8 +307,10 @@ def _forward(
         vocabulary,
         h.stride(0),
         weight.stride(0),
+        width,
         scale * LOG2E,
-        D=width,
+        EVEN=width % block_k == 0,
+        ALIGN=alignment(width, h.stride(0), weight.stride(0)),
         PRECISION=_precision(h.dtype),
         SPLITS=SPLITS,
         GROUP=GROUP,
@@ -304,7 +322,7 @@ def _forward(
     )
     blocks = triton.cdiv(tokens, JOIN_TOKENS)
     sums, counts = allocate(blocks), allocate(blocks, dtype=torch.int32)
-    _lce_join_kernel[(blocks,)](
+    _linear_cross_entropy_join_kernel[(blocks,)](
         top,
         total,
         target,
@@ -320,12 +338,12 @@ def _forward(
         BLOCK=JOIN_TOKENS,
         num_warps=2,
     )
-    _lce_mean_kernel[(1,)](sums, counts, loss, inverse, blocks, BLOCK=MEAN_TOKENS, num_warps=4)
+    _linear_cross_entropy_mean_kernel[(1,)](sums, counts, loss, inverse, blocks, BLOCK=MEAN_TOKENS, num_warps=4)
     return loss, per_token, lse, inverse
 
 
 def _scaled(x: Tensor, out: Tensor, d_loss: Tensor, inverse: Tensor, scale: float) -> None:
-    _lce_scale_kernel[(triton.cdiv(x.numel(), SCALE_ELEMENTS),)](
+    _linear_cross_entropy_scale_kernel[(triton.cdiv(x.numel(), SCALE_ELEMENTS),)](
         x, out, d_loss, inverse, scale, x.numel(), BLOCK=SCALE_ELEMENTS, num_warps=8
     )
 
@@ -358,7 +376,7 @@ def _backward(
     for first in range(0, vocabulary, columns):
         rows = weight[first : first + columns]
         count = rows.shape[0]
-        _lce_dlogits_kernel[(triton.cdiv(tokens, block_m) * triton.cdiv(count, block_n),)](
+        _linear_cross_entropy_dlogits_kernel[(triton.cdiv(tokens, block_m) * triton.cdiv(count, block_n),)](
             h,
             rows,
             labels,
@@ -370,9 +388,11 @@ def _backward(
             h.stride(0),
             weight.stride(0),
             columns,
+            width,
             scale * LOG2E,
             ignore_index,
-            D=width,
+            EVEN=width % block_k == 0,
+            ALIGN=alignment(width, h.stride(0), weight.stride(0)),
             PRECISION=_precision(h.dtype),
             GROUP=GROUP_BACKWARD,
             BLOCK_M=block_m,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kernels.compile_only.record import launches
 from kernels.dropout import Dropout, keep_scale
-from kernels.fused.primitives import column_keys, keep, row_keys, signed_threshold
+from kernels.fused.primitives import aligned, alignment, column_keys, keep, row_keys, signed_threshold
 
 MAX_WIDTH = 16384
 # Rows up to this width stay in one warp's registers, and the row's sums need no barrier.
@@ -71,10 +71,13 @@ def _residual_norm_fwd_kernel(
     HAS_X: tl.constexpr,
     HAS_S: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    ALIGN: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    stride_xb, stride_xl = aligned(stride_xb, ALIGN), aligned(stride_xl, ALIGN)
+    stride_sb, stride_sl = aligned(stride_sb, ALIGN), aligned(stride_sl, ALIGN)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     gain = tl.load(gain_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
@@ -132,10 +135,14 @@ def _residual_norm_bwd_kernel(
     HAS_DY: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     WRITE_DX: tl.constexpr,
+    ALIGN: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    stride_dyb, stride_dyl = aligned(stride_dyb, ALIGN), aligned(stride_dyl, ALIGN)
+    stride_dzb, stride_dzl = aligned(stride_dzb, ALIGN), aligned(stride_dzl, ALIGN)
+    stride_yb, stride_yl = aligned(stride_yb, ALIGN), aligned(stride_yl, ALIGN)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     gain = tl.load(gain_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
@@ -244,6 +251,7 @@ def _forward(
         HAS_X=x is not None,
         HAS_S=s is not None,
         HAS_DROPOUT=rng is not None,
+        ALIGN=alignment(*x_like.stride()[:2], *s_like.stride()[:2]),
         D=width,
         ROWS=rows,
         BLOCK_D=block_d,
@@ -301,6 +309,7 @@ def _backward(
         HAS_DY=dy is not None,
         HAS_DROPOUT=rng is not None,
         WRITE_DX=write_dx,
+        ALIGN=alignment(*dy_like.stride()[:2], *dz.stride()[:2], *y.stride()[:2]),
         D=width,
         ROWS=rows,
         BLOCK_D=block_d,
