@@ -21,25 +21,12 @@ from torch import Tensor
 
 from kernels.compile_only.record import launches
 from kernels.dropout import Dropout, keep_scale
+from kernels.fused import tiles_rows
 from kernels.fused.primitives import aligned, alignment, column_keys, keep, row_keys, signed_threshold
 
 MAX_WIDTH = 16384
-PROGRAMS_FORWARD = 512
 # rows of E a program serves in backward: 3,750 programs at 30,000
 ROWS_OF_E = 8
-FORWARD_WARP_WIDTH, BACKWARD_ELEMENTS = 512, 4096
-
-
-def forward_tile(width: int) -> tuple[int, int, int]:
-    """(rows of a tile, BLOCK_D, warps) of the forward kernel."""
-    block = max(32, triton.next_power_of_2(width))
-    return (2, block, 1) if block <= FORWARD_WARP_WIDTH else (1, block, min(16, block // FORWARD_WARP_WIDTH))
-
-
-def backward_tile(width: int) -> tuple[int, int, int]:
-    """(rows of a tile, BLOCK_D, warps) of the two backward kernels: tiles of up to 4096 elements, 32 a thread."""
-    block = max(32, triton.next_power_of_2(width))
-    return max(1, min(16, BACKWARD_ELEMENTS // block)), block, max(4, min(16, block // 1024))
 
 
 @triton.jit(do_not_specialize=["rows", "length", "site", "site_t", "threshold", "threshold_t"])
@@ -218,8 +205,8 @@ def _forward(
     if out.numel() == 0 or not launches(out):
         return out
     table, positions = _unit_stride(table), _unit_stride(positions)
-    rows, block_d, warps = forward_tile(width)
-    _embedding_fwd_kernel[(min(PROGRAMS_FORWARD, triton.cdiv(batch * length, rows)),)](
+    tile = tiles_rows.row_tile("stream", width)
+    _embedding_fwd_kernel[(tiles_rows.programs(batch * length, tile),)](
         ids,
         table,
         positions,
@@ -242,9 +229,9 @@ def _forward(
         AVERAGE=average,
         ALIGN=alignment(table.stride(0), positions.stride(0)),
         D=width,
-        ROWS=rows,
-        BLOCK_D=block_d,
-        num_warps=warps,
+        ROWS=tile.rows,
+        BLOCK_D=tile.block,
+        num_warps=tile.warps,
     )
     return out
 
@@ -271,14 +258,14 @@ def _backward(
     if not launches(d_out):
         return d_table, d_positions
     d_out = _unit_stride(d_out)
-    rows, block_d, warps = backward_tile(width)
+    tile = tiles_rows.row_tile("runs", width)
     shape = {
         "AVERAGE": average,
         "ALIGN": alignment(*d_out.stride()[:2]),
         "D": width,
-        "ROWS": rows,
-        "BLOCK_D": block_d,
-        "num_warps": warps,
+        "ROWS": tile.rows,
+        "BLOCK_D": tile.block,
+        "num_warps": tile.warps,
     }
     # stable: tokens of one id stay in the order of their positions, whatever the sort does inside
     sorted_ids, order = torch.sort(ids.flatten(), stable=True)

@@ -24,27 +24,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.compile_only.record import launches
+from kernels.compile_only.record import architecture, launches
+from kernels.fused import tiles_rows
 from kernels.fused.primitives import aligned, alignment
 
 # G of a chunk of the vocabulary: [T, columns] in the dtype of h
 CHUNK_BYTES = 200_000_000
-# Splits of the vocabulary in forward. With GROUP token tiles at a time the working set, GROUP tiles of h and SPLITS
-# tiles of E, is 3 MB at D 512 in bf16 and stays in the L2; E is read once a group, 7 times at 13,184 tokens.
-SPLITS, GROUP = 8, 16
+# Splits of the vocabulary in forward, and token tiles whose programs follow each other. A group's working set, 32 tiles
+# of h and 8 of E, is 3 MB at D 512 in bf16 and stays in the L2; E is read once a group, 7 times at 13,184 tokens.
+SPLITS, GROUP = 8, 32
 GROUP_BACKWARD = 16
 JOIN_TOKENS, MEAN_TOKENS, SCALE_ELEMENTS = 64, 1024, 4096
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
-
-
-def forward_tile(element_size: int) -> tuple[int, int, int, int, int]:
-    """(BLOCK_M tokens, BLOCK_N columns, BLOCK_K features, warps, stages) of the forward product."""
-    return (128, 128, 64, 8, 3) if element_size == 2 else (64, 64, 32, 4, 2)
-
-
-def backward_tile(element_size: int) -> tuple[int, int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of the product that writes G."""
-    return (128, 128, 32, 4, 4) if element_size == 2 else (64, 64, 32, 4, 2)
 
 
 @triton.jit
@@ -262,11 +253,6 @@ def _matrix(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _precision(dtype: torch.dtype) -> str:
-    # Triton's default for float32 is plain tf32, 10 bits; three tf32 products give 21
-    return "tf32x3" if dtype == torch.float32 else "ieee"
-
-
 def _product(a: Tensor, b: Tensor, acc: Tensor | None = None) -> Tensor:
     """acc + a b in float32 by the library."""
     if a.dtype != torch.float32:
@@ -295,8 +281,8 @@ def _forward(
         return loss, per_token, lse, inverse
     h, weight, labels = _matrix(h), _matrix(weight), labels.contiguous()
     top, total, target = (allocate(SPLITS, tokens) for _ in range(3))
-    block_m, block_n, block_k, warps, stages = forward_tile(h.element_size())
-    _linear_cross_entropy_fwd_kernel[(triton.cdiv(tokens, block_m) * SPLITS,)](
+    tile = tiles_rows.product_tile(architecture(h), "forward", 8 * h.element_size())
+    _linear_cross_entropy_fwd_kernel[(triton.cdiv(tokens, tile.m) * SPLITS,)](
         h,
         weight,
         labels,
@@ -309,16 +295,11 @@ def _forward(
         weight.stride(0),
         width,
         scale * LOG2E,
-        EVEN=width % block_k == 0,
+        EVEN=width % tile.k == 0,
         ALIGN=alignment(width, h.stride(0), weight.stride(0)),
-        PRECISION=_precision(h.dtype),
         SPLITS=SPLITS,
         GROUP=GROUP,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=warps,
-        num_stages=stages,
+        **tile.options(),
     )
     blocks = triton.cdiv(tokens, JOIN_TOKENS)
     sums, counts = allocate(blocks), allocate(blocks, dtype=torch.int32)
@@ -371,12 +352,12 @@ def _backward(
     h, weight, labels = _matrix(h), _matrix(weight), labels.contiguous()
     columns = chunk_columns(tokens, vocabulary, h.element_size())
     g = torch.empty((tokens, columns), dtype=h.dtype, device=h.device)
-    block_m, block_n, block_k, warps, stages = backward_tile(h.element_size())
+    tile = tiles_rows.product_tile(architecture(h), "dlogits", 8 * h.element_size())
     wide_dh = None
     for first in range(0, vocabulary, columns):
         rows = weight[first : first + columns]
         count = rows.shape[0]
-        _linear_cross_entropy_dlogits_kernel[(triton.cdiv(tokens, block_m) * triton.cdiv(count, block_n),)](
+        _linear_cross_entropy_dlogits_kernel[(triton.cdiv(tokens, tile.m) * triton.cdiv(count, tile.n),)](
             h,
             rows,
             labels,
@@ -391,15 +372,10 @@ def _backward(
             width,
             scale * LOG2E,
             ignore_index,
-            EVEN=width % block_k == 0,
+            EVEN=width % tile.k == 0,
             ALIGN=alignment(width, h.stride(0), weight.stride(0)),
-            PRECISION=_precision(h.dtype),
             GROUP=GROUP_BACKWARD,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            num_warps=warps,
-            num_stages=stages,
+            **tile.options(),
         )
         if needs_h:
             wide_dh = _product(g[:, :count], rows, wide_dh)

@@ -23,21 +23,11 @@ from torch import Tensor
 
 from kernels.compile_only.record import launches
 from kernels.dropout import Dropout, keep_scale
+from kernels.fused import tiles_rows
 from kernels.fused.primitives import aligned, alignment, column_keys, keep, row_keys, signed_threshold
 
 MAX_WIDTH = 16384
-# Rows up to this width stay in one warp's registers, and the row's sums need no barrier.
-WARP_WIDTH = 512
-PROGRAMS = 512
 REDUCE_ROWS, REDUCE_COLUMNS = 64, 32
-
-
-def tile(width: int) -> tuple[int, int, int]:
-    """(rows of a tile, BLOCK_D, warps) for streams of `width` features."""
-    block = max(32, triton.next_power_of_2(width))
-    if block <= WARP_WIDTH:
-        return 2, block, 1
-    return 1, block, min(16, block // WARP_WIDTH)
 
 
 @triton.jit
@@ -212,10 +202,6 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _programs(rows: int, tile_rows: int) -> int:
-    return min(PROGRAMS, triton.cdiv(rows, tile_rows))
-
-
 def _forward(
     x: Tensor | None, s: Tensor | None, gain: Tensor, rng: Tensor | None, p: float, site: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,9 +216,9 @@ def _forward(
         return y, z, rstd
     x = _unit_stride(x) if x is not None else None
     s = _unit_stride(s) if s is not None else None
-    rows, block_d, warps = tile(width)
+    tile = tiles_rows.row_tile("stream", width)
     x_like, s_like = x if x is not None else stream, s if s is not None else stream
-    _residual_norm_fwd_kernel[(_programs(batch * length, rows),)](
+    _residual_norm_fwd_kernel[(tiles_rows.programs(batch * length, tile),)](
         x_like,
         s_like,
         gain.contiguous(),
@@ -253,9 +239,9 @@ def _forward(
         HAS_DROPOUT=rng is not None,
         ALIGN=alignment(*x_like.stride()[:2], *s_like.stride()[:2]),
         D=width,
-        ROWS=rows,
-        BLOCK_D=block_d,
-        num_warps=warps,
+        ROWS=tile.rows,
+        BLOCK_D=tile.block,
+        num_warps=tile.warps,
     )
     return y, z, rstd
 
@@ -280,8 +266,8 @@ def _backward(
     dgain = torch.empty((width,), dtype=gain.dtype, device=y.device)
     if y.numel() == 0:
         return dx, ds, dgain.zero_()
-    rows, block_d, warps = tile(width)
-    programs = _programs(batch * length, rows)
+    tile = tiles_rows.row_tile("stream", width)
+    programs = tiles_rows.programs(batch * length, tile)
     partial = torch.empty((programs, width), dtype=torch.float32, device=y.device)
     if not launches(dz):
         return dx, ds, dgain
@@ -311,9 +297,9 @@ def _backward(
         WRITE_DX=write_dx,
         ALIGN=alignment(*dy_like.stride()[:2], *dz.stride()[:2], *y.stride()[:2]),
         D=width,
-        ROWS=rows,
-        BLOCK_D=block_d,
-        num_warps=warps,
+        ROWS=tile.rows,
+        BLOCK_D=tile.block,
+        num_warps=tile.warps,
     )
     _sum_rows_kernel[(triton.cdiv(width, REDUCE_COLUMNS),)](
         partial, dgain, programs, D=width, ROWS=REDUCE_ROWS, BLOCK_D=REDUCE_COLUMNS, num_warps=4

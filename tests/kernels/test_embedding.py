@@ -50,8 +50,9 @@ def test_layouts(layout):
 
 def test_many_rows_for_each_program(monkeypatch):
     from kernels.fused import embedding as fused
+    from kernels.fused import tiles_rows
 
-    monkeypatch.setattr(fused, "PROGRAMS_FORWARD", 3)
+    monkeypatch.setattr(tiles_rows, "PROGRAMS", 3)
     monkeypatch.setattr(fused, "ROWS_OF_E", 4)
     check("embedding", cases.embedding_inputs(3, 13, 40, 17), BOTH)
 
