@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.compile_only.record import launches
+from kernels.compile_only.record import architecture, launches
 from kernels.dropout import Dropout, keep_scale
 from kernels.fused import tiles_rows
 from kernels.fused.primitives import aligned, alignment, column_keys, keep, row_keys, signed_threshold
@@ -205,7 +205,7 @@ def _forward(
     if out.numel() == 0 or not launches(out):
         return out
     table, positions = _unit_stride(table), _unit_stride(positions)
-    tile = tiles_rows.row_tile("stream", width)
+    tile = tiles_rows.row_tile(architecture(out), "stream", width)
     _embedding_fwd_kernel[(tiles_rows.programs(batch * length, tile),)](
         ids,
         table,
@@ -258,7 +258,7 @@ def _backward(
     if not launches(d_out):
         return d_table, d_positions
     d_out = _unit_stride(d_out)
-    tile = tiles_rows.row_tile("runs", width)
+    tile = tiles_rows.row_tile(architecture(d_out), "runs", width)
     shape = {
         "AVERAGE": average,
         "ALIGN": alignment(*d_out.stride()[:2]),

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.compile_only.record import launches
+from kernels.compile_only.record import architecture, launches
 from kernels.dropout import Dropout, keep_scale
 from kernels.fused import tiles_rows
 from kernels.fused.primitives import aligned, alignment, column_keys, keep, row_keys, signed_threshold
@@ -216,7 +216,7 @@ def _forward(
         return y, z, rstd
     x = _unit_stride(x) if x is not None else None
     s = _unit_stride(s) if s is not None else None
-    tile = tiles_rows.row_tile("stream", width)
+    tile = tiles_rows.row_tile(architecture(z), "stream", width)
     x_like, s_like = x if x is not None else stream, s if s is not None else stream
     _residual_norm_fwd_kernel[(tiles_rows.programs(batch * length, tile),)](
         x_like,
@@ -266,7 +266,7 @@ def _backward(
     dgain = torch.empty((width,), dtype=gain.dtype, device=y.device)
     if y.numel() == 0:
         return dx, ds, dgain.zero_()
-    tile = tiles_rows.row_tile("stream", width)
+    tile = tiles_rows.row_tile(architecture(dz), "stream", width)
     programs = tiles_rows.programs(batch * length, tile)
     partial = torch.empty((programs, width), dtype=torch.float32, device=y.device)
     if not launches(dz):

@@ -3,6 +3,8 @@
 
 from dataclasses import dataclass
 
+from kernels.fused import measured
+
 
 @dataclass(frozen=True)
 class RowTile:
@@ -46,9 +48,10 @@ def block_of(width: int) -> int:
     return max(32, 1 << (width - 1).bit_length())
 
 
-def row_tile(kind: str, width: int) -> RowTile:
-    """Tile of a kernel that holds whole rows of `width` features."""
-    block, held = block_of(width), ELEMENTS[kind]
+def row_tile(arch: str, kind: str, width: int) -> RowTile:
+    """Tile of a kernel that holds whole rows of `width` features. kind: of ELEMENTS."""
+    block = block_of(width)
+    held = (measured.tile(arch, f"rows.{kind}") or {"elements": ELEMENTS[kind]})["elements"]
     warps = min(16, max(4, block // (32 * held)))
     return RowTile(max(1, min(MAX_ROWS, 32 * warps * held // block)), block, warps)
 
@@ -75,5 +78,8 @@ TABLE: dict[str, dict[tuple[str, int], ProductTile]] = {"sm_80": _TF32X3, "sm_90
 
 
 def product_tile(arch: str, kernel: str, bits: int) -> ProductTile:
-    """Configuration of linear_cross_entropy's products."""
+    """Configuration of linear_cross_entropy's products. kernel: forward or dlogits."""
+    found = measured.tile(arch, f"linear_cross_entropy.{kernel}.{bits}")
+    if found is not None:
+        return ProductTile(**found)
     return TABLE.get(arch, {}).get((kernel, bits)) or _DEFAULT[kernel, bits]

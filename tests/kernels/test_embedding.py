@@ -66,7 +66,9 @@ def test_empty(batch, length):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 31, 33, 380, 448, 512, 513, 1024, 2048, 5000])
 def test_every_width(width, dtype):
-    check("embedding", cases.embedding_inputs(3, 9, width, 12), BOTH, dtype)
+    # sums of a few upstream values, which are sixteenths, cancel exactly here and there
+    inputs = cases.embedding_inputs(3, 9, width, 12)
+    check("embedding", inputs, BOTH, dtype, cancelling=("table", "positions"))
 
 
 CASE = (cases.embedding_inputs(2, 6, 24, 9, seed=1), BOTH)

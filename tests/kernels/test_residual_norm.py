@@ -47,7 +47,8 @@ def test_widths(width):
 @pytest.mark.parametrize("width", [1, 31, 32, 33, 380, 448, 512, 513, 1024, 2048, 5000, 16384])
 def test_every_width_and_form(width, form, dtype):
     dropout = None if form == "norm alone" else DROPOUT
-    check("residual_norm", _inputs(3, 5, width, form), {"dropout": dropout, "eps": 1e-5}, dtype)
+    # 27 rows: of fewer, the formula's error in float16 is a matter of luck, and so would be the budget
+    check("residual_norm", _inputs(3, 9, width, form), {"dropout": dropout, "eps": 1e-5}, dtype)
 
 
 @pytest.mark.parametrize("layout", ["guarded", "transposed", "strided"])
