@@ -140,14 +140,16 @@ def implementation(operator: str, impl: Impl, device: torch.device, dtype: torch
     return _LOADED[operator, name, device, dtype]
 
 
-def first_start(impl: Impl, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Loads what `impl` selects and runs its checks now, so that a run refuses before it builds anything.
+def first_start(
+    impl: Impl, device: torch.device, dtype: torch.dtype, operators: tuple[str, ...] = OPERATORS
+) -> dict[str, str]:
+    """Loads what `impl` selects for `operators` and runs its checks now, so that a run refuses before it starts.
 
     Returns by operator which implementation it takes and, where that is a kernel, how its check went. Raises
     ImplementationError where one cannot run or disagrees with the reference. Aims at 10 s for all operators.
     """
     start, report = time.perf_counter(), {}
-    for operator in OPERATORS:
+    for operator in operators:
         before = time.perf_counter()
         implementation(operator, impl, device, dtype)
         report[operator] = f"{choice(operator, impl, device)}, {time.perf_counter() - before:.1f} s"

@@ -317,6 +317,7 @@ def test_first_start_reports_every_operator():
     assert set(report) == set(dispatch.OPERATORS)
     assert report["glu"].startswith("reference")
     assert report["attention"].startswith("torch")
+    assert set(kernels.first_start("torch", CPU, torch.float32, ("glu",))) == {"glu"}
 
 
 # ---------------------------------------------------------------- libraries
