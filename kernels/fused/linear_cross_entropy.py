@@ -240,11 +240,11 @@ def _linear_cross_entropy_scale_kernel(x_ptr, out_ptr, d_loss_ptr, inverse_ptr, 
 # ---------------------------------------------------------------- launch
 
 
-def chunk_columns(tokens: int, vocabulary: int, element_size: int) -> int:
-    """Columns of a chunk: a multiple of 128, chunks of nearly equal size, at most CHUNK_BYTES where 128 columns fit."""
-    most = max(1, CHUNK_BYTES // (tokens * element_size) // 128) * 128
+def chunk_columns(tokens: int, vocabulary: int, element_size: int, block: int = 128) -> int:
+    """Columns of a chunk: a multiple of `block`; nearly equal chunks of at most CHUNK_BYTES, where a block fits."""
+    most = max(1, CHUNK_BYTES // (tokens * element_size) // block) * block
     chunks = triton.cdiv(vocabulary, most)
-    return triton.cdiv(triton.cdiv(vocabulary, chunks), 128) * 128
+    return triton.cdiv(triton.cdiv(vocabulary, chunks), block) * block
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -350,9 +350,10 @@ def _backward(
     if not launches(h):
         return dh, dw
     h, weight, labels = _matrix(h), _matrix(weight), labels.contiguous()
-    columns = chunk_columns(tokens, vocabulary, h.element_size())
-    g = torch.empty((tokens, columns), dtype=h.dtype, device=h.device)
     tile = tiles_rows.product_tile(architecture(h), "dlogits", 8 * h.element_size())
+    # whole tiles in a row of G, which is stored without a mask of columns
+    columns = chunk_columns(tokens, vocabulary, h.element_size(), max(128, tile.n))
+    g = torch.empty((tokens, columns), dtype=h.dtype, device=h.device)
     wide_dh = None
     for first in range(0, vocabulary, columns):
         rows = weight[first : first + columns]

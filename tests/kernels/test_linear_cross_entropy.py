@@ -7,6 +7,7 @@ from harness import DEVICE, check, mutations
 import kernels
 from kernels import cases
 from kernels.fused import linear_cross_entropy as fused
+from kernels.fused import measured
 
 DTYPES = [torch.float32, torch.float16]
 inputs_of = cases.linear_cross_entropy_inputs
@@ -25,6 +26,15 @@ def test_shapes(batch, length, width, vocabulary, dtype):
 def test_several_chunks_of_the_vocabulary(monkeypatch, dtype):
     monkeypatch.setattr(fused, "CHUNK_BYTES", 1)
     check("linear_cross_entropy", inputs_of(2, 9, 24, 300), {"scale": 0.3}, dtype)
+
+
+@pytest.mark.parametrize("n", [32, 256])
+def test_tiles_of_another_width(monkeypatch, n):
+    """G has room for whole tiles, whichever the table names; a write beyond it would be seen."""
+    monkeypatch.setattr(fused, "CHUNK_BYTES", 1)
+    tile = {"m": 32, "n": n, "k": 16, "warps": 4, "stages": 2}
+    with measured.trying("linear_cross_entropy.dlogits.32", tile):
+        check("linear_cross_entropy", inputs_of(2, 9, 24, 300), {"scale": 0.3})
 
 
 def test_chunks_are_even_and_bounded():
