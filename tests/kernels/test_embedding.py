@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import DEVICE, check, mutations
+from harness import DEVICE, DTYPES, check, mutations
 
 import kernels
 from kernels import cases
@@ -10,7 +10,6 @@ from kernels.dropout import Dropout, dropout_state
 
 RNG = dropout_state(42, 7, 3)
 BOTH = {"dropout": Dropout(0.1, RNG, 1), "position_dropout": Dropout(0.3, RNG, 2)}
-DTYPES = [torch.float32, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

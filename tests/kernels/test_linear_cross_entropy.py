@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from harness import DEVICE, check, mutations
+from harness import DEVICE, DTYPES, check, mutations
 
 import kernels
 from kernels import cases
 from kernels.fused import linear_cross_entropy as fused
 from kernels.fused import measured
 
-DTYPES = [torch.float32, torch.float16]
 inputs_of = cases.linear_cross_entropy_inputs
 
 
@@ -86,7 +85,7 @@ def test_empty(batch, length):
 CASE = (inputs_of(2, 6, 24, 40, ignored=0.3, seed=1), {"scale": 0.3})
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("mutation", mutations("linear_cross_entropy", *CASE))
 def test_mutations_are_caught(mutation, dtype):
     with pytest.raises(AssertionError, match="linear_cross_entropy"):

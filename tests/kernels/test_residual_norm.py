@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from harness import DEVICE, check, mutations
+from harness import DEVICE, DTYPES, check, mutations
 
 import kernels
 from kernels import cases
 from kernels.dropout import Dropout, dropout_state
 
 DROPOUT = Dropout(0.1, dropout_state(42, 7, 3), 11)
-DTYPES = [torch.float32, torch.float16]
 
 
 def _inputs(batch, length, width, form="both", seed=0):
@@ -93,7 +92,7 @@ def test_zero_rows_stay_finite():
 CASE = (_inputs(2, 6, 24, seed=1), {"dropout": DROPOUT})
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("mutation", mutations("residual_norm", *CASE))
 def test_mutations_are_caught(mutation, dtype):
     with pytest.raises(AssertionError, match="residual_norm"):
