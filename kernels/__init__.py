@@ -1,7 +1,7 @@
 """Fused operators for transformer experiments, one seam over their implementations."""
 
 from kernels.api import attention, embedding, glu, linear_cross_entropy, residual_norm, unified_attention
-from kernels.dispatch import Impl, ImplementationError, describe, parse_impl, validate
+from kernels.dispatch import Impl, ImplementationError, describe, first_start, parse_impl, validate
 from kernels.dropout import Dropout, dropout_state
 
 # "0.0.x": with a larger version `transformers` believes that Hugging Face's package of this name is installed
@@ -15,6 +15,7 @@ __all__ = [
     "describe",
     "dropout_state",
     "embedding",
+    "first_start",
     "glu",
     "linear_cross_entropy",
     "parse_impl",

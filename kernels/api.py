@@ -165,7 +165,7 @@ def attention(
     _same(op, (dropout,), q=q, k=k, v=v)
     _check_keys_values(op, q, k, v, ("k", "v"))
     _check_padding(op, q.shape[0], k.shape[1], key_lengths, key_mask, q.device)
-    function = implementation(op, impl, q.device)
+    function = implementation(op, impl, q.device, q.dtype)
     return function(
         q,
         k,
@@ -234,7 +234,7 @@ def unified_attention(
                 "pass impl={'unified_attention': 'reference'}"
             )
         return reference.unified_attention(q, k_own, v_own, k_other, v_other, as_published=True, **arguments)
-    return implementation(op, impl, q.device)(q, k_own, v_own, k_other, v_other, **arguments)
+    return implementation(op, impl, q.device, q.dtype)(q, k_own, v_own, k_other, v_other, **arguments)
 
 
 def glu(
@@ -289,7 +289,7 @@ def glu(
         "leave them out",
     )
     _same(op, (dropout, gate_dropout), x=x, weight=weight)
-    function = implementation(op, impl, x.device)
+    function = implementation(op, impl, x.device, x.dtype)
     extra = {"recompute": True} if recompute and choice(op, impl, x.device) == "triton" else {}
     return function(
         x,
@@ -326,7 +326,7 @@ def residual_norm(
     _check(gain.shape == stream.shape[2:], op, f"gain as [{stream.shape[2]}]", _shape(gain), "one gain a feature")
     _check(s is not None or dropout is None, op, "no dropout without s", "one", "leave it out")
     _same(op, (dropout,), x=x, s=s, gain=gain)
-    return implementation(op, impl, stream.device)(x, s, gain, dropout=_active(dropout), eps=float(eps))
+    return implementation(op, impl, stream.device, stream.dtype)(x, s, gain, dropout=_active(dropout), eps=float(eps))
 
 
 def linear_cross_entropy(
@@ -363,7 +363,7 @@ def linear_cross_entropy(
     )
     _check(labels.device == h.device, op, f"labels on {h.device}", labels.device, "move them there")
     _same(op, h=h, weight=weight)
-    loss, per_token = implementation(op, impl, h.device)(
+    loss, per_token = implementation(op, impl, h.device, h.dtype)(
         h, weight, labels, scale=float(scale), ignore_index=ignore_index
     )
     return (loss, per_token.detach()) if return_per_token else loss
@@ -410,7 +410,7 @@ def embedding(
     _check(combine in ("average", "sum"), op, "combine average or sum", repr(combine), "name one of them")
     _check(ids.device == table.device, op, f"ids on {table.device}", ids.device, "move them there")
     _same(op, (dropout, position_dropout), table=table, positions=positions)
-    return implementation(op, impl, table.device)(
+    return implementation(op, impl, table.device, table.dtype)(
         ids,
         table,
         positions,

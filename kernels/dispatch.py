@@ -7,11 +7,15 @@ in silence: a choice that cannot run raises `ImplementationError` and says what 
 
 import importlib
 import importlib.util
+import logging
 import os
-import sys
+import time
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
+
+log = logging.getLogger("kernels")
 
 Impl = str | Mapping[str, str]
 
@@ -56,43 +60,105 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+_SAID: set[str] = set()
+
+
+def _automatic(operator: str, device_type: str) -> str:
+    if device_type not in _SAID:
+        _SAID.add(device_type)
+        log.warning("kernels: impl='auto' on %s takes %s", device_type, describe("auto", torch.device(device_type)))
+    return "triton" if device_type == "cuda" and fused_available(operator) else "torch"
+
+
 def choice(operator: str, impl: Impl, device: torch.device) -> str:
     """Name of the implementation that `operator` takes on `device`."""
     name = impl if isinstance(impl, str) else impl.get(operator, "auto")
-    if name == "auto":
-        return "triton" if device.type == "cuda" and fused_available(operator) else "torch"
-    return name
+    return _automatic(operator, device.type) if name == "auto" else name
 
 
+@cache
 def fused_available(operator: str) -> bool:
     """True where the fused kernel of `operator` is part of this installation."""
     return importlib.util.find_spec("triton") is not None and importlib.util.find_spec(FUSED[operator]) is not None
 
 
-def _module(name: str):
-    # torch.compile traces this look-up, and would not trace the import
-    return sys.modules[name] if name in sys.modules else importlib.import_module(name)
+# filled by `_load`, read by `implementation`: a plain dictionary, which torch.compile can trace
+_LOADED: dict[tuple[str, str, torch.device, torch.dtype], Callable] = {}
 
 
-def implementation(operator: str, impl: Impl, device: torch.device) -> Callable:
-    """The function that computes `operator` on `device`; its keyword arguments are those of kernels.reference."""
-    name = choice(operator, impl, device)
+def _function(operator: str, name: str, device_type: str) -> Callable:
     if name in ("torch", "reference"):
-        module = _module("kernels.portable" if name == "torch" else "kernels.reference")
-        return getattr(module, operator)
-    if name == "triton":
+        module = "kernels.portable" if name == "torch" else "kernels.reference"
+    elif name == "triton":
+        module = FUSED[operator]
         if not fused_available(operator):
             raise ImplementationError(
                 f"{operator}: impl='triton' has no fused kernel here (triton installed: "
                 f"{importlib.util.find_spec('triton') is not None}); use impl='torch'"
             )
-        if device.type != "cuda" and device.type != "meta" and not triton_interpreted():
+        if device_type != "cuda" and device_type != "meta" and not triton_interpreted():
             raise ImplementationError(
-                f"{operator}: impl='triton' needs a CUDA device, got tensors on {device}; use impl='torch' or 'auto', "
-                "or set TRITON_INTERPRET=1 before starting Python to run the kernels in Triton's interpreter"
+                f"{operator}: impl='triton' needs a CUDA device, got tensors on {device_type}; use impl='torch' or "
+                "'auto', or set TRITON_INTERPRET=1 before starting Python to run the kernels in Triton's interpreter"
             )
-        return getattr(_module(FUSED[operator]), operator)
-    return getattr(_module(f"kernels.libraries.{name}"), operator)
+    else:
+        if device_type != "cuda":
+            raise ImplementationError(
+                f"{operator}: impl={name!r} needs a CUDA device, got tensors on {device_type}; use impl='torch'"
+            )
+        module = f"kernels.libraries.{name}"
+    return getattr(importlib.import_module(module), operator)
+
+
+def _load(operator: str, name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Puts the function that is `name` for `operator` into _LOADED, or raises and says what to do.
+
+    On a CUDA device a kernel is compared with `reference` before its first use (kernels.startup).
+    """
+    if (operator, name, device, dtype) in _LOADED:
+        return
+    function = _function(operator, name, device.type)
+    if device.type == "cuda" and name not in ("torch", "reference"):
+        from kernels import startup
+
+        if startup.verify(operator, name, function, device, dtype) != "remembered":
+            log.info("kernels: %s=%s agrees with the reference on %s in %s", operator, name, device, dtype)
+    _LOADED[operator, name, device, dtype] = function
+
+
+# torch.compile takes the answers of these two as constants instead of tracing imports: what
+# torch.compiler.assume_constant_result sets, without importing the compiler, which takes 3 s
+_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_automatic._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def implementation(operator: str, impl: Impl, device: torch.device, dtype: torch.dtype) -> Callable:
+    """The function that computes `operator` on tensors of `device` and `dtype`; its keyword arguments are those of
+    kernels.reference."""
+    name = choice(operator, impl, device)
+    _load(operator, name, device, dtype)
+    return _LOADED[operator, name, device, dtype]
+
+
+def first_start(
+    impl: Impl, device: torch.device, dtype: torch.dtype, operators: tuple[str, ...] = OPERATORS
+) -> dict[str, str]:
+    """Loads what `impl` selects for `operators` and runs its checks now, so that a run refuses before it starts.
+
+    Returns by operator which implementation it takes and, where that is a kernel, how its check went. Raises
+    ImplementationError where one cannot run or disagrees with the reference. Aims at 10 s for all operators.
+    """
+    start, report = time.perf_counter(), {}
+    for operator in operators:
+        before = time.perf_counter()
+        implementation(operator, impl, device, dtype)
+        report[operator] = f"{choice(operator, impl, device)}, {time.perf_counter() - before:.1f} s"
+    seconds = time.perf_counter() - start
+    from kernels.startup import BUDGET_SECONDS
+
+    if seconds > BUDGET_SECONDS:
+        log.warning("kernels: the checks of the first start took %.0f s, more than %.0f", seconds, BUDGET_SECONDS)
+    return report
 
 
 def describe(impl: Impl, device: torch.device) -> str:

@@ -68,6 +68,7 @@ LIMITS: list[Limit] = [
     Limit("_glu_forward_kernel", issue_per_hmma=4.2, no_duplicates=True),
     Limit("_residual_norm_*", no_spills=True),
     Limit("_linear_cross_entropy_*", no_spills=True),
+    Limit("_linear_cross_entropy_fwd_kernel", issue_per_hmma=4.0, no_duplicates=True),
 ]
 
 

@@ -1,0 +1,353 @@
+"""combine(dropout(E[ids]), dropout(T[:L])) and its backward, deterministic and without atomics.
+
+    out[b, i] = c (m_E E[ids[b, i]] + m_T T[i])          c = 1/2 (average) or 1 (sum), m = keep / (1 - p)
+    dE[v] = sum over (b, i) with ids[b, i] = v of c m_E d_out[b, i]
+    dT[i] = sum over b of c m_T d_out[b, i]
+
+dE: the token positions are sorted by id (a stable sort on the device, so equal ids stay in their order), each row of E
+finds its run of positions, and one program adds up the run in float32, in order, tile by tile. A program serves several
+rows of E, PROGRAMS_E apart, so that frequent tokens, which have neighbouring ids, fall to different programs and the
+column keys are made once for all of them. dT: a program owns one position and walks the batch. Rows that no token and
+no position reaches are written as zeros by the same kernels. Saved: ids. Nothing waits for the device.
+B batch, L positions, D features, V vocabulary, P rows of T.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.compile_only.record import architecture, launches
+from kernels.dropout import Dropout, keep_scale
+from kernels.fused import tiles_rows
+from kernels.fused.primitives import aligned, alignment, column_keys, keep, row_keys, signed_threshold
+
+MAX_WIDTH = 16384
+# rows of E a program serves in backward: 3,750 programs at 30,000
+ROWS_OF_E = 8
+
+
+@triton.jit(do_not_specialize=["rows", "length", "site", "site_t", "threshold", "threshold_t"])
+def _embedding_fwd_kernel(
+    ids_ptr,
+    table_ptr,
+    positions_ptr,
+    out_ptr,
+    rng_ptr,
+    rng_t_ptr,
+    rows,
+    length,
+    stride_ib,
+    stride_il,
+    stride_v,
+    stride_p,
+    site,
+    site_t,
+    threshold,
+    threshold_t,
+    scale,
+    scale_t,
+    HAS_DROPOUT: tl.constexpr,
+    HAS_DROPOUT_T: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    stride_v, stride_p = aligned(stride_v, ALIGN), aligned(stride_p, ALIGN)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    if HAS_DROPOUT:
+        column = column_keys(rng_ptr, site, offs_d)
+    if HAS_DROPOUT_T:
+        column_t = column_keys(rng_t_ptr, site_t, offs_d)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        valid = row < rows
+        row = tl.where(valid, row, 0)
+        sequence, position = row // length, row % length
+        mask = valid[:, None] & mask_d[None, :]
+        offs = sequence.to(tl.int64) * stride_ib + position.to(tl.int64) * stride_il
+        ids = tl.load(ids_ptr + offs, mask=valid, other=0)
+        offs = ids[:, None] * stride_v + offs_d[None, :]
+        x = tl.load(table_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        offs = position.to(tl.int64)[:, None] * stride_p + offs_d[None, :]
+        t = tl.load(positions_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        if HAS_DROPOUT:
+            a, b = row_keys(rng_ptr, site, sequence, 0, position)
+            x = tl.where(keep(a[:, None], b[:, None], column[None, :], threshold), x * scale, 0.0)
+        if HAS_DROPOUT_T:
+            a, b = row_keys(rng_t_ptr, site_t, sequence, 0, position)
+            t = tl.where(keep(a[:, None], b[:, None], column_t[None, :], threshold_t), t * scale_t, 0.0)
+        out = x + t
+        if AVERAGE:
+            out *= 0.5
+        tl.store(out_ptr + row.to(tl.int64)[:, None] * D + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["vocabulary", "length", "site", "threshold"])
+def _embedding_table_bwd_kernel(
+    d_out_ptr,
+    order_ptr,
+    start_ptr,
+    d_table_ptr,
+    rng_ptr,
+    vocabulary,
+    length,
+    stride_ob,
+    stride_ol,
+    site,
+    threshold,
+    scale,
+    HAS_DROPOUT: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    stride_ob, stride_ol = aligned(stride_ob, ALIGN), aligned(stride_ol, ALIGN)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    if HAS_DROPOUT:
+        column = column_keys(rng_ptr, site, offs_d)
+    for v in range(tl.program_id(0), vocabulary, tl.num_programs(0)):
+        start, end = tl.load(start_ptr + v), tl.load(start_ptr + v + 1)
+        acc = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+        for tile in range(start, end, ROWS):
+            place = tile + tl.arange(0, ROWS)
+            valid = place < end
+            token = tl.load(order_ptr + place, mask=valid, other=0)
+            sequence, position = token // length, token % length
+            offs = sequence * stride_ob + position * stride_ol
+            mask = valid[:, None] & mask_d[None, :]
+            d = tl.load(d_out_ptr + offs[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+            if HAS_DROPOUT:
+                a, b = row_keys(rng_ptr, site, sequence, 0, position)
+                d = tl.where(keep(a[:, None], b[:, None], column[None, :], threshold), d * scale, 0.0)
+            acc += d
+        total = tl.sum(acc, axis=0)
+        if AVERAGE:
+            total *= 0.5
+        offs = tl.to_tensor(v).to(tl.int64) * D + offs_d
+        tl.store(d_table_ptr + offs, total.to(d_table_ptr.dtype.element_ty), mask=mask_d)
+
+
+@triton.jit(do_not_specialize=["batch", "length", "site", "threshold"])
+def _embedding_positions_bwd_kernel(
+    d_out_ptr,
+    d_positions_ptr,
+    rng_ptr,
+    batch,
+    length,
+    stride_ob,
+    stride_ol,
+    site,
+    threshold,
+    scale,
+    HAS_DROPOUT: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    position = tl.program_id(0)
+    stride_ob, stride_ol = aligned(stride_ob, ALIGN), aligned(stride_ol, ALIGN)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    if HAS_DROPOUT:
+        column = column_keys(rng_ptr, site, offs_d)
+    acc = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+    # positions beyond the sequences' length have no gradient
+    for start in range(0, tl.where(position < length, batch, 0), ROWS):
+        sequence = start + tl.arange(0, ROWS)
+        valid = sequence < batch
+        mask = valid[:, None] & mask_d[None, :]
+        offs = sequence.to(tl.int64) * stride_ob + position.to(tl.int64) * stride_ol
+        d = tl.load(d_out_ptr + offs[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        if HAS_DROPOUT:
+            a, b = row_keys(rng_ptr, site, sequence, 0, position)
+            d = tl.where(keep(a[:, None], b[:, None], column[None, :], threshold), d * scale, 0.0)
+        acc += d
+    total = tl.sum(acc, axis=0)
+    if AVERAGE:
+        total *= 0.5
+    offs = position.to(tl.int64) * D + offs_d
+    tl.store(d_positions_ptr + offs, total.to(d_positions_ptr.dtype.element_ty), mask=mask_d)
+
+
+# ---------------------------------------------------------------- launch
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _forward(
+    ids: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    rng: Tensor | None,
+    p: float,
+    site: int,
+    rng_t: Tensor | None,
+    p_t: float,
+    site_t: int,
+    average: bool,
+) -> Tensor:
+    batch, length = ids.shape
+    width = table.shape[1]
+    out = torch.empty((batch, length, width), dtype=table.dtype, device=table.device)
+    if out.numel() == 0 or not launches(out):
+        return out
+    table, positions = _unit_stride(table), _unit_stride(positions)
+    tile = tiles_rows.row_tile(architecture(out), "stream", width)
+    _embedding_fwd_kernel[(tiles_rows.programs(batch * length, tile),)](
+        ids,
+        table,
+        positions,
+        out,
+        rng if rng is not None else ids,
+        rng_t if rng_t is not None else ids,
+        batch * length,
+        length,
+        *ids.stride(),
+        table.stride(0),
+        positions.stride(0),
+        site,
+        site_t,
+        signed_threshold(p),
+        signed_threshold(p_t),
+        keep_scale(p),
+        keep_scale(p_t),
+        HAS_DROPOUT=rng is not None,
+        HAS_DROPOUT_T=rng_t is not None,
+        AVERAGE=average,
+        ALIGN=alignment(table.stride(0), positions.stride(0)),
+        D=width,
+        ROWS=tile.rows,
+        BLOCK_D=tile.block,
+        num_warps=tile.warps,
+    )
+    return out
+
+
+def _backward(
+    d_out: Tensor,
+    ids: Tensor,
+    vocabulary: int,
+    positions: int,
+    rng: Tensor | None,
+    p: float,
+    site: int,
+    rng_t: Tensor | None,
+    p_t: float,
+    site_t: int,
+    average: bool,
+) -> tuple[Tensor, Tensor]:
+    """(gradient of the table [V, D], gradient of the positions [P, D])."""
+    batch, length, width = d_out.shape
+    d_table = torch.empty((vocabulary, width), dtype=d_out.dtype, device=d_out.device)
+    d_positions = torch.empty((positions, width), dtype=d_out.dtype, device=d_out.device)
+    if d_out.numel() == 0:
+        return d_table.zero_(), d_positions.zero_()
+    if not launches(d_out):
+        return d_table, d_positions
+    d_out = _unit_stride(d_out)
+    tile = tiles_rows.row_tile(architecture(d_out), "runs", width)
+    shape = {
+        "AVERAGE": average,
+        "ALIGN": alignment(*d_out.stride()[:2]),
+        "D": width,
+        "ROWS": tile.rows,
+        "BLOCK_D": tile.block,
+        "num_warps": tile.warps,
+    }
+    # stable: tokens of one id stay in the order of their positions, whatever the sort does inside
+    sorted_ids, order = torch.sort(ids.flatten(), stable=True)
+    start = torch.searchsorted(sorted_ids, torch.arange(vocabulary + 1, device=ids.device))
+    _embedding_table_bwd_kernel[(triton.cdiv(vocabulary, ROWS_OF_E),)](
+        d_out,
+        order,
+        start,
+        d_table,
+        rng if rng is not None else ids,
+        vocabulary,
+        length,
+        *d_out.stride()[:2],
+        site,
+        signed_threshold(p),
+        keep_scale(p),
+        HAS_DROPOUT=rng is not None,
+        **shape,
+    )
+    _embedding_positions_bwd_kernel[(positions,)](
+        d_out,
+        d_positions,
+        rng_t if rng_t is not None else ids,
+        batch,
+        length,
+        *d_out.stride()[:2],
+        site_t,
+        signed_threshold(p_t),
+        keep_scale(p_t),
+        HAS_DROPOUT=rng_t is not None,
+        **shape,
+    )
+    return d_table, d_positions
+
+
+_forward_op = torch.library.custom_op("march::embedding", _forward, mutates_args=())
+_forward_op.register_fake(_forward)
+_backward_op = torch.library.custom_op("march::embedding_backward", _backward, mutates_args=())
+_backward_op.register_fake(_backward)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ids, table, positions, rng, p, site, rng_t, p_t, site_t, average = inputs
+    ctx.save_for_backward(ids, rng, rng_t)
+    ctx.rows = table.shape[0], positions.shape[0]
+    ctx.settings = (p, site), (p_t, site_t), average
+
+
+def _autograd_backward(ctx: Any, d_out: Tensor):
+    ids, rng, rng_t = ctx.saved_tensors
+    (p, site), (p_t, site_t), average = ctx.settings
+    d_table, d_positions = _backward_op(d_out, ids, *ctx.rows, rng, p, site, rng_t, p_t, site_t, average)
+    return None, d_table, d_positions, None, None, None, None, None, None, None
+
+
+_forward_op.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+def embedding(
+    ids: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    *,
+    combine: str,
+    dropout: Dropout | None,
+    position_dropout: Dropout | None,
+) -> Tensor:
+    """Contract in kernels.api.embedding. Up to 16384 features; float16, bfloat16, float32."""
+    if table.dtype == torch.float64:
+        raise ValueError(
+            "embedding: expected float16, bfloat16 or float32 for impl='triton', got torch.float64; "
+            "use impl='torch' or 'reference'"
+        )
+    if table.shape[1] > MAX_WIDTH:
+        raise ValueError(
+            f"embedding: expected at most {MAX_WIDTH} features for impl='triton', got {table.shape[1]}; "
+            "use impl='torch'"
+        )
+    first = (dropout.rng, dropout.p, dropout.site) if dropout is not None else (None, 0.0, 0)
+    second = (
+        (position_dropout.rng, position_dropout.p, position_dropout.site)
+        if position_dropout is not None
+        else (None, 0.0, 0)
+    )
+    return _forward_op(ids, table, positions, *first, *second, combine == "average")

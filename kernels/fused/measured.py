@@ -1,0 +1,43 @@
+"""Tiles that `python -m kernels.tune` measured, by architecture: they come before the tables chosen by compile report.
+
+One file an architecture, measured/sm_86.json, is written by the tuner and committed, so that all ranks read the same
+tiles; nothing is measured when a model runs. `trying` replaces one entry while the tuner measures it.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+DIRECTORY = Path(__file__).parent / "measured"
+_trying: dict[str, dict[str, Any]] = {}
+
+
+@cache
+def _file(arch: str) -> dict[str, dict[str, Any]]:
+    path = DIRECTORY / f"{arch}.json"
+    if not path.exists():
+        return {}
+    return {name: entry["tile"] for name, entry in json.loads(path.read_text())["entries"].items()}
+
+
+def tile(arch: str, name: str) -> dict[str, Any] | None:
+    """Fields of the measured tile `name` on `arch`, None where none was measured."""
+    return _trying.get(name) or _file(arch).get(name)
+
+
+@contextlib.contextmanager
+def trying(name: str, fields: dict[str, Any]) -> Iterator[None]:
+    """Within it, entry `name` is `fields` on every architecture."""
+    _trying[name] = fields
+    try:
+        yield
+    finally:
+        del _trying[name]
+
+
+def forget() -> None:
+    """Reads the files again."""
+    _file.cache_clear()

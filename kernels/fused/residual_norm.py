@@ -1,0 +1,369 @@
+"""y = x + dropout(s) and z = rmsnorm(y) gain in one pass over the stream, and its backward in one pass.
+
+With w = dz gain, r = rsqrt(mean(y^2) + eps) and n = y r of a row of D features:
+
+    g = dy + r (w - n mean(w n))      the gradient of y (dy: what the residual stream carries on, dz: of the norm)
+    dx = g                            ds = keep / (1 - p) g                    dgain = sum over rows of dz n
+
+A program owns whole rows, so that a row is read once and stays in registers. Programs are few and fixed in number: the
+column keys of the dropout contract (one Philox call a column) and the gain are read once a program, and each program
+adds up its share of dgain in registers; a second kernel adds the programs' shares in their order. The number of
+programs follows from the shape alone, never from the device, so the sums have the same bits everywhere.
+
+Forward reads x, s and writes y, z; backward reads dy, dz, y and writes dx, ds. Saved: y and r, one float32 a row.
+B batch, L positions, D features; rows are (sequence, position).
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.compile_only.record import architecture, launches
+from kernels.dropout import Dropout, keep_scale
+from kernels.fused import tiles_rows
+from kernels.fused.primitives import aligned, alignment, column_keys, keep, row_keys, signed_threshold
+
+MAX_WIDTH = 16384
+REDUCE_ROWS, REDUCE_COLUMNS = 64, 32
+
+
+@triton.jit
+def _rows_of_tile(tile, rows, length, ROWS: tl.constexpr):
+    """(row, valid, sequence, position) of the tile's rows; rows beyond the end read row 0 and are masked."""
+    row = tile * ROWS + tl.arange(0, ROWS)
+    valid = row < rows
+    row = tl.where(valid, row, 0)
+    return row, valid, row // length, row % length
+
+
+@triton.jit(do_not_specialize=["rows", "length", "site", "threshold"])
+def _residual_norm_fwd_kernel(
+    x_ptr,
+    s_ptr,
+    gain_ptr,
+    y_ptr,
+    z_ptr,
+    rstd_ptr,
+    rng_ptr,
+    rows,
+    length,
+    stride_xb,
+    stride_xl,
+    stride_sb,
+    stride_sl,
+    site,
+    threshold,
+    scale,
+    eps,
+    HAS_X: tl.constexpr,
+    HAS_S: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    stride_xb, stride_xl = aligned(stride_xb, ALIGN), aligned(stride_xl, ALIGN)
+    stride_sb, stride_sl = aligned(stride_sb, ALIGN), aligned(stride_sl, ALIGN)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    gain = tl.load(gain_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    if HAS_DROPOUT:
+        column = column_keys(rng_ptr, site, offs_d)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row, valid, sequence, position = _rows_of_tile(tile, rows, length, ROWS)
+        mask = valid[:, None] & mask_d[None, :]
+        sequence64, position64 = sequence.to(tl.int64), position.to(tl.int64)
+        if HAS_S:
+            offs = sequence64 * stride_sb + position64 * stride_sl
+            y = tl.load(s_ptr + offs[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+            if HAS_DROPOUT:
+                a, b = row_keys(rng_ptr, site, sequence, 0, position)
+                kept = keep(a[:, None], b[:, None], column[None, :], threshold)
+                y = tl.where(kept, y * scale, 0.0)
+        if HAS_X:
+            offs = sequence64 * stride_xb + position64 * stride_xl
+            x = tl.load(x_ptr + offs[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+            y = x + y if HAS_S else x
+        offs = row.to(tl.int64)[:, None] * D + offs_d[None, :]
+        if HAS_S:
+            # the norm sees what the stream keeps, the rounded sum: backward starts from it
+            rounded = y.to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + offs, rounded, mask=mask)
+            y = rounded.to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(y * y, axis=1) / D + eps)
+        tl.store(rstd_ptr + row, rstd, mask=valid)
+        z = y * rstd[:, None] * gain[None, :]
+        tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "length", "site", "threshold"])
+def _residual_norm_bwd_kernel(
+    dy_ptr,
+    dz_ptr,
+    y_ptr,
+    rstd_ptr,
+    gain_ptr,
+    dx_ptr,
+    ds_ptr,
+    partial_ptr,
+    rng_ptr,
+    rows,
+    length,
+    stride_dyb,
+    stride_dyl,
+    stride_dzb,
+    stride_dzl,
+    stride_yb,
+    stride_yl,
+    site,
+    threshold,
+    scale,
+    HAS_DY: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    WRITE_DX: tl.constexpr,
+    ALIGN: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    stride_dyb, stride_dyl = aligned(stride_dyb, ALIGN), aligned(stride_dyl, ALIGN)
+    stride_dzb, stride_dzl = aligned(stride_dzb, ALIGN), aligned(stride_dzl, ALIGN)
+    stride_yb, stride_yl = aligned(stride_yb, ALIGN), aligned(stride_yl, ALIGN)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    gain = tl.load(gain_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    if HAS_DROPOUT:
+        column = column_keys(rng_ptr, site, offs_d)
+    # one accumulator a row of the tile: the rows are added once, at the end
+    acc = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row, valid, sequence, position = _rows_of_tile(tile, rows, length, ROWS)
+        mask = valid[:, None] & mask_d[None, :]
+        sequence64, position64 = sequence.to(tl.int64), position.to(tl.int64)
+        offs = (sequence64 * stride_yb + position64 * stride_yl)[:, None] + offs_d[None, :]
+        n = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        offs = (sequence64 * stride_dzb + position64 * stride_dzl)[:, None] + offs_d[None, :]
+        dz = tl.load(dz_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=valid, other=0.0)[:, None]
+        n *= rstd
+        acc += dz * n
+        w = dz * gain[None, :]
+        mean = tl.sum(w * n, axis=1) / D
+        g = rstd * (w - n * mean[:, None])
+        if HAS_DY:
+            offs = (sequence64 * stride_dyb + position64 * stride_dyl)[:, None] + offs_d[None, :]
+            g += tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        offs = row.to(tl.int64)[:, None] * D + offs_d[None, :]
+        if WRITE_DX:
+            tl.store(dx_ptr + offs, g.to(dx_ptr.dtype.element_ty), mask=mask)
+        if HAS_DROPOUT:
+            a, b = row_keys(rng_ptr, site, sequence, 0, position)
+            kept = keep(a[:, None], b[:, None], column[None, :], threshold)
+            g = tl.where(kept, g * scale, 0.0)
+            tl.store(ds_ptr + offs, g.to(ds_ptr.dtype.element_ty), mask=mask)
+    tl.store(partial_ptr + tl.program_id(0) * D + offs_d, tl.sum(acc, axis=0), mask=mask_d)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _sum_rows_kernel(partial_ptr, out_ptr, rows, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out[d] = sum over rows of partial [rows, D], rows in order."""
+    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_r = tl.arange(0, ROWS)
+    acc = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + offs_r
+        mask = (row < rows)[:, None] & (offs_d < D)[None, :]
+        acc += tl.load(partial_ptr + row[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + offs_d, tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty), mask=offs_d < D)
+
+
+# ---------------------------------------------------------------- launch
+
+
+def _check(stream: Tensor) -> None:
+    if stream.dtype == torch.float64:
+        raise ValueError(
+            "residual_norm: expected float16, bfloat16 or float32 for impl='triton', got torch.float64; "
+            "use impl='torch' or 'reference'"
+        )
+    if stream.shape[-1] > MAX_WIDTH:
+        raise ValueError(
+            f"residual_norm: expected at most {MAX_WIDTH} features for impl='triton', got {stream.shape[-1]}; "
+            "use impl='torch'"
+        )
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """Rows of a stream are read 16 bytes a thread: features lie side by side, or are copied so once."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _forward(
+    x: Tensor | None, s: Tensor | None, gain: Tensor, rng: Tensor | None, p: float, site: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, z, rstd); y is empty where s is None, and then equals x."""
+    stream = s if s is not None else x
+    assert stream is not None
+    batch, length, width = stream.shape
+    y = torch.empty((batch, length, width) if s is not None else (0,), dtype=stream.dtype, device=stream.device)
+    z = torch.empty((batch, length, width), dtype=stream.dtype, device=stream.device)
+    rstd = torch.empty((batch, length), dtype=torch.float32, device=stream.device)
+    if z.numel() == 0 or not launches(z):
+        return y, z, rstd
+    x = _unit_stride(x) if x is not None else None
+    s = _unit_stride(s) if s is not None else None
+    tile = tiles_rows.row_tile(architecture(z), "stream", width)
+    x_like, s_like = x if x is not None else stream, s if s is not None else stream
+    _residual_norm_fwd_kernel[(tiles_rows.programs(batch * length, tile),)](
+        x_like,
+        s_like,
+        gain.contiguous(),
+        y,
+        z,
+        rstd,
+        rng if rng is not None else rstd,
+        batch * length,
+        length,
+        *x_like.stride()[:2],
+        *s_like.stride()[:2],
+        site,
+        signed_threshold(p),
+        keep_scale(p),
+        eps,
+        HAS_X=x is not None,
+        HAS_S=s is not None,
+        HAS_DROPOUT=rng is not None,
+        ALIGN=alignment(*x_like.stride()[:2], *s_like.stride()[:2]),
+        D=width,
+        ROWS=tile.rows,
+        BLOCK_D=tile.block,
+        num_warps=tile.warps,
+    )
+    return y, z, rstd
+
+
+def _backward(
+    dy: Tensor | None,
+    dz: Tensor,
+    y: Tensor,
+    rstd: Tensor,
+    gain: Tensor,
+    rng: Tensor | None,
+    p: float,
+    site: int,
+    needs_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradient of y, the same dropped, gradient of gain); the first is empty unless needs_dx or there is no dropout,
+    the second is empty without dropout."""
+    batch, length, width = y.shape
+    write_dx = needs_dx or rng is None
+    dx = torch.empty(y.shape if write_dx else (0,), dtype=y.dtype, device=y.device)
+    ds = torch.empty(y.shape if rng is not None else (0,), dtype=y.dtype, device=y.device)
+    dgain = torch.empty((width,), dtype=gain.dtype, device=y.device)
+    if y.numel() == 0:
+        return dx, ds, dgain.zero_()
+    tile = tiles_rows.row_tile(architecture(dz), "stream", width)
+    programs = tiles_rows.programs(batch * length, tile)
+    partial = torch.empty((programs, width), dtype=torch.float32, device=y.device)
+    if not launches(dz):
+        return dx, ds, dgain
+    dz = _unit_stride(dz)
+    dy_like = _unit_stride(dy) if dy is not None else dz
+    y = _unit_stride(y)
+    _residual_norm_bwd_kernel[(programs,)](
+        dy_like,
+        dz,
+        y,
+        rstd,
+        gain.contiguous(),
+        dx,
+        ds,
+        partial,
+        rng if rng is not None else rstd,
+        batch * length,
+        length,
+        *dy_like.stride()[:2],
+        *dz.stride()[:2],
+        *y.stride()[:2],
+        site,
+        signed_threshold(p),
+        keep_scale(p),
+        HAS_DY=dy is not None,
+        HAS_DROPOUT=rng is not None,
+        WRITE_DX=write_dx,
+        ALIGN=alignment(*dy_like.stride()[:2], *dz.stride()[:2], *y.stride()[:2]),
+        D=width,
+        ROWS=tile.rows,
+        BLOCK_D=tile.block,
+        num_warps=tile.warps,
+    )
+    _sum_rows_kernel[(triton.cdiv(width, REDUCE_COLUMNS),)](
+        partial, dgain, programs, D=width, ROWS=REDUCE_ROWS, BLOCK_D=REDUCE_COLUMNS, num_warps=4
+    )
+    return dx, ds, dgain
+
+
+_forward_op = torch.library.custom_op("march::residual_norm", _forward, mutates_args=())
+_forward_op.register_fake(_forward)
+_backward_op = torch.library.custom_op("march::residual_norm_backward", _backward, mutates_args=())
+_backward_op.register_fake(_backward)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, _, gain, rng, p, site, _ = inputs
+    y, _, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(rstd)
+    ctx.save_for_backward(y, rstd, gain, rng)
+    ctx.p, ctx.site, ctx.has_x = p, site, x is not None
+
+
+def _autograd_backward(ctx: Any, dy: Tensor | None, dz: Tensor | None, _: Tensor | None):
+    if dy is None and dz is None:
+        return None, None, None, None, None, None, None
+    y, rstd, gain, rng = ctx.saved_tensors
+    # the norm unused is rare (a stream that ends without one): it costs a tensor of zeros
+    dz = torch.zeros_like(y) if dz is None else dz
+    dx, ds, dgain = _backward_op(dy, dz, y, rstd, gain, rng, ctx.p, ctx.site, ctx.has_x)
+    return dx if ctx.has_x else None, ds if rng is not None else dx, dgain, None, None, None, None
+
+
+_forward_op.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+class _Norm(torch.autograd.Function):
+    """(x, z) of the norm alone. The stream passes through the function, so that its gradient and the norm's are added
+    where both are in registers, not by a further pass over the stream; a custom op may not return its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float):
+        _, z, rstd = _forward_op(x, None, gain, None, 0.0, 0, eps)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, rstd, gain)
+        return x.view_as(x), z
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None):  # type: ignore[override]
+        if dz is None:
+            return dy, None, None
+        x, rstd, gain = ctx.saved_tensors
+        dx, _, dgain = _backward_op(dy, dz, x, rstd, gain, None, 0.0, 0, True)
+        return dx, dgain, None
+
+
+def residual_norm(
+    x: Tensor | None, s: Tensor | None, gain: Tensor, *, dropout: Dropout | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Contract in kernels.api.residual_norm. Streams up to 16384 features; float16, bfloat16, float32."""
+    stream = s if s is not None else x
+    assert stream is not None
+    _check(stream)
+    if s is None:
+        return _Norm.apply(x, gain, eps)
+    rng, p, site = (dropout.rng, dropout.p, dropout.site) if dropout is not None else (None, 0.0, 0)
+    y, z, _ = _forward_op(x, s, gain, rng, p, site, eps)
+    return y, z

@@ -1,0 +1,85 @@
+"""Tile configurations of residual_norm, embedding and linear_cross_entropy: data, chosen by the compile report
+(docs/kernels/residual_norm.md, embedding.md, linear_cross_entropy.md)."""
+
+from dataclasses import dataclass
+
+from kernels.fused import measured
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """Rows of a tile and warps, for rows padded to `block` features (a power of two)."""
+
+    rows: int
+    block: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """Block of tokens, of columns (words), of features; warps, pipeline stages; how float32 operands multiply."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    precision: str = "ieee"
+
+    def options(self) -> dict[str, object]:
+        """As keyword arguments of a launch."""
+        blocks = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "PRECISION": self.precision}
+        return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
+
+
+# Elements of a tile that a thread holds, at most; more threads up to 16 warps before more elements.
+# stream: residual_norm and the lookup of embedding. runs: the gradients of embedding's tables, which have one tensor
+# in registers and a key a row to compute: 32 elements spread it.
+ELEMENTS = {"stream": 8, "runs": 32}
+MAX_ROWS = 16
+
+# Programs that walk the rows, at 4 warps each: 8 blocks, 32 warps an SM of 64 SMs. From the shape alone, never from the
+# device: the partial sums of a gain's gradient are as many everywhere.
+PROGRAMS = 512
+
+
+def block_of(width: int) -> int:
+    """Smallest power of two from 32 on that holds a row."""
+    return max(32, 1 << (width - 1).bit_length())
+
+
+def row_tile(arch: str, kind: str, width: int) -> RowTile:
+    """Tile of a kernel that holds whole rows of `width` features. kind: of ELEMENTS."""
+    block = block_of(width)
+    held = (measured.tile(arch, f"rows.{kind}") or {"elements": ELEMENTS[kind]})["elements"]
+    warps = min(16, max(4, block // (32 * held)))
+    return RowTile(max(1, min(MAX_ROWS, 32 * warps * held // block)), block, warps)
+
+
+def programs(rows: int, tile: RowTile) -> int:
+    """Programs for `rows` rows: a fixed number of warps, or one tile each."""
+    return max(1, min(PROGRAMS * 4 // tile.warps, -(-rows // tile.rows)))
+
+
+# (kernel, bits of an element) -> tile
+_DEFAULT: dict[tuple[str, int], ProductTile] = {
+    ("forward", 16): ProductTile(64, 128, 64, 4, 3),
+    ("dlogits", 16): ProductTile(128, 128, 32, 4, 4),
+    ("forward", 32): ProductTile(64, 128, 16, 4, 3),
+    ("dlogits", 32): ProductTile(64, 128, 16, 4, 3),
+}
+# A100 and H100 multiply tf32 8 times as fast as float32, and win with three products for one; A5000 and its kin twice
+_TF32X3: dict[tuple[str, int], ProductTile] = {
+    ("forward", 32): ProductTile(64, 64, 32, 4, 2, "tf32x3"),
+    ("dlogits", 32): ProductTile(64, 64, 32, 4, 2, "tf32x3"),
+}
+# architecture -> its own choices; what is not named takes the default
+TABLE: dict[str, dict[tuple[str, int], ProductTile]] = {"sm_80": _TF32X3, "sm_90": _TF32X3}
+
+
+def product_tile(arch: str, kernel: str, bits: int) -> ProductTile:
+    """Configuration of linear_cross_entropy's products. kernel: forward or dlogits."""
+    found = measured.tile(arch, f"linear_cross_entropy.{kernel}.{bits}")
+    if found is not None:
+        return ProductTile(**found)
+    return TABLE.get(arch, {}).get((kernel, bits)) or _DEFAULT[kernel, bits]

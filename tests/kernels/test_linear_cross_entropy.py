@@ -1,0 +1,159 @@
+"""linear_cross_entropy in Triton's interpreter against float64: loss, each token's, both gradients, mutations."""
+
+import pytest
+import torch
+from harness import DEVICE, DTYPES, check, mutations
+
+import kernels
+from kernels import cases
+from kernels.fused import linear_cross_entropy as fused
+from kernels.fused import measured
+
+inputs_of = cases.linear_cross_entropy_inputs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "length", "width", "vocabulary"),
+    [(1, 1, 8, 1), (2, 5, 40, 7), (1, 63, 64, 130), (3, 50, 33, 1100), (2, 3, 380, 257)],
+)
+def test_shapes(batch, length, width, vocabulary, dtype):
+    check("linear_cross_entropy", inputs_of(batch, length, width, vocabulary), {"scale": width**-0.5}, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_chunks_of_the_vocabulary(monkeypatch, dtype):
+    monkeypatch.setattr(fused, "CHUNK_BYTES", 1)
+    check("linear_cross_entropy", inputs_of(2, 9, 24, 300), {"scale": 0.3}, dtype)
+
+
+@pytest.mark.parametrize("n", [32, 256])
+def test_tiles_of_another_width(monkeypatch, n):
+    """G has room for whole tiles, whichever the table names; a write beyond it would be seen."""
+    monkeypatch.setattr(fused, "CHUNK_BYTES", 1)
+    tile = {"m": 32, "n": n, "k": 16, "warps": 4, "stages": 2}
+    with measured.trying("linear_cross_entropy.dlogits.32", tile):
+        check("linear_cross_entropy", inputs_of(2, 9, 24, 300), {"scale": 0.3})
+
+
+def test_chunks_are_even_and_bounded():
+    for tokens in (206, 13_184, 52_736):
+        for vocabulary in (1000, 30_000, 32_128):
+            columns = fused.chunk_columns(tokens, vocabulary, 2)
+            assert columns % 128 == 0
+            assert columns * tokens * 2 <= fused.CHUNK_BYTES
+            # no chunk is a remnant
+            last = vocabulary - (-(-vocabulary // columns) - 1) * columns
+            assert last >= 0.5 * min(columns, vocabulary)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "vocabulary"), [(512, 3000), (448, 1500), (380, 2049), (1024, 1000), (1, 5)])
+def test_larger(width, vocabulary, dtype):
+    check("linear_cross_entropy", inputs_of(3, 87, width, vocabulary), {"scale": width**-0.5}, dtype)
+
+
+@pytest.mark.parametrize("layout", ["guarded", "transposed", "strided"])
+def test_layouts(layout):
+    check("linear_cross_entropy", inputs_of(2, 6, 24, 9), {"scale": 0.2}, layout=layout)
+
+
+def test_all_labels_ignored():
+    inputs = inputs_of(2, 3, 16, 9)
+    inputs["labels"].fill_(-100)
+    result = check("linear_cross_entropy", inputs, {"scale": 1.0})
+    assert result.outputs["loss"].item() == 0.0
+
+
+def test_another_ignored_index():
+    inputs = inputs_of(2, 9, 16, 9, ignored=0.0)
+    check("linear_cross_entropy", inputs, {"scale": 1.0, "ignore_index": 4})
+
+
+def test_large_logits():
+    """Logits of some hundreds: the running maximum keeps the sums finite."""
+    inputs = inputs_of(2, 9, 16, 300)
+    check("linear_cross_entropy", inputs, {"scale": 30.0})
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, 4), (2, 0)])
+def test_empty(batch, length):
+    check("linear_cross_entropy", inputs_of(batch, length, 16, 9), {"scale": 1.0})
+
+
+CASE = (inputs_of(2, 6, 24, 40, ignored=0.3, seed=1), {"scale": 0.3})
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("mutation", mutations("linear_cross_entropy", *CASE))
+def test_mutations_are_caught(mutation, dtype):
+    with pytest.raises(AssertionError, match="linear_cross_entropy"):
+        check("linear_cross_entropy", *CASE, dtype, mutate=mutation)
+
+
+def _on_device(dtype=torch.float32):
+    return {n: x.to(DEVICE, dtype if x.dtype.is_floating_point else None) for n, x in CASE[0].items()}
+
+
+def test_only_the_gradients_that_are_asked_for():
+    inputs = _on_device()
+    full = inputs | {n: inputs[n].clone().requires_grad_() for n in ("h", "weight")}
+    kernels.linear_cross_entropy(**full, scale=0.3, impl="triton").backward()
+    for name in ("h", "weight"):
+        one = inputs | {name: inputs[name].clone().requires_grad_()}
+        kernels.linear_cross_entropy(**one, scale=0.3, impl="triton").backward()
+        assert torch.equal(one[name].grad, full[name].grad)
+
+
+def test_no_logits_are_held(monkeypatch):
+    """Neither what is saved nor any tensor of the two passes has tokens x vocabulary elements."""
+    monkeypatch.setattr(fused, "CHUNK_BYTES", 1)
+    inputs = {n: x.to(DEVICE, torch.float32 if n != "labels" else None) for n, x in inputs_of(2, 40, 8, 400).items()}
+    leaves = inputs | {n: inputs[n].requires_grad_() for n in ("h", "weight")}
+    sizes, saved = [], []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor))
+            return out
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x), Sizes():
+        kernels.linear_cross_entropy(**leaves, scale=0.3, impl="triton").backward()
+    assert max(sizes) < 80 * 400
+    assert sum(saved) < 80 * 8 + 400 * 8 + 3 * 80 + 2
+
+
+def test_refusals():
+    inputs = {n: x.to(DEVICE) for n, x in CASE[0].items()}
+    with pytest.raises(ValueError, match="float64"):
+        kernels.linear_cross_entropy(**inputs, impl="triton")
+    with pytest.raises(ValueError, match="vocabulary"):
+        kernels.linear_cross_entropy(**(_on_device() | {"weight": torch.zeros(0, 24, device=DEVICE)}), impl="triton")
+
+
+def test_checkpointing_and_compile():
+    inputs = _on_device()
+
+    def run(wrap):
+        leaves = [inputs[n].clone().requires_grad_() for n in ("h", "weight")]
+
+        def function(h, weight):
+            return kernels.linear_cross_entropy(h, weight, inputs["labels"], scale=0.3, impl="triton") * 2
+
+        wrap(function)(*leaves).backward()
+        return [x.grad for x in leaves]
+
+    plain = run(lambda f: f)
+    recomputed = run(lambda f: lambda *x: torch.utils.checkpoint.checkpoint(f, *x, use_reentrant=False))
+    compiled = run(lambda f: torch.compile(f, backend="aot_eager", fullgraph=True))
+    for a, b, c in zip(plain, recomputed, compiled, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+def test_registered_operator():
+    inputs = _on_device()
+    h, weight = inputs["h"].requires_grad_(), inputs["weight"].requires_grad_()
+    torch.library.opcheck(fused._forward_op, (h, weight, inputs["labels"], 0.3, -100))
