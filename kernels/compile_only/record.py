@@ -1,0 +1,239 @@
+"""A stand-in Triton driver, and the record of every launch made under it.
+
+Triton asks its active driver for the target, for the device and for a launcher. The stand-in answers with a target of
+our choice and a launcher that does nothing, so `kernel[grid](...)` in kernels.fused runs on meta tensors as it stands,
+compiles for that target and is noted down. Nothing here executes a kernel.
+"""
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from kernels.dispatch import triton_interpreted
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One run-time argument of a launch: a tensor's layout, or a scalar's value."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...] | None = None
+    strides: tuple[int, ...] | None = None
+    # bytes of distinct elements: dimensions of stride 0 count once
+    bytes: int = 0
+    value: Any = None
+
+    @property
+    def is_tensor(self) -> bool:
+        return self.shape is not None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a Triton kernel, as the launch code asked for it."""
+
+    kernel: str
+    module: str
+    arch: str
+    grid: tuple[int, int, int]
+    num_warps: int
+    num_stages: int
+    constants: dict[str, Any]
+    arguments: tuple[Argument, ...]
+    # Triton's CompiledKernel: asm (ttir, ttgir, ptx, cubin) and metadata; None where only recorded
+    compiled: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def programs(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def configuration(self) -> str:
+        """Constants and options on one line, for a table."""
+        constants = " ".join(f"{name}={value}" for name, value in sorted(self.constants.items()))
+        return f"{constants} warps={self.num_warps} stages={self.num_stages}".strip()
+
+    @property
+    def binary(self) -> str:
+        """What distinguishes compiled programs: Triton's hash where compiled, else kernel and configuration."""
+        return self.compiled.hash if self.compiled is not None else f"{self.module}.{self.kernel} {self.configuration}"
+
+
+_active: list["_Recorder"] = []
+
+
+def launches(x: Tensor) -> bool:
+    """Whether an operator on `x` launches its kernels: False while shapes alone are traced (meta and fake tensors),
+    unless a recording is active.
+
+    An operator's one implementation allocates its outputs, asks this, and launches; registered both as the custom op
+    and as its fake, it cannot disagree with itself about shapes and strides.
+    """
+    if isinstance(x, FakeTensor):
+        return False
+    return x.device.type != "meta" or bool(_active)
+
+
+class _Pointer:
+    """A meta tensor as a real launch would see it: allocations aligned to 256 bytes, as the CUDA allocator's are."""
+
+    def __init__(self, tensor: Tensor):
+        self.dtype = tensor.dtype
+        self.shape = tensor.shape
+        self._address = 256 + tensor.storage_offset() * tensor.element_size()
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+class _Launcher:
+    """In place of the CUDA launcher: accepts a launch and does nothing."""
+
+    def __init__(self, src: Any, metadata: Any):
+        pass
+
+    def __call__(self, *args: Any) -> None:
+        pass
+
+
+class _Utils:
+    """In place of the CUDA driver's helpers. Shared memory is unlimited here: the report names the breach instead."""
+
+    def get_device_properties(self, device: Any) -> dict[str, int]:
+        return {"max_shared_mem": sys.maxsize}
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: Any) -> tuple:
+        return object(), object(), 0, 0, 1024
+
+    def unload_module(self, module: Any) -> None:
+        pass
+
+
+class CompileOnlyDriver:
+    """The part of a Triton driver that compiling and launching use, for a target that is not there."""
+
+    def __init__(self, arch: str):
+        from triton.backends.compiler import GPUTarget
+
+        self.arch = arch
+        self.target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+        self.utils = _Utils()
+        self.launcher_cls = _Launcher
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> str:
+        # Triton keeps compiled kernels by device: a name of its own keeps them apart from those of a real GPU
+        return f"compile_only:{self.arch}"
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def _argument(name: str, value: Any) -> Argument:
+    if isinstance(value, Tensor):
+        distinct = math.prod(n for n, stride in zip(value.shape, value.stride(), strict=True) if stride != 0)
+        return Argument(
+            name,
+            str(value.dtype).removeprefix("torch."),
+            tuple(value.shape),
+            tuple(value.stride()),
+            distinct * value.element_size() if value.numel() else 0,
+        )
+    return Argument(name, type(value).__name__, value=value)
+
+
+def _plain(value: Any) -> Any:
+    """A compile-time constant as a plain Python value: tl.dtype and jit functions by name."""
+    value = getattr(value, "value", value)
+    return value if isinstance(value, bool | int | float | str | type(None)) else getattr(value, "__name__", str(value))
+
+
+class _Recorder:
+    def __init__(self, arch: str, compile: bool):
+        self.arch, self.compile = arch, compile
+        self.launches: list[Launch] = []
+
+    def run(self, original: Callable, function: Any, args: tuple, grid: Any, warmup: bool, kwargs: dict) -> Any:
+        names = {parameter.name: parameter for parameter in function.params}
+        given = {name: value for name, value in kwargs.items() if name in names}
+        options = {name: value for name, value in kwargs.items() if name not in names}
+        bound = function.signature.bind(*args, **given)
+        bound.apply_defaults()
+        values = bound.arguments
+        pointers = {n: _Pointer(v) if isinstance(v, Tensor) else v for n, v in values.items()}
+        if callable(grid):
+            grid = grid(dict(values))
+        grid3 = tuple(int(n) for n in (*grid, 1, 1)[:3])
+        compiled = None
+        if self.compile:
+            compiled = original(function, grid=grid3, warmup=warmup, **pointers, **options)
+        self.launches.append(
+            Launch(
+                kernel=function.__name__,
+                module=function.__module__,
+                arch=self.arch,
+                grid=grid3,  # type: ignore[arg-type]
+                num_warps=options.get("num_warps", 4),
+                num_stages=options.get("num_stages", 3),
+                constants={n: _plain(v) for n, v in values.items() if names[n].is_constexpr},
+                arguments=tuple(_argument(n, v) for n, v in values.items() if not names[n].is_constexpr),
+                compiled=compiled,
+            )
+        )
+        return compiled
+
+
+@contextlib.contextmanager
+def recording(arch: str = "sm_86", compile: bool = True) -> Iterator[list[Launch]]:
+    """Within it, fused operators on meta tensors run their launch code for `arch`; yields the growing list of launches.
+
+    compile: compile each distinct kernel (seconds each, kept in Triton's cache on disk), else only note the launch.
+    Raises RuntimeError under TRITON_INTERPRET=1, where kernels are Python functions that nothing can compile, and
+    ValueError for an unknown architecture. Launches on other than meta tensors are refused: nothing could run them.
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"recording: expected arch among {', '.join(ARCHITECTURES)}, got {arch!r}")
+    if triton_interpreted():
+        raise RuntimeError(
+            "recording: expected compiled kernels, got TRITON_INTERPRET=1, which replaces them by interpreted ones; "
+            "start Python without it"
+        )
+    import kernels.fused  # noqa: F401  pins Triton's options before Triton is imported
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    if _active:
+        raise RuntimeError("recording: expected no other active recording, got one; end it first")
+    recorder = _Recorder(arch, compile)
+    original, previous = JITFunction.run, driver._active
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.device.type != "meta":
+                raise ValueError(f"recording: expected meta tensors, got one on {value.device}; nothing can run it")
+        return recorder.run(original, self, args, grid, warmup, kwargs)
+
+    JITFunction.run = run
+    driver.set_active(CompileOnlyDriver(arch))
+    _active.append(recorder)
+    try:
+        yield recorder.launches
+    finally:
+        _active.remove(recorder)
+        driver._active = previous
+        JITFunction.run = original
