@@ -1,0 +1,55 @@
+"""Tile configurations of the attention kernels: data, chosen by the compile report (docs/kernels/attention.md)."""
+
+from dataclasses import dataclass
+
+MAX_HEAD_DIM = 512
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One configuration: block of queries, block of keys, warps, stages of the software pipeline."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        """As keyword arguments of a launch."""
+        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "num_warps": self.warps, "num_stages": self.stages}
+
+
+def head_dim_class(width: int) -> tuple[int, int, int]:
+    """Parts of a head width: at most three powers of two from 16 on, in falling order, 0 where absent.
+
+    The sum is the least such sum that is at least `width`: 112 = 64 + 32 + 16, 190 -> 128 + 64, 380 -> 256 + 128.
+    """
+    if not 1 <= width <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim_class: expected a width from 1 to {MAX_HEAD_DIM}, got {width}; use narrower heads")
+    units = -(-width // 16)
+    while units.bit_count() > 3:
+        units += units & -units
+    parts = [16 << bit for bit in range(units.bit_length() - 1, -1, -1) if units >> bit & 1]
+    return tuple(parts + [0] * (3 - len(parts)))  # type: ignore[return-value]
+
+
+# (largest sum of parts) -> tile, for kernel and dropout; the first row that is wide enough
+FORWARD = {
+    False: [(64, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 2)), (256, Tile(128, 32, 8, 1)), (512, Tile(32, 16, 4, 1))],
+    True: [(64, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 2)), (256, Tile(128, 32, 8, 1)), (512, Tile(32, 16, 4, 1))],
+}
+DQ = {
+    False: [(64, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 2)), (256, Tile(64, 32, 8, 1)), (512, Tile(32, 16, 4, 1))],
+    True: [(64, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 2)), (256, Tile(64, 32, 8, 1)), (512, Tile(32, 16, 4, 1))],
+}
+DKDV = {
+    False: [(64, Tile(64, 128, 8, 2)), (128, Tile(64, 64, 8, 1)), (256, Tile(32, 32, 8, 1)), (512, Tile(16, 16, 4, 1))],
+    True: [(64, Tile(32, 128, 8, 2)), (128, Tile(64, 64, 8, 1)), (256, Tile(32, 32, 8, 1)), (512, Tile(16, 16, 4, 1))],
+}
+TABLES = {"forward": FORWARD, "dq": DQ, "dkdv": DKDV}
+
+
+def tile(direction: str, arch: str, width: int, value_width: int, causal: bool, dropout: bool, bits: int) -> Tile:
+    """Configuration of one launch. direction: forward, dq or dkdv; widths of q and v; bits of an element."""
+    widest = max(sum(head_dim_class(width)), sum(head_dim_class(value_width)))
+    return next(found for limit, found in TABLES[direction][dropout] if widest <= limit)
