@@ -1,9 +1,21 @@
 """Compiles fused kernels for a GPU that is not there, through the launch code a GPU run uses, and reads the result.
 
 `recording` is the door: within it, fused operators called on meta tensors record and compile their launches. Section 5
-of the specification is checked on the compiled programs by `report`.
+of the specification is checked on the compiled programs by `reports`.
 """
 
 from kernels.compile_only.record import ARCHITECTURES, Argument, Launch, launches, recording
+from kernels.compile_only.report import Report, report, reports, save, table
 
-__all__ = ["ARCHITECTURES", "Argument", "Launch", "launches", "recording"]
+__all__ = [
+    "ARCHITECTURES",
+    "Argument",
+    "Launch",
+    "Report",
+    "launches",
+    "recording",
+    "report",
+    "reports",
+    "save",
+    "table",
+]

@@ -6,6 +6,7 @@ compiles for that target and is noted down. Nothing here executes a kernel.
 """
 
 import contextlib
+import importlib
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -90,7 +91,7 @@ class _Pointer:
     def __init__(self, tensor: Tensor):
         self.dtype = tensor.dtype
         self.shape = tensor.shape
-        self._address = 256 + tensor.storage_offset() * tensor.element_size()
+        self._address = 256 + int(tensor.storage_offset()) * tensor.element_size()
 
     def data_ptr(self) -> int:
         return self._address
@@ -213,7 +214,7 @@ def recording(arch: str = "sm_86", compile: bool = True) -> Iterator[list[Launch
             "recording: expected compiled kernels, got TRITON_INTERPRET=1, which replaces them by interpreted ones; "
             "start Python without it"
         )
-    import kernels.fused  # noqa: F401  pins Triton's options before Triton is imported
+    importlib.import_module("kernels.fused")  # pins Triton's options before Triton is imported
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 

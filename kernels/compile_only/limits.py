@@ -1,0 +1,80 @@
+"""Section 5 of the kernels' specification as data: what the compiled code of each kernel must show on sm_86."""
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Resources of one streaming multiprocessor (CUDA C++ Programming Guide, table of technical specifications)."""
+
+    shared_memory: int
+    shared_memory_block: int
+    warps: int
+    blocks: int
+    registers: int = 65536
+    # the driver keeps 1 KiB of every block for itself; registers come in units of 256 a warp, warps of a block in fours
+    shared_reserved: int = 1024
+    register_unit: int = 256
+    warp_unit: int = 4
+
+    def resident_blocks(self, registers: int, shared: int, warps: int) -> int:
+        """Blocks of `warps` warps that an SM holds, of `registers` a thread and `shared` bytes."""
+        unit = self.register_unit
+        per_warp = max(unit, -(-registers * 32 // unit) * unit)
+        # registers belong to the four sub-cores, which hold whole warps
+        by_registers = self.registers // self.warp_unit // per_warp * self.warp_unit
+        allocated = -(-warps // self.warp_unit) * self.warp_unit
+        by_shared = self.shared_memory // (shared + self.shared_reserved)
+        return min(self.blocks, self.warps // allocated, by_registers // allocated, by_shared)
+
+
+ARCHITECTURE_DATA = {
+    "sm_80": Architecture(164 * 1024, 163 * 1024, 64, 32),
+    "sm_86": Architecture(100 * 1024, 99 * 1024, 48, 16),
+    "sm_89": Architecture(100 * 1024, 99 * 1024, 48, 24),
+    "sm_90": Architecture(228 * 1024, 227 * 1024, 64, 32),
+}
+
+
+def _always(constants: Mapping[str, Any]) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Limits of the kernels whose name matches `kernel` (a shell pattern) and whose constants satisfy `where`.
+
+    issue_per_hmma, shared_per_tensor: exclusive and inclusive upper bounds for `loop`: every innermost loop with
+    products ("every"), or the one with fewest slots a product ("main", where other loops are masked edges).
+    half_precision_only: the bound on products is for float16 and bfloat16; float32 has other instructions.
+    """
+
+    kernel: str
+    where: Callable[[Mapping[str, Any]], bool] = _always
+    no_spills: bool = False
+    resident_warps: int | None = None
+    issue_per_hmma: float | None = None
+    shared_per_tensor: float | None = None
+    no_duplicates: bool = False
+    loop: str = "every"
+    architectures: tuple[str, ...] = ("sm_86",)
+
+
+LIMITS: list[Limit] = [
+    Limit("_glu_*", no_spills=True, architectures=("sm_80", "sm_86", "sm_89", "sm_90")),
+    Limit("_glu_forward_kernel", issue_per_hmma=4.2, no_duplicates=True),
+    Limit("_residual_norm_*", no_spills=True),
+    Limit("_linear_cross_entropy_*", no_spills=True),
+]
+
+
+def limits_of(kernel: str, constants: Mapping[str, Any], arch: str) -> list[Limit]:
+    """Every limit that applies to a kernel with these constants on `arch`."""
+    return [
+        limit
+        for limit in LIMITS
+        if arch in limit.architectures and fnmatch.fnmatch(kernel, limit.kernel) and limit.where(constants)
+    ]
