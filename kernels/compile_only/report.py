@@ -169,7 +169,7 @@ def _failures(row: Report, limits: list[Limit]) -> Iterable[str]:
             if limit.issue_per_hmma is not None and not loop.issue_per_hmma < limit.issue_per_hmma:
                 yield f"{loop.issue_per_hmma:.2f} issue slots per HMMA, limit {limit.issue_per_hmma:g}"
             if limit.shared_per_tensor is not None and not loop.shared_per_tensor <= limit.shared_per_tensor:
-                yield f"shared-memory pipe {loop.shared_per_tensor:.2f} of the tensor's, limit {limit.shared_per_tensor:g}"
+                yield f"shared-memory pipe {loop.shared_per_tensor:.2f} of tensor, limit {limit.shared_per_tensor:g}"
 
 
 def reports(launches: Iterable[Launch]) -> list[Report]:
