@@ -73,9 +73,14 @@ def tile_for(direction: str, q: Tensor, v: Tensor, causal: bool, dropout: bool) 
     return tiles_attention.tile(direction, architecture(), q.shape[3], v.shape[3], causal, dropout, bits).options()
 
 
+def padded_columns(keys: int) -> int:
+    """Entries of the dropout table for a segment of `keys` keys."""
+    return triton.cdiv(keys, COLUMN_PAD) * COLUMN_PAD
+
+
 def column_table(segments: tuple[int, ...], device: torch.device) -> tuple[Tensor, tuple[int, int]]:
     """Empty dropout table of one or two key segments, each padded, and (first, gap) that tell the kernel its columns."""
-    padded = [triton.cdiv(n, COLUMN_PAD) * COLUMN_PAD for n in segments]
+    padded = [padded_columns(n) for n in segments]
     table = torch.empty(sum(padded), dtype=torch.int32, device=device)
     return table, (padded[0], SEGMENT_COLUMNS - padded[0])
 
