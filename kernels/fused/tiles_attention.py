@@ -7,16 +7,19 @@ MAX_HEAD_DIM = 512
 
 @dataclass(frozen=True)
 class Tile:
-    """One configuration: block of queries, block of keys, warps, stages of the software pipeline."""
+    """One configuration: block of queries, block of keys, warps, stages of the software pipeline, and a cap on the
+    registers of a thread where that buys another resident block (0: none)."""
 
     m: int
     n: int
     warps: int
     stages: int
+    registers: int = 0
 
     def options(self) -> dict[str, int]:
         """As keyword arguments of a launch."""
-        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "num_warps": self.warps, "num_stages": self.stages}
+        options = {"BLOCK_M": self.m, "BLOCK_N": self.n, "num_warps": self.warps, "num_stages": self.stages}
+        return options | ({"maxnreg": self.registers} if self.registers else {})
 
 
 def head_dim_class(width: int) -> tuple[int, int, int]:
