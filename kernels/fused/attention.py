@@ -17,7 +17,6 @@ from kernels.dropout import SEGMENT_COLUMNS, Dropout, keep_scale
 from kernels.fused import attention_kernels as programs
 from kernels.fused import tiles_attention
 from kernels.fused.primitives import signed_threshold
-from kernels.fused.tiles_attention import head_dim_class
 
 LOG2_E = 1.4426950408889634
 # Rows of the per-query planes and columns of the dropout table are padded to the largest block, so no load of them
@@ -41,6 +40,19 @@ def with_unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def padded_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Head widths above 64 filled with zeros up to a multiple of 16 bytes: 190 to 192, 380 to 384.
+
+    A head stride of 380 bytes allows loads of 4 bytes only; with as many pointers, dK and dV at 190 spill hundreds of
+    registers. The zeros change no product. A model that pads its projections' weights instead saves these copies.
+    """
+    unit = 16 // tensors[0].element_size()
+    return tuple(
+        torch.nn.functional.pad(x, (0, -x.shape[3] % unit)) if x.shape[3] > 64 and x.shape[3] % unit else x
+        for x in tensors
+    )
+
+
 def strides_of(x: Tensor) -> list[int]:
     """Strides of [B, L, H, K] without the last; 0 for dimensions of size 1, which then broadcast."""
     return [0 if n == 1 else s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
@@ -56,9 +68,9 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
-def width_constants(width: int, value_width: int) -> dict[str, int]:
+def width_constants(direction: str, width: int, value_width: int) -> dict[str, int]:
     """Head widths and their parts, as the kernels name them."""
-    d, e = head_dim_class(width), head_dim_class(value_width)
+    d, e = (tiles_attention.parts_of(direction, n) for n in (width, value_width))
     return {"K": width, "D0": d[0], "D1": d[1], "D2": d[2], "KV": value_width, "E0": e[0], "E1": e[1], "E2": e[2]}
 
 
@@ -79,7 +91,7 @@ def padded_columns(keys: int) -> int:
 
 
 def column_table(segments: tuple[int, ...], device: torch.device) -> tuple[Tensor, tuple[int, int]]:
-    """Empty dropout table of one or two key segments, each padded, and (first, gap) that tell the kernel its columns."""
+    """Empty dropout table of one or two key segments, each padded, and the (first, gap) that the kernel fills it by."""
     padded = [padded_columns(n) for n in segments]
     table = torch.empty(sum(padded), dtype=torch.int32, device=device)
     return table, (padded[0], SEGMENT_COLUMNS - padded[0])
@@ -124,7 +136,7 @@ def forward(
         *(s // align for x in (q, k, v) for s in strides_of(x)), 0 if mask is None else mask.stride(0),
         scale_log2, keep_scale(p), site, signed_threshold(p), heads, heads // groups, queries, keys,
         CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
-        **constants, **width_constants(width, value_width), **tile,
+        **constants, **width_constants("forward", width, value_width), **tile,
     )  # fmt: skip
     return o, lse
 
@@ -140,7 +152,7 @@ def backward_rows(
     row_programs = padded // ROW_PAD * batch * heads
     extra = 0 if columns is None else columns.numel() // ROW_PAD
     align = alignment(do)
-    widths = {n: x for n, x in width_constants(1, value_width).items() if n[0] in "KE" and n != "K"}
+    widths = {n: x for n, x in width_constants("rows", 1, value_width).items() if n[0] in "KE" and n != "K"}
     programs._attention_bwd_rows_kernel[(row_programs + extra,)](
         o, do, lse, rows, rng, columns, *(s // align for s in strides_of(do)),
         1.0 / keep_scale(p), site, heads, queries, padded, first, gap, row_programs, rows.stride(0),
@@ -160,30 +172,32 @@ def launch_dkdv(
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if keys == 0:
         return dk, dv
-    group = heads // groups
-    pairs = batch // shared * group
-    tile = tile_for("dkdv", q, v, causal, p > 0)
-    base = triton.cdiv(keys, tile["BLOCK_N"]) * groups * shared
-    splits = max(1, min(pairs, SHARED_PROGRAMS // base))
-    out_k, out_v = dk, dv
-    if splits > 1:
-        out_k = torch.empty((splits, *k.shape), dtype=torch.float32, device=k.device)
-        out_v = torch.empty((splits, *v.shape), dtype=torch.float32, device=v.device)
+    pairs = batch // shared * (heads // groups)
     align = alignment(q, k, v, do)
     scale_log2, constants = scale_constants(scale, q.dtype)
-    programs._attention_bwd_dkdv_kernel[(base * splits,)](
-        q, k, v, do, out_k, out_v, rows, lengths, mask, columns,
-        *(s // align for x in (q, k, v, do) for s in strides_of(x)), 0 if mask is None else mask.stride(0),
-        scale_log2, scale * keep_scale(p), keep_scale(p), signed_threshold(p), rows.stride(0),
-        heads, group, queries, rows.shape[3], keys, pairs, splits, shared,
-        CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
-        SHARED=pairs > 1, WANT_DK=True, WANT_DV=True,
-        **constants, **width_constants(width, v.shape[3]), **tile,
-    )  # fmt: skip
-    if splits > 1:
-        for parts, out in ((out_k, dk), (out_v, dv)):
-            n = out.numel()
-            programs._sum_partials_kernel[(triton.cdiv(n, SUM_BLOCK),)](parts, out, n, splits, BLOCK=SUM_BLOCK)
+    for direction in tiles_attention.key_directions(width, v.shape[3]):
+        tile = tile_for(direction, q, v, causal, p > 0)
+        base = triton.cdiv(keys, tile["BLOCK_N"]) * groups * shared
+        splits = max(1, min(pairs, SHARED_PROGRAMS // base))
+        wanted = {"dk": dk, "dv": dv}
+        wanted = {n: x for n, x in wanted.items() if n in direction}
+        parts = wanted
+        if splits > 1:
+            parts = {
+                n: torch.empty((splits, *x.shape), dtype=torch.float32, device=x.device) for n, x in wanted.items()
+            }
+        programs._attention_bwd_dkdv_kernel[(base * splits,)](
+            q, k, v, do, parts.get("dk"), parts.get("dv"), rows, lengths, mask, columns,
+            *(s // align for x in (q, k, v, do) for s in strides_of(x)), 0 if mask is None else mask.stride(0),
+            scale_log2, scale * keep_scale(p), keep_scale(p), signed_threshold(p), rows.stride(0),
+            heads, heads // groups, queries, rows.shape[3], keys, pairs, splits, shared,
+            CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
+            SHARED=pairs > 1, WANT_DK="dk" in wanted, WANT_DV="dv" in wanted,
+            **constants, **width_constants(direction, width, v.shape[3]), **tile,
+        )  # fmt: skip
+        for n, out in wanted.items() if splits > 1 else ():
+            grid = (triton.cdiv(out.numel(), SUM_BLOCK),)
+            programs._sum_partials_kernel[grid](parts[n], out, out.numel(), splits, BLOCK=SUM_BLOCK)
     return dk, dv
 
 
@@ -209,7 +223,7 @@ def backward(
         scale_log2, scale * keep_scale(p), signed_threshold(p), rows.stride(0),
         heads, heads // groups, queries, rows.shape[3], keys,
         CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
-        **constants, **width_constants(width, v.shape[3]), **tile,
+        **constants, **width_constants("dq", width, v.shape[3]), **tile,
     )  # fmt: skip
     dk, dv = launch_dkdv(q, k, v, do, rows, columns, lengths, mask, scale, causal, p)
     return dq, dk, dv
@@ -262,6 +276,9 @@ def attention(
     key_mask: Tensor | None,
     dropout: Dropout | None,
 ) -> Tensor:
-    """Contract in kernels.api.attention. An innermost stride other than 1 costs a copy."""
+    """Contract in kernels.api.attention. An innermost stride other than 1 costs a copy, and so does a head width above
+    64 that is not a multiple of 16 bytes (see `padded_heads`)."""
     rng, p, site = (None, 0.0, 0) if dropout is None else (dropout.rng, dropout.p, dropout.site)
-    return attention_op(q, k, v, key_lengths, key_mask, rng, scale, causal, p, site)[0]
+    value_width = v.shape[3]
+    q, k, v = padded_heads(q, k, v)
+    return attention_op(q, k, v, key_lengths, key_mask, rng, scale, causal, p, site)[0][..., :value_width]

@@ -18,8 +18,10 @@ NO_KEY = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def load_part(ptr, offs, stride, end, START: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS_MASKED: tl.constexpr):
-    """[rows, D]: columns START ... START + D of rows `offs`; 0 from row `end` on (ROWS_MASKED) and from column WIDTH."""
+def load_part(
+    ptr, offs, stride, end, START: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS_MASKED: tl.constexpr
+):
+    """[rows, D]: columns START ... START + D of rows `offs`; 0 from row `end` (ROWS_MASKED) and column WIDTH on."""
     d = START + tl.arange(0, D)
     ptrs = ptr + offs[:, None] * stride + d[None, :]
     if START + D > WIDTH:

@@ -122,7 +122,7 @@ def _attention_bwd_rows_kernel(
     The last programs write the dropout keys of the columns, as `_column_keys_kernel` does.
     """
     pid = tl.program_id(0)
-    if DROPOUT:
+    if DROPOUT:  # noqa: SIM102  a compile-time condition, kept apart from the run-time one
         if pid >= row_programs:
             i = (pid - row_programs) * BLOCK_M + tl.arange(0, BLOCK_M)
             tl.store(ckeys_ptr + i, column_keys(rng_ptr, site, tl.where(i < first, i, i + gap)))

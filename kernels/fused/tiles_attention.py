@@ -36,20 +36,51 @@ def head_dim_class(width: int) -> tuple[int, int, int]:
     return tuple(parts + [0] * (3 - len(parts)))  # type: ignore[return-value]
 
 
-# (largest sum of parts) -> tile, for kernel and dropout; the first row that is wide enough
+def parts_of(direction: str, width: int) -> tuple[int, int, int]:
+    """Parts of a head width in one kernel: `head_dim_class`, but "dkdv" takes widths to 64 and to 128 as one masked part.
+
+    There two accumulators and two resident operands in several parts each spill (K 112 in three parts: 4 to 31 stores
+    at 32 x 128 x 8 warps, none as 128), for an eighth more products at 112.
+    """
+    if direction == "dkdv" and 32 < width <= 128:
+        return (64 if width <= 64 else 128), 0, 0
+    return head_dim_class(width)
+
+
+def key_directions(width: int, value_width: int) -> tuple[str, ...]:
+    """One kernel for dK and dV, or above 128 two, of two and three products: their accumulators do not fit together."""
+    return ("dkdv",) if max(width, value_width) <= 128 else ("dk", "dv")
+
+
+# For each kernel, without and with dropout: (largest sum of parts, tile), the first row that is wide enough counts.
+# Chosen for sm_86 from what docs/kernels/attention.md lists.
 FORWARD = {
-    False: [(64, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 2)), (256, Tile(128, 32, 8, 1)), (512, Tile(32, 16, 4, 1))],
-    True: [(64, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 2)), (256, Tile(128, 32, 8, 1)), (512, Tile(32, 16, 4, 1))],
+    False: ((112, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 2)), (256, Tile(128, 32, 8, 1)), (512, Tile(32, 32, 4, 1))),
+    True: (
+        (32, Tile(128, 64, 8, 2)),
+        (64, Tile(128, 32, 8, 2, 128)),
+        (128, Tile(128, 64, 8, 2)),
+        (256, Tile(128, 32, 8, 1)),
+        (512, Tile(32, 32, 4, 1)),
+    ),
 }
 DQ = {
-    False: [(64, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 2)), (256, Tile(64, 32, 8, 1)), (512, Tile(32, 16, 4, 1))],
-    True: [(64, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 2)), (256, Tile(64, 32, 8, 1)), (512, Tile(32, 16, 4, 1))],
+    False: ((64, Tile(128, 32, 8, 2, 128)), (128, Tile(128, 32, 8, 2)), (256, Tile(64, 16, 4, 1)), (512, Tile(32, 16, 4, 1))),
+    True: ((64, Tile(128, 32, 8, 2, 128)), (128, Tile(128, 32, 8, 2)), (256, Tile(64, 16, 4, 1)), (512, Tile(32, 16, 4, 1))),
 }
 DKDV = {
-    False: [(64, Tile(64, 128, 8, 2)), (128, Tile(64, 64, 8, 1)), (256, Tile(32, 32, 8, 1)), (512, Tile(16, 16, 4, 1))],
-    True: [(64, Tile(32, 128, 8, 2)), (128, Tile(64, 64, 8, 1)), (256, Tile(32, 32, 8, 1)), (512, Tile(16, 16, 4, 1))],
+    False: ((32, Tile(64, 64, 4, 2, 168)), (64, Tile(64, 64, 4, 2)), (128, Tile(16, 128, 8, 2))),
+    True: ((32, Tile(32, 128, 8, 2, 128)), (64, Tile(32, 64, 4, 2)), (128, Tile(16, 128, 8, 2))),
 }
-TABLES = {"forward": FORWARD, "dq": DQ, "dkdv": DKDV}
+DK = {
+    False: ((256, Tile(32, 64, 4, 1)), (512, Tile(16, 16, 4, 1))),
+    True: ((256, Tile(32, 64, 4, 1)), (512, Tile(16, 16, 4, 1))),
+}
+DV = {
+    False: ((256, Tile(32, 64, 4, 1)), (512, Tile(16, 16, 4, 1))),
+    True: ((256, Tile(32, 64, 4, 1)), (512, Tile(16, 16, 4, 1))),
+}
+TABLES = {"forward": FORWARD, "dq": DQ, "dkdv": DKDV, "dk": DK, "dv": DV}
 
 
 def tile(direction: str, arch: str, width: int, value_width: int, causal: bool, dropout: bool, bits: int) -> Tile:

@@ -19,6 +19,7 @@ from kernels.fused.attention import (
     forward_columns,
     launch_dkdv,
     padded_columns,
+    padded_heads,
     scale_constants,
     strides_of,
     tile_for,
@@ -226,7 +227,7 @@ def forward(
         scale_log2, keep_scale(p), site, signed_threshold(p), padded_columns(keys),
         heads, heads // k.shape[2], heads // other_k.shape[2], queries, keys, others,
         HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
-        **constants, **width_constants(width, value_width), **tile,
+        **constants, **width_constants("forward", width, value_width), **tile,
     )  # fmt: skip
     return o, lse
 
@@ -256,7 +257,7 @@ def backward(
         scale_log2, scale * keep_scale(p), signed_threshold(p), rows.stride(0), first,
         heads, heads // k.shape[2], heads // other_k.shape[2], queries, rows.shape[3], keys, others,
         HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
-        **constants, **width_constants(width, v.shape[3]), **tile,
+        **constants, **width_constants("dq", width, v.shape[3]), **tile,
     )  # fmt: skip
     own_columns, other_columns = (None, None) if columns is None else (columns[:first], columns[first:])
     dk, dv = launch_dkdv(q, k, v, do, rows, own_columns, None, None, scale, True, p)
@@ -311,6 +312,7 @@ def unified_attention(
     key_mask: Tensor | None,
     dropout: Dropout | None,
 ) -> Tensor:
-    """Contract in kernels.api.unified_attention. An innermost stride other than 1 costs a copy."""
+    """Contract in kernels.api.unified_attention. Copies as in kernels.fused.attention."""
     rng, p, site = (None, 0.0, 0) if dropout is None else (dropout.rng, dropout.p, dropout.site)
-    return unified_attention_op(q, k_own, v_own, k_other, v_other, key_lengths, key_mask, rng, scale, p, site)[0]
+    inputs = padded_heads(q, k_own, v_own, k_other, v_other)
+    return unified_attention_op(*inputs, key_lengths, key_mask, rng, scale, p, site)[0][..., : v_own.shape[3]]

@@ -328,8 +328,8 @@ def check(
     Floating inputs are rounded to `dtype` first, so that the oracle sees what the operator sees. For outputs and every
     gradient: error at most twice that of the plain formula in `dtype`, plus 1e-5, relative to the largest value;
     1 - cosine at most 1e-6 (float16: plus twice the formula's); exact zeros where formula and oracle have them, but
-    for `cancelling`: inputs whose gradient has zeros that are differences of equal numbers (softmax over one key). Also:
-    inputs and outputs unchanged by backward, a second backward gives the same bits, nothing written out of bounds.
+    for `cancelling`: inputs whose gradient has zeros that are differences of equal numbers (softmax over one key).
+    Also: inputs and outputs unchanged by backward, a second backward gives the same bits, no write out of bounds.
     """
     kwargs = dict(kwargs or {})
     if dtype == torch.bfloat16 and INTERPRETED:

@@ -180,12 +180,15 @@ def test_masks_depend_neither_on_tiles_nor_on_micro_batches(monkeypatch):
         torch.testing.assert_close(one, whole[b : b + 1], rtol=1e-5, atol=1e-6)
 
 
-MUTATED = case(2, 20, 50, heads=2), {
-    "causal": True,
-    "key_lengths": torch.tensor([50, 18]),
-    "dropout": dropout(),
-    "scale": 0.5,
-}
+MUTATED = (
+    case(2, 20, 50, heads=2),
+    {
+        "causal": True,
+        "key_lengths": torch.tensor([50, 18]),
+        "dropout": dropout(),
+        "scale": 0.5,
+    },
+)
 
 
 @pytest.mark.parametrize("mutation", mutations("attention", *MUTATED))

@@ -10,7 +10,9 @@ from kernels.dropout import SEGMENT_COLUMNS, Dropout, keep_mask
 from kernels.fused.attention import attention_op
 
 
-def case(batch=1, length=5, others=7, heads=1, groups=None, other_groups=None, width=16, value_width=None, shared=False):
+def case(
+    batch=1, length=5, others=7, heads=1, groups=None, other_groups=None, width=16, value_width=None, shared=False
+):
     groups, other_groups, value_width = groups or heads, other_groups or heads, value_width or width
     key_batch = 1 if shared else batch
     return {
@@ -94,9 +96,7 @@ def test_masks_are_those_of_the_contract():
     d = Dropout(d.p, d.rng.to(DEVICE), d.site)
     zeros = torch.zeros(1, n, 1, 16, device=DEVICE)
     one_hot = torch.eye(2 * n, device=DEVICE)[:, None]
-    out = kernels.unified_attention(
-        zeros, zeros, one_hot[:n][None], zeros, one_hot[n:][None], dropout=d, impl="triton"
-    )
+    out = kernels.unified_attention(zeros, zeros, one_hot[:n][None], zeros, one_hot[n:][None], dropout=d, impl="triton")
     own = keep_mask(d, 1, 1, n, n)[0, 0, -1]
     other = keep_mask(d, 1, 1, n, n, offset=SEGMENT_COLUMNS)[0, 0, -1]
     assert torch.equal(out[0, -1, 0] != 0, torch.cat([own, other]))
