@@ -37,7 +37,7 @@ def head_dim_class(width: int) -> tuple[int, int, int]:
 
 
 def parts_of(direction: str, width: int) -> tuple[int, int, int]:
-    """Parts of a head width in one kernel: `head_dim_class`, but "dkdv" takes widths to 64 and to 128 as one masked part.
+    """Parts of a head width in one kernel: `head_dim_class`, but "dkdv" takes 33 to 64 and 65 to 128 as one masked part.
 
     There two accumulators and two resident operands in several parts each spill (K 112 in three parts: 4 to 31 stores
     at 32 x 128 x 8 warps, none as 128), for an eighth more products at 112.
@@ -54,36 +54,73 @@ def key_directions(width: int, value_width: int) -> tuple[str, ...]:
 
 # For each kernel, without and with dropout: (largest sum of parts, tile), the first row that is wide enough counts.
 # Chosen for sm_86 from what docs/kernels/attention.md lists.
-FORWARD = {
-    False: ((112, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 2)), (256, Tile(128, 32, 8, 1)), (512, Tile(32, 32, 4, 1))),
+Table = dict[bool, tuple[tuple[int, Tile], ...]]
+
+FORWARD: Table = {
+    False: (
+        (112, Tile(128, 64, 8, 2)),
+        (128, Tile(128, 32, 8, 2)),
+        (256, Tile(128, 32, 8, 1)),
+        (384, Tile(32, 32, 4, 1)),
+        (512, Tile(32, 16, 4, 1)),
+    ),
     True: (
         (32, Tile(128, 64, 8, 2)),
         (64, Tile(128, 32, 8, 2, 128)),
         (128, Tile(128, 64, 8, 2)),
         (256, Tile(128, 32, 8, 1)),
-        (512, Tile(32, 32, 4, 1)),
+        (384, Tile(32, 32, 4, 1)),
+        (512, Tile(32, 16, 4, 1)),
     ),
 }
-DQ = {
-    False: ((64, Tile(128, 32, 8, 2, 128)), (128, Tile(128, 32, 8, 2)), (256, Tile(64, 16, 4, 1)), (512, Tile(32, 16, 4, 1))),
-    True: ((64, Tile(128, 32, 8, 2, 128)), (128, Tile(128, 32, 8, 2)), (256, Tile(64, 16, 4, 1)), (512, Tile(32, 16, 4, 1))),
+DQ: Table = {
+    False: (
+        (64, Tile(128, 32, 8, 2, 128)),
+        (96, Tile(128, 32, 8, 2)),
+        (112, Tile(64, 32, 4, 2)),
+        (128, Tile(128, 32, 8, 2)),
+        (192, Tile(64, 16, 4, 2)),
+        (256, Tile(64, 16, 4, 1)),
+        (384, Tile(32, 32, 4, 1)),
+        (512, Tile(32, 16, 4, 1)),
+    ),
+    True: (
+        (64, Tile(128, 32, 8, 2, 128)),
+        (128, Tile(128, 32, 8, 2)),
+        (192, Tile(64, 16, 4, 2)),
+        (256, Tile(64, 16, 4, 1)),
+        (384, Tile(32, 32, 4, 1)),
+        (512, Tile(32, 16, 4, 1)),
+    ),
 }
-DKDV = {
+DKDV: Table = {
     False: ((32, Tile(64, 64, 4, 2, 168)), (64, Tile(64, 64, 4, 2)), (128, Tile(16, 128, 8, 2))),
     True: ((32, Tile(32, 128, 8, 2, 128)), (64, Tile(32, 64, 4, 2)), (128, Tile(16, 128, 8, 2))),
 }
-DK = {
-    False: ((256, Tile(32, 64, 4, 1)), (512, Tile(16, 16, 4, 1))),
-    True: ((256, Tile(32, 64, 4, 1)), (512, Tile(16, 16, 4, 1))),
-}
-DV = {
-    False: ((256, Tile(32, 64, 4, 1)), (512, Tile(16, 16, 4, 1))),
-    True: ((256, Tile(32, 64, 4, 1)), (512, Tile(16, 16, 4, 1))),
-}
+DK: Table = dict.fromkeys(
+    (False, True),
+    ((192, Tile(16, 64, 4, 2)), (256, Tile(16, 64, 4, 1)), (384, Tile(32, 32, 4, 1)), (512, Tile(16, 32, 4, 1))),
+)
+DV: Table = dict.fromkeys(
+    (False, True), ((256, Tile(16, 64, 4, 2)), (384, Tile(32, 32, 4, 1)), (512, Tile(16, 32, 4, 1)))
+)
 TABLES = {"forward": FORWARD, "dq": DQ, "dkdv": DKDV, "dk": DK, "dv": DV}
+
+# float32, with dropout or without: what fits 99 KiB and spills least; a block of 8 is padded to 16 in the product
+TABLES_32 = {
+    "forward": ((64, Tile(32, 32, 4, 1)), (128, Tile(32, 16, 4, 1)), (512, Tile(16, 16, 4, 1))),
+    "dq": ((64, Tile(32, 32, 4, 1)), (384, Tile(16, 16, 4, 1)), (512, Tile(8, 16, 4, 1))),
+    "dkdv": ((64, Tile(32, 32, 4, 1)), (128, Tile(16, 16, 4, 1))),
+    "dk": ((384, Tile(16, 16, 4, 1)), (512, Tile(16, 8, 4, 1))),
+    "dv": ((512, Tile(16, 16, 4, 1)),),
+}
 
 
 def tile(direction: str, arch: str, width: int, value_width: int, causal: bool, dropout: bool, bits: int) -> Tile:
-    """Configuration of one launch. direction: forward, dq or dkdv; widths of q and v; bits of an element."""
-    widest = max(sum(head_dim_class(width)), sum(head_dim_class(value_width)))
-    return next(found for limit, found in TABLES[direction][dropout] if widest <= limit)
+    """Configuration of one launch. direction: forward, dq, dkdv, dk or dv; widths of q and v; bits of an element.
+
+    arch and causal choose nothing yet: tiles of sm_86 serve every architecture and mask.
+    """
+    widest = max(sum(parts_of(direction, width)), sum(parts_of(direction, value_width)))
+    table = TABLES_32[direction] if bits == 32 else TABLES[direction][dropout]
+    return next(found for limit, found in table if widest <= limit)

@@ -201,8 +201,15 @@ def test_the_mutated_case_itself_passes(small_tiles):
     check("attention", *MUTATED, cancelling=("q", "k"))
 
 
-@pytest.mark.parametrize("width", range(1, 513))
-def test_every_head_width_has_a_class_and_tiles(width):
+def test_every_head_width_has_a_class_and_tiles():
+    for width in range(1, 513):
+        _check_class(width)
+    for width in (0, 513):
+        with pytest.raises(ValueError, match=f"from 1 to 512, got {width}"):
+            head_dim_class(width)
+
+
+def _check_class(width):
     parts = head_dim_class(width)
     used = [part for part in parts if part]
     assert all(part >= 16 and part & (part - 1) == 0 for part in used)
@@ -211,7 +218,7 @@ def test_every_head_width_has_a_class_and_tiles(width):
     # only the last part may be cut, and by less than a seventh of a wide head
     assert 0 <= sum(parts) - width < max(used[-1], 16)
     assert sum(parts) - width <= max(15, width // 7)
-    for direction in tiles_attention.TABLES:
+    for direction in ("forward", "dq", *tiles_attention.key_directions(width, width)):
         for bits in (16, 32):
             for p in (False, True):
                 assert tiles_attention.tile(direction, "sm_86", width, width, False, p, bits).warps in (1, 2, 4, 8)
