@@ -40,6 +40,22 @@ def with_unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def check_supported(operator: str, *tensors: Tensor) -> None:
+    """ValueError for what the kernels cannot do: float64, and tensors whose offsets within one sequence pass 2^31."""
+    if tensors[0].dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(
+            f"{operator}: expected float16, bfloat16 or float32 for impl='triton', got {tensors[0].dtype}; "
+            "use impl='torch' or 'reference'"
+        )
+    for x in tensors:
+        length, stride = x.shape[1], max(x.stride(1), x.shape[2] * x.shape[3])
+        if length * stride >= 1 << 31 or length >= SEGMENT_COLUMNS:
+            raise ValueError(
+                f"{operator}: expected fewer than 2^24 positions and 2^31 elements in a sequence, got {length} "
+                f"positions of {stride} elements; shorten the sequences"
+            )
+
+
 def padded_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Head widths above 64 filled with zeros up to a multiple of 16 bytes: 190 to 192, 380 to 384.
 
@@ -279,6 +295,7 @@ def attention(
     """Contract in kernels.api.attention. An innermost stride other than 1 costs a copy, and so does a head width above
     64 that is not a multiple of 16 bytes (see `padded_heads`)."""
     rng, p, site = (None, 0.0, 0) if dropout is None else (dropout.rng, dropout.p, dropout.site)
+    check_supported("attention", q, k, v)
     value_width = v.shape[3]
     q, k, v = padded_heads(q, k, v)
     return attention_op(q, k, v, key_lengths, key_mask, rng, scale, causal, p, site)[0][..., :value_width]

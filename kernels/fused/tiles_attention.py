@@ -37,7 +37,7 @@ def head_dim_class(width: int) -> tuple[int, int, int]:
 
 
 def parts_of(direction: str, width: int) -> tuple[int, int, int]:
-    """Parts of a head width in one kernel: `head_dim_class`, but "dkdv" takes 33 to 64 and 65 to 128 as one masked part.
+    """Parts of a head width in one kernel: `head_dim_class`, but "dkdv" takes 33 to 64 and 65 to 128 as one part.
 
     There two accumulators and two resident operands in several parts each spill (K 112 in three parts: 4 to 31 stores
     at 32 x 128 x 8 warps, none as 128), for an eighth more products at 112.
@@ -108,7 +108,7 @@ TABLES = {"forward": FORWARD, "dq": DQ, "dkdv": DKDV, "dk": DK, "dv": DV}
 
 # float32, with dropout or without: what fits 99 KiB and spills least; a block of 8 is padded to 16 in the product
 TABLES_32 = {
-    "forward": ((64, Tile(32, 32, 4, 1)), (128, Tile(32, 16, 4, 1)), (512, Tile(16, 16, 4, 1))),
+    "forward": ((64, Tile(32, 32, 4, 1)), (128, Tile(32, 32, 4, 1)), (512, Tile(16, 16, 4, 1))),
     "dq": ((64, Tile(32, 32, 4, 1)), (384, Tile(16, 16, 4, 1)), (512, Tile(8, 16, 4, 1))),
     "dkdv": ((64, Tile(32, 32, 4, 1)), (128, Tile(16, 16, 4, 1))),
     "dk": ((384, Tile(16, 16, 4, 1)), (512, Tile(16, 8, 4, 1))),

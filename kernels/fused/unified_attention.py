@@ -16,6 +16,7 @@ from kernels.fused.attention import (
     alignment,
     backward_rows,
     byte_mask,
+    check_supported,
     forward_columns,
     launch_dkdv,
     padded_columns,
@@ -314,5 +315,6 @@ def unified_attention(
 ) -> Tensor:
     """Contract in kernels.api.unified_attention. Copies as in kernels.fused.attention."""
     rng, p, site = (None, 0.0, 0) if dropout is None else (dropout.rng, dropout.p, dropout.site)
+    check_supported("unified_attention", q, k_own, v_own, k_other, v_other)
     inputs = padded_heads(q, k_own, v_own, k_other, v_other)
     return unified_attention_op(*inputs, key_lengths, key_mask, rng, scale, p, site)[0][..., : v_own.shape[3]]

@@ -151,6 +151,17 @@ def test_scores_far_below_zero():
     check("attention", inputs)
 
 
+@pytest.mark.parametrize("operator", ["attention", "unified_attention"])
+def test_unsupported_is_named(operator):
+    inputs = list(case(queries=3, keys=3).values())
+    inputs += inputs[1:] if operator == "unified_attention" else []
+    with pytest.raises(ValueError, match=f"{operator}: expected float16, bfloat16 or float32.*got torch.float64"):
+        getattr(kernels, operator)(*inputs, impl="triton")
+    long = [x.float()[:, :1].expand(-1, 1 << 24, -1, -1) for x in inputs]
+    with pytest.raises(ValueError, match="fewer than 2\\^24 positions"):
+        getattr(kernels, operator)(*long, impl="triton")
+
+
 def _one_hot(rows, batch=2, heads=2):
     return torch.eye(rows)[None, :, None].expand(batch, rows, heads, rows).contiguous().to(DEVICE)
 
