@@ -23,25 +23,34 @@ class Tile:
 
 
 def head_dim_class(width: int) -> tuple[int, int, int]:
-    """Parts of a head width: at most three powers of two from 16 on, in falling order, 0 where absent.
+    """Parts of a head width: at most three powers of two from 16 on, none larger than the one before, 0 where absent.
 
-    The sum is the least such sum that is at least `width`: 112 = 64 + 32 + 16, 190 -> 128 + 64, 380 -> 256 + 128.
+    The sum is the least such sum that is at least `width`, above 256 in steps of 64: 112 = 64 + 32 + 16,
+    190 -> 128 + 64, 380 -> 256 + 128. Tiles of wide heads have few rows, and warps that find no columns in a part of
+    16 or 32 repeat each other's products (dK at 272 as 256 + 16: 12.7 issue slots a product, 430 spilt registers).
+    256 is 128 + 128: a product [128, 256] of 8 warps gives them columns, and each then computes all scores again (10.0
+    issue slots a product and 127 spilt registers, against 4.5 and 7).
     """
     if not 1 <= width <= MAX_HEAD_DIM:
         raise ValueError(f"head_dim_class: expected a width from 1 to {MAX_HEAD_DIM}, got {width}; use narrower heads")
-    units = -(-width // 16)
+    units = -(-width // 16) if width <= 256 else -(-width // 64) * 4
     while units.bit_count() > 3:
         units += units & -units
+    if units == 16:
+        return 128, 128, 0
     parts = [16 << bit for bit in range(units.bit_length() - 1, -1, -1) if units >> bit & 1]
     return tuple(parts + [0] * (3 - len(parts)))  # type: ignore[return-value]
 
 
 def parts_of(direction: str, width: int) -> tuple[int, int, int]:
-    """Parts of a head width in one kernel: `head_dim_class`, but "dkdv" takes 33 to 64 and 65 to 128 as one part.
+    """Parts of a head width in one kernel: `head_dim_class`, with two exceptions for backward.
 
-    There two accumulators and two resident operands in several parts each spill (K 112 in three parts: 4 to 31 stores
-    at 32 x 128 x 8 warps, none as 128), for an eighth more products at 112.
+    dkdv takes 33 to 64 and 65 to 128 as one part: two accumulators and two resident operands in several parts each
+    spill (K 112 in three parts, 32 x 128 by 8 warps: 4 to 31 stores; as 128 none, for an eighth more products).
+    Above 128 backward has steps of 64, for the reason given there (dK at 224 as 128 + 64 + 32: 11.9 slots).
     """
+    if direction in ("dq", "unified_dq", "dk", "dv") and 128 < width <= 256:
+        return (128, 64, 0) if width <= 192 else (128, 128, 0)
     if direction == "dkdv" and 32 < width <= 128:
         return (64 if width <= 64 else 128), 0, 0
     return head_dim_class(width)
@@ -73,38 +82,40 @@ FORWARD: Table = {
         (512, Tile(32, 16, 4, 1)),
     ),
 }
+DQ_WIDE = (
+    (128, Tile(128, 32, 8, 2)),
+    (192, Tile(64, 16, 4, 2)),
+    (384, Tile(32, 32, 4, 1)),
+    (512, Tile(32, 16, 4, 1)),
+)
 DQ: Table = {
-    False: (
-        (64, Tile(128, 32, 8, 2, 128)),
-        (96, Tile(128, 32, 8, 2)),
-        (112, Tile(64, 32, 4, 2)),
-        (128, Tile(128, 32, 8, 2)),
-        (192, Tile(64, 16, 4, 2)),
-        (256, Tile(64, 16, 4, 1)),
-        (384, Tile(32, 32, 4, 1)),
-        (512, Tile(32, 16, 4, 1)),
-    ),
-    True: (
-        (64, Tile(128, 32, 8, 2, 128)),
-        (128, Tile(128, 32, 8, 2)),
-        (192, Tile(64, 16, 4, 2)),
-        (256, Tile(64, 16, 4, 1)),
-        (384, Tile(32, 32, 4, 1)),
-        (512, Tile(32, 16, 4, 1)),
-    ),
+    # without dropout 112 in three parts spills two registers at two stages
+    False: ((64, Tile(128, 32, 8, 2, 128)), (96, Tile(128, 32, 8, 2)), (112, Tile(128, 32, 8, 1)), *DQ_WIDE),
+    True: ((64, Tile(128, 32, 8, 2, 128)), *DQ_WIDE),
 }
 DKDV: Table = {
     False: ((32, Tile(64, 64, 4, 2, 168)), (64, Tile(64, 64, 4, 2)), (128, Tile(16, 128, 8, 2))),
     True: ((32, Tile(32, 128, 8, 2, 128)), (64, Tile(32, 64, 4, 2)), (128, Tile(16, 128, 8, 2))),
 }
 DK: Table = dict.fromkeys(
-    (False, True),
-    ((192, Tile(16, 64, 4, 2)), (256, Tile(16, 64, 4, 1)), (384, Tile(32, 32, 4, 1)), (512, Tile(16, 32, 4, 1))),
+    (False, True), ((192, Tile(16, 64, 4, 2)), (384, Tile(32, 32, 4, 1)), (512, Tile(16, 32, 4, 1)))
 )
 DV: Table = dict.fromkeys(
-    (False, True), ((256, Tile(16, 64, 4, 2)), (384, Tile(32, 32, 4, 1)), (512, Tile(16, 32, 4, 1)))
+    (False, True), ((192, Tile(16, 64, 4, 2)), (384, Tile(32, 32, 4, 1)), (512, Tile(16, 32, 4, 1)))
 )
-TABLES = {"forward": FORWARD, "dq": DQ, "dkdv": DKDV, "dk": DK, "dv": DV}
+# Two segments hold more pointers: under the cap of 128 registers three spill, of 168 none.
+UNIFIED = (64, Tile(64, 32, 4, 2, 168))
+UNIFIED_FORWARD: Table = {False: FORWARD[False], True: (FORWARD[True][0], UNIFIED, *FORWARD[True][2:])}
+UNIFIED_DQ: Table = {dropout: (UNIFIED, *rows[1:]) for dropout, rows in DQ.items()}
+TABLES = {
+    "forward": FORWARD,
+    "dq": DQ,
+    "dkdv": DKDV,
+    "dk": DK,
+    "dv": DV,
+    "unified_forward": UNIFIED_FORWARD,
+    "unified_dq": UNIFIED_DQ,
+}
 
 # float32, with dropout or without: what fits 99 KiB and spills least; a block of 8 is padded to 16 in the product
 TABLES_32 = {
@@ -117,10 +128,10 @@ TABLES_32 = {
 
 
 def tile(direction: str, arch: str, width: int, value_width: int, causal: bool, dropout: bool, bits: int) -> Tile:
-    """Configuration of one launch. direction: forward, dq, dkdv, dk or dv; widths of q and v; bits of an element.
+    """Configuration of one launch. direction: a key of TABLES; widths of q and v; bits of an element.
 
     arch and causal choose nothing yet: tiles of sm_86 serve every architecture and mask.
     """
     widest = max(sum(parts_of(direction, width)), sum(parts_of(direction, value_width)))
-    table = TABLES_32[direction] if bits == 32 else TABLES[direction][dropout]
+    table = TABLES_32[direction.removeprefix("unified_")] if bits == 32 else TABLES[direction][dropout]
     return next(found for limit, found in table if widest <= limit)

@@ -219,7 +219,7 @@ def forward(
         return o, lse
     columns = forward_columns(p, rng, site, (keys, others), q)
     align = alignment(q, k, v, other_k, other_v)
-    tile = tile_for("forward", q, v, True, p > 0)
+    tile = tile_for("unified_forward", q, v, True, p > 0)
     scale_log2, constants = scale_constants(scale, q.dtype)
     _unified_attention_fwd_kernel[(triton.cdiv(queries, tile["BLOCK_M"]) * heads * batch,)](
         q, k, v, other_k, other_v, o, lse, lengths, mask, rng, columns,
@@ -248,7 +248,7 @@ def backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rows, columns = backward_rows(o, do, lse, rng, p, site, (keys, others))
     align = alignment(q, k, v, other_k, other_v, do)
-    tile = tile_for("dq", q, v, True, p > 0)
+    tile = tile_for("unified_dq", q, v, True, p > 0)
     scale_log2, constants = scale_constants(scale, q.dtype)
     first = padded_columns(keys)
     _unified_attention_bwd_dq_kernel[(triton.cdiv(queries, tile["BLOCK_M"]) * heads * batch,)](
