@@ -120,9 +120,9 @@ TABLES = {
 # float32, with dropout or without: what fits 99 KiB and spills least; a block of 8 is padded to 16 in the product
 TABLES_32 = {
     "forward": ((64, Tile(32, 32, 4, 1)), (128, Tile(32, 32, 4, 1)), (512, Tile(16, 16, 4, 1))),
-    "dq": ((64, Tile(32, 32, 4, 1)), (384, Tile(16, 16, 4, 1)), (512, Tile(8, 16, 4, 1))),
+    "dq": ((64, Tile(32, 32, 4, 1)), (256, Tile(16, 16, 4, 1)), (512, Tile(8, 16, 4, 1))),
     "dkdv": ((64, Tile(32, 32, 4, 1)), (128, Tile(16, 16, 4, 1))),
-    "dk": ((384, Tile(16, 16, 4, 1)), (512, Tile(16, 8, 4, 1))),
+    "dk": ((256, Tile(16, 16, 4, 1)), (512, Tile(16, 8, 4, 1))),
     "dv": ((512, Tile(16, 16, 4, 1)),),
 }
 

@@ -102,6 +102,23 @@ def test_queries_without_keys_and_padding_keys_are_exactly_zero(small_tiles):
         assert inputs[name].grad[2, :33].any()
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_padding_keys_are_never_read_into_a_result(small_tiles, causal):
+    """NaN beyond key_lengths changes no bit of the output or of a gradient."""
+    lengths = torch.tensor([50, 0, 33], device=DEVICE)
+    results = []
+    for filling in (0.0, float("nan")):
+        inputs = {n: x.float().to(DEVICE) for n, x in case(3, 40, 50).items()}
+        padding = torch.arange(50, device=DEVICE)[None] >= lengths[:, None]
+        for name in ("k", "v"):
+            inputs[name][padding] = filling
+        leaves = [x.requires_grad_() for x in inputs.values()]
+        out = kernels.attention(*leaves, causal=causal, key_lengths=lengths, dropout=dropout(), impl="triton")
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for with_zeros, with_nan in zip(*results, strict=True):
+        assert torch.equal(with_zeros, with_nan)
+
+
 @pytest.mark.parametrize("queries", [0, 3])
 @pytest.mark.parametrize("keys", [0, 3])
 @pytest.mark.parametrize("batch", [0, 2])
