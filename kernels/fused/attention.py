@@ -123,9 +123,14 @@ def forward_columns(p: float, rng: Tensor | None, site: int, segments: tuple[int
     return table
 
 
-def byte_mask(mask: Tensor | None) -> Tensor | None:
-    """A bool mask [B, Lk] as bytes with unit stride."""
-    return None if mask is None else with_unit_stride(mask).view(torch.uint8)
+def mask_bias(mask: Tensor | None) -> Tensor | None:
+    """A bool mask [B, Lk] as float32 0 (real) or -inf, with columns padded by -inf so that no load needs a mask."""
+    if mask is None:
+        return None
+    batch, keys = mask.shape
+    bias = torch.full((batch, padded_columns(keys)), -math.inf, dtype=torch.float32, device=mask.device)
+    bias[:, :keys].masked_fill_(mask, 0.0)
+    return bias
 
 
 def forward(
@@ -133,7 +138,7 @@ def forward(
     scale: float, causal: bool, p: float, site: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(O [B, Lq, H, Kv], lse [B, H, Lq] float32 in units of log2)."""
-    q, k, v, mask = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v), byte_mask(mask)
+    q, k, v, mask = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v), mask_bias(mask)
     batch, queries, heads, width = q.shape
     keys, groups, value_width = k.shape[1], k.shape[2], v.shape[3]
     o = torch.empty((batch, queries, heads, value_width), dtype=q.dtype, device=q.device)
@@ -144,7 +149,7 @@ def forward(
         return o.zero_(), lse.fill_(math.inf)
     columns = forward_columns(p, rng, site, (keys,), q)
     align = alignment(q, k, v)
-    tile = tile_for("forward", q, v, causal, p > 0)
+    tile = tile_for("forward" if mask is None else "forward_extra", q, v, causal, p > 0)
     scale_log2, constants = scale_constants(scale, q.dtype)
     grid = (triton.cdiv(queries, tile["BLOCK_M"]) * heads * batch,)
     programs._attention_fwd_kernel[grid](
@@ -222,7 +227,7 @@ def backward(
     lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, causal: bool, p: float, site: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dQ, dK, dV), contiguous."""
-    do, q, k, v, mask = *(with_unit_stride(x) for x in (do, q, k, v)), byte_mask(mask)
+    do, q, k, v, mask = *(with_unit_stride(x) for x in (do, q, k, v)), mask_bias(mask)
     batch, queries, heads, width = q.shape
     keys, groups = k.shape[1], k.shape[2]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -231,7 +236,7 @@ def backward(
         return tuple(zero(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))  # type: ignore[return-value]
     rows, columns = backward_rows(o, do, lse, rng, p, site, (keys,))
     align = alignment(q, k, v, do)
-    tile = tile_for("dq", q, v, causal, p > 0)
+    tile = tile_for("dq" if mask is None else "dq_extra", q, v, causal, p > 0)
     scale_log2, constants = scale_constants(scale, q.dtype)
     programs._attention_bwd_dq_kernel[(triton.cdiv(queries, tile["BLOCK_M"]) * heads * batch,)](
         q, k, v, do, dq, rows, lengths, mask, columns,

@@ -346,7 +346,7 @@ def _attention_bwd_dkdv_kernel(
         key_end = key_end_of(lengths_ptr, b, Lk, HAS_LENGTHS)
         real = offs_n < key_end
         if HAS_MASK:
-            real = tl.load(mask_ptr + b64 * stride_mb + offs_n, mask=real, other=0) != 0
+            real = tl.load(mask_ptr + b64 * stride_mb + offs_n) == 0.0
         # a block without real keys has nothing to do: its range of queries is empty
         end = tl.where(start_n < key_end, Lq, 0)
         q_base = q_ptr + (b64 * stride_qb + h * stride_qh) * ALIGN

@@ -49,7 +49,7 @@ def parts_of(direction: str, width: int) -> tuple[int, int, int]:
     spill (K 112 in three parts, 32 x 128 by 8 warps: 4 to 31 stores; as 128 none, for an eighth more products).
     Above 128 backward has steps of 64, for the reason given there (dK at 224 as 128 + 64 + 32: 11.9 slots).
     """
-    if direction in ("dq", "unified_dq", "dk", "dv") and 128 < width <= 256:
+    if direction in ("dq", "dq_extra", "dk", "dv") and 128 < width <= 256:
         return (128, 64, 0) if width <= 192 else (128, 128, 0)
     if direction == "dkdv" and 32 < width <= 128:
         return (64 if width <= 64 else 128), 0, 0
@@ -103,18 +103,22 @@ DK: Table = dict.fromkeys(
 DV: Table = dict.fromkeys(
     (False, True), ((192, Tile(16, 64, 4, 2)), (384, Tile(32, 32, 4, 1)), (512, Tile(16, 32, 4, 1)))
 )
-# Two segments hold more pointers: under the cap of 128 registers three spill, of 168 none.
-UNIFIED = (64, Tile(64, 32, 4, 2, 168))
-UNIFIED_FORWARD: Table = {False: FORWARD[False], True: (FORWARD[True][0], UNIFIED, *FORWARD[True][2:])}
-UNIFIED_DQ: Table = {dropout: (UNIFIED, *rows[1:]) for dropout, rows in DQ.items()}
+# Two segments, or a key mask, hold more pointers: under the cap of 128 registers three spill, of 168 none.
+EXTRA = (64, Tile(64, 32, 4, 2, 168))
+EXTRA_128 = ((112, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 1)))
+FORWARD_EXTRA: Table = {
+    False: ((32, Tile(64, 64, 4, 2)), *EXTRA_128, *FORWARD[False][2:]),
+    True: (FORWARD[True][0], EXTRA, *EXTRA_128, *FORWARD[True][3:]),
+}
+DQ_EXTRA: Table = {dropout: (EXTRA, *rows[1:]) for dropout, rows in DQ.items()}
 TABLES = {
     "forward": FORWARD,
     "dq": DQ,
     "dkdv": DKDV,
     "dk": DK,
     "dv": DV,
-    "unified_forward": UNIFIED_FORWARD,
-    "unified_dq": UNIFIED_DQ,
+    "forward_extra": FORWARD_EXTRA,
+    "dq_extra": DQ_EXTRA,
 }
 
 # float32, with dropout or without: what fits 99 KiB and spills least; a block of 8 is padded to 16 in the product
@@ -133,5 +137,5 @@ def tile(direction: str, arch: str, width: int, value_width: int, causal: bool, 
     arch and causal choose nothing yet: tiles of sm_86 serve every architecture and mask.
     """
     widest = max(sum(parts_of(direction, width)), sum(parts_of(direction, value_width)))
-    table = TABLES_32[direction.removeprefix("unified_")] if bits == 32 else TABLES[direction][dropout]
+    table = TABLES_32[direction.removesuffix("_extra")] if bits == 32 else TABLES[direction][dropout]
     return next(found for limit, found in table if widest <= limit)

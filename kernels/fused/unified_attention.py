@@ -15,10 +15,10 @@ from kernels.dropout import Dropout, keep_scale
 from kernels.fused.attention import (
     alignment,
     backward_rows,
-    byte_mask,
     check_supported,
     forward_columns,
     launch_dkdv,
+    mask_bias,
     padded_columns,
     padded_heads,
     scale_constants,
@@ -210,7 +210,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(O [B, L, H, Kv], lse [B, H, L] float32 in units of log2)."""
     q, k, v, other_k, other_v = (with_unit_stride(x) for x in (q, k, v, other_k, other_v))
-    mask = byte_mask(mask)
+    mask = mask_bias(mask)
     batch, queries, heads, width = q.shape
     keys, others, value_width = k.shape[1], other_k.shape[1], v.shape[3]
     o = torch.empty((batch, queries, heads, value_width), dtype=q.dtype, device=q.device)
@@ -219,7 +219,7 @@ def forward(
         return o, lse
     columns = forward_columns(p, rng, site, (keys, others), q)
     align = alignment(q, k, v, other_k, other_v)
-    tile = tile_for("unified_forward", q, v, True, p > 0)
+    tile = tile_for("forward_extra", q, v, True, p > 0)
     scale_log2, constants = scale_constants(scale, q.dtype)
     _unified_attention_fwd_kernel[(triton.cdiv(queries, tile["BLOCK_M"]) * heads * batch,)](
         q, k, v, other_k, other_v, o, lse, lengths, mask, rng, columns,
@@ -239,7 +239,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dQ, dK, dV, dK and dV of the other segment), contiguous."""
     do, q, k, v, other_k, other_v = (with_unit_stride(x) for x in (do, q, k, v, other_k, other_v))
-    mask = byte_mask(mask)
+    mask = mask_bias(mask)
     batch, queries, heads, width = q.shape
     keys, others = k.shape[1], other_k.shape[1]
     if not launches(q) or o.numel() == 0:
@@ -248,7 +248,7 @@ def backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rows, columns = backward_rows(o, do, lse, rng, p, site, (keys, others))
     align = alignment(q, k, v, other_k, other_v, do)
-    tile = tile_for("unified_dq", q, v, True, p > 0)
+    tile = tile_for("dq_extra", q, v, True, p > 0)
     scale_log2, constants = scale_constants(scale, q.dtype)
     first = padded_columns(keys)
     _unified_attention_bwd_dq_kernel[(triton.cdiv(queries, tile["BLOCK_M"]) * heads * batch,)](

@@ -246,7 +246,7 @@ def _check_class(width):
     # only the last part may be cut
     assert 0 <= sum(parts) - width < max(used[-1], 16)
     assert sum(parts) - width <= max(15, width // 4)
-    for direction in ("forward", "dq", "unified_forward", "unified_dq", *tiles_attention.key_directions(width, width)):
+    for direction in ("forward", "dq", "forward_extra", "dq_extra", *tiles_attention.key_directions(width, width)):
         for bits in (16, 32):
             for p in (False, True):
                 assert tiles_attention.tile(direction, "sm_86", width, width, False, p, bits).warps in (1, 2, 4, 8)
