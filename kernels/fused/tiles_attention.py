@@ -110,7 +110,7 @@ FORWARD_EXTRA: Table = {
     False: ((32, Tile(64, 64, 4, 2)), *EXTRA_128, *FORWARD[False][2:]),
     True: (FORWARD[True][0], EXTRA, *EXTRA_128, *FORWARD[True][3:]),
 }
-DQ_EXTRA: Table = {dropout: (EXTRA, *rows[1:]) for dropout, rows in DQ.items()}
+DQ_EXTRA: Table = {False: (EXTRA, *DQ[False][1:]), True: (EXTRA, (128, Tile(128, 16, 8, 2)), *DQ[True][2:])}
 TABLES = {
     "forward": FORWARD,
     "dq": DQ,
