@@ -404,5 +404,5 @@ def _sum_partials_kernel(parts_ptr, out_ptr, n, splits, BLOCK: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
-        total += tl.load(parts_ptr + split * n + offs, mask=offs < n, other=0.0)
+        total += tl.load(parts_ptr + tl.cast(split, tl.int64) * n + offs, mask=offs < n, other=0.0)
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=offs < n)
