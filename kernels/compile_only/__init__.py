@@ -4,7 +4,7 @@
 of the specification is checked on the compiled programs by `reports`.
 """
 
-from kernels.compile_only.record import ARCHITECTURES, Argument, Launch, launches, recording
+from kernels.compile_only.record import ARCHITECTURES, Argument, Launch, architecture, launches, recording
 from kernels.compile_only.report import Report, report, reports, save, table
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Argument",
     "Launch",
     "Report",
+    "architecture",
     "launches",
     "recording",
     "report",

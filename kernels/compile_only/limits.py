@@ -115,6 +115,7 @@ LIMITS: list[Limit] = [
     ),
     Limit("_residual_norm_*", no_spills=True),
     Limit("_linear_cross_entropy_*", no_spills=True),
+    Limit("_linear_cross_entropy_fwd_kernel", issue_per_hmma=4.0, no_duplicates=True),
 ]
 
 

@@ -11,12 +11,14 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from kernels.compile_only.traffic import pointers
 from kernels.dispatch import triton_interpreted
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")
@@ -58,6 +60,25 @@ class Launch:
     def programs(self) -> int:
         return math.prod(self.grid)
 
+    @cached_property
+    def _traffic(self) -> tuple[set[int], set[int]]:
+        assert self.compiled is not None, "record with compile=True"
+        return pointers(self.compiled.asm["ttir"])
+
+    @property
+    def reads(self) -> tuple[Argument, ...]:
+        """Tensors that the compiled kernel loads from."""
+        return tuple(a for number, a in enumerate(self._tensors) if number in self._traffic[0])
+
+    @property
+    def writes(self) -> tuple[Argument, ...]:
+        """Tensors that the compiled kernel stores to."""
+        return tuple(a for number, a in enumerate(self._tensors) if number in self._traffic[1])
+
+    @property
+    def _tensors(self) -> tuple[Argument, ...]:
+        return tuple(a for a in self.arguments if a.is_tensor)
+
     @property
     def configuration(self) -> str:
         """Constants and options on one line, for a table."""
@@ -83,6 +104,16 @@ def launches(x: Tensor) -> bool:
     if isinstance(x, FakeTensor):
         return False
     return x.device.type != "meta" or bool(_active)
+
+
+def architecture(x: Tensor) -> str:
+    """The target whose tiles an operator on `x` takes: the recording's, the CUDA device's, elsewhere sm_86's."""
+    if _active:
+        return _active[-1].arch
+    if x.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(x.device)
+        return f"sm_{major}{minor}"
+    return "sm_86"
 
 
 class _Pointer:
@@ -165,7 +196,7 @@ def _plain(value: Any) -> Any:
 
 
 class _Recorder:
-    def __init__(self, arch: str, compile: bool):
+    def __init__(self, arch: str, compile: Callable[[str], bool]):
         self.arch, self.compile = arch, compile
         self.launches: list[Launch] = []
 
@@ -181,7 +212,7 @@ class _Recorder:
             grid = grid(dict(values))
         grid3 = tuple(int(n) for n in (*grid, 1, 1)[:3])
         compiled = None
-        if self.compile:
+        if self.compile(function.__name__):
             compiled = original(function, grid=grid3, warmup=warmup, **pointers, **options)
         self.launches.append(
             Launch(
@@ -200,10 +231,11 @@ class _Recorder:
 
 
 @contextlib.contextmanager
-def recording(arch: str = "sm_86", compile: bool = True) -> Iterator[list[Launch]]:
+def recording(arch: str = "sm_86", compile: bool | Callable[[str], bool] = True) -> Iterator[list[Launch]]:
     """Within it, fused operators on meta tensors run their launch code for `arch`; yields the growing list of launches.
 
-    compile: compile each distinct kernel (seconds each, kept in Triton's cache on disk), else only note the launch.
+    compile: compile each distinct kernel (seconds each, kept in Triton's cache on disk), else only note the launch; or
+    a function of the kernel's name that says which.
     Raises RuntimeError under TRITON_INTERPRET=1, where kernels are Python functions that nothing can compile, and
     ValueError for an unknown architecture. Launches on other than meta tensors are refused: nothing could run them.
     """
@@ -220,7 +252,7 @@ def recording(arch: str = "sm_86", compile: bool = True) -> Iterator[list[Launch
 
     if _active:
         raise RuntimeError("recording: expected no other active recording, got one; end it first")
-    recorder = _Recorder(arch, compile)
+    recorder = _Recorder(arch, compile if callable(compile) else lambda _: compile)
     original, previous = JITFunction.run, driver._active
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:

@@ -127,7 +127,15 @@ def report(launch: Launch, same: Iterable[Launch] = ()) -> Report:
     }
     unchecked = Report(**values, failures=())  # type: ignore[arg-type]
     limits = limits_of(launch.kernel, launch.constants, launch.arch)
-    return Report(**values, failures=tuple(_failures(unchecked, limits)))  # type: ignore[arg-type]
+    failures = [*_failures(unchecked, limits), *_imprecise(launch.compiled.asm["ttir"])]
+    return Report(**values, failures=tuple(failures))  # type: ignore[arg-type]
+
+
+def _imprecise(ttir: str) -> Iterable[str]:
+    """Products of float32 in plain tf32, Triton's default, which the interpreter hides."""
+    found = len(re.findall(r"tt\.dot .*inputPrecision = tf32 : tensor<[\dx]+xf32", ttir))
+    if found:
+        yield f"{found} float32 products in plain tf32"
 
 
 def _static_shared(resources: Resources, arch: str) -> int:
