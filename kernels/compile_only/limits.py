@@ -63,9 +63,56 @@ class Limit:
     architectures: tuple[str, ...] = ("sm_86",)
 
 
+def _width(constants: Mapping[str, Any]) -> int:
+    """Wider head of queries and values; the rows kernel of backward has values only."""
+    return max(constants.get("K", 0), constants.get("KV", 0))
+
+
+def _at(width: int, dropout: bool) -> Callable[[Mapping[str, Any]], bool]:
+    # with a key mask an element costs an addition more (K 128 forward: 5.08), which the figures do not know
+    return lambda constants: (
+        (_width(constants), bool(constants["DROPOUT"]), bool(constants["HAS_MASK"]))
+        == (
+            width,
+            dropout,
+            False,
+        )
+    )
+
+
 LIMITS: list[Limit] = [
     Limit("_glu_*", no_spills=True, architectures=("sm_80", "sm_86", "sm_89", "sm_90")),
     Limit("_glu_forward_kernel", issue_per_hmma=4.2, no_duplicates=True),
+    # "ieee" is what 16-bit inputs take; float32 has three times the products and no limits but those of the chip
+    Limit(
+        "_*attention_*",
+        lambda c: _width(c) <= 128 and c.get("PRECISION") != "tf32x3",
+        no_spills=True,
+        no_duplicates=True,
+    ),
+    Limit("_*attention_fwd_kernel", lambda c: _width(c) <= 64, resident_warps=8),
+    Limit("_*attention_bwd_d*", lambda c: _width(c) <= 64, resident_warps=8),
+    # the main loop: beside it are loops over blocks at the causal diagonal and at the end of the keys
+    *(
+        Limit(
+            f"_*attention_{kernel}",
+            _at(width, dropout),
+            issue_per_hmma=issue,
+            shared_per_tensor=shared,
+            loop="main",
+        )
+        for kernel, width, dropout, issue, shared in (
+            ("fwd_kernel", 32, True, 19.0, None),
+            ("fwd_kernel", 64, False, 6.0, 0.95),
+            ("fwd_kernel", 64, True, 12.0, 0.95),
+            ("fwd_kernel", 128, False, 5.0, None),
+            ("fwd_kernel", 128, True, 8.0, None),
+            ("bwd_d*", 64, False, 6.0, 0.95),
+            ("bwd_d*", 64, True, 11.0, 0.95),
+            ("bwd_d*", 128, False, 5.0, 1.2),
+            ("bwd_d*", 128, True, 7.0, 1.2),
+        )
+    ),
     Limit("_residual_norm_*", no_spills=True),
     Limit("_linear_cross_entropy_*", no_spills=True),
     Limit("_linear_cross_entropy_fwd_kernel", issue_per_hmma=4.0, no_duplicates=True),

@@ -1,0 +1,306 @@
+"""`attention` on the fused kernels: launches, custom operators, autograd. Contract: kernels.api.attention.
+
+Saved for backward: q, k, v, O and the log-sum-exp. What specialises a compiled kernel: dtype, head widths, causal,
+the kind of padding, dropout on or off, the sign of scale, the common alignment of the strides (ALIGN), whether keys
+are shared, and the tile. Lengths, batch, heads, strides, scale, seeds, site and probability do not.
+"""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.compile_only.record import launches
+from kernels.dispatch import triton_interpreted
+from kernels.dropout import SEGMENT_COLUMNS, Dropout, keep_scale
+from kernels.fused import attention_kernels as programs
+from kernels.fused import tiles_attention
+from kernels.fused.primitives import signed_threshold
+
+LOG2_E = 1.4426950408889634
+# Rows of the per-query planes and columns of the dropout table are padded to the largest block, so no load of them
+# needs a mask.
+ROW_PAD, COLUMN_PAD = 128, 256
+# Programs that dK and dV of shared keys are split into: four for each of the A5000's 64 SMs. A constant, because the
+# split decides the order of summation, and ranks on different devices must agree.
+SHARED_PROGRAMS = 256
+SUM_BLOCK = 1024
+
+
+def architecture() -> str:
+    """Target of the launches: the current device's, or that of kernels.compile_only; the interpreter's is sm_86."""
+    if triton_interpreted():
+        return "sm_86"
+    return f"sm_{triton.runtime.driver.active.get_current_target().arch}"
+
+
+def with_unit_stride(x: Tensor) -> Tensor:
+    """`x`, copied only if its innermost stride is not 1: tiles are read in vectors along it."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def check_supported(operator: str, *tensors: Tensor) -> None:
+    """ValueError for what the kernels cannot do: float64, and tensors whose offsets within one sequence pass 2^31."""
+    if tensors[0].dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(
+            f"{operator}: expected float16, bfloat16 or float32 for impl='triton', got {tensors[0].dtype}; "
+            "use impl='torch' or 'reference'"
+        )
+    for x in tensors:
+        length, stride = x.shape[1], max(x.stride(1), x.shape[2] * x.shape[3])
+        if length * stride >= 1 << 31 or length >= SEGMENT_COLUMNS:
+            raise ValueError(
+                f"{operator}: expected fewer than 2^24 positions and 2^31 elements in a sequence, got {length} "
+                f"positions of {stride} elements; shorten the sequences"
+            )
+
+
+def padded_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Head widths above 64 filled with zeros up to a multiple of 16 bytes: 190 to 192, 380 to 384.
+
+    A head stride of 380 bytes allows loads of 4 bytes only; with as many pointers, dK and dV at 190 spill hundreds of
+    registers. The zeros change no product. A model that pads its projections' weights instead saves these copies.
+    """
+    unit = 16 // tensors[0].element_size()
+    return tuple(
+        torch.nn.functional.pad(x, (0, -x.shape[3] % unit)) if x.shape[3] > 64 and x.shape[3] % unit else x
+        for x in tensors
+    )
+
+
+def strides_of(x: Tensor) -> list[int]:
+    """Strides of [B, L, H, K] without the last; 0 for dimensions of size 1, which then broadcast."""
+    return [0 if n == 1 else s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
+
+
+def alignment(*tensors: Tensor) -> int:
+    """Greatest power of two up to 16 that divides every stride: the kernels' ALIGN."""
+    return math.gcd(16, *(s for x in tensors for s in strides_of(x)))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Products of float32 tiles: three tf32 products each, errors of about 2^-21; others are exact as they are."""
+    return "tf32x3" if dtype == torch.float32 else "ieee"
+
+
+def width_constants(direction: str, width: int, value_width: int) -> dict[str, int]:
+    """Head widths and their parts, as the kernels name them."""
+    d, e = (tiles_attention.parts_of(direction, n) for n in (width, value_width))
+    return {"K": width, "D0": d[0], "D1": d[1], "D2": d[2], "KV": value_width, "E0": e[0], "E1": e[1], "E2": e[2]}
+
+
+def scale_constants(scale: float, dtype: torch.dtype) -> tuple[float, dict]:
+    """|scale| log2(e), and what is compile-time about scale and dtype. Scale 0 becomes 1e-30: -inf times 0 is NaN."""
+    return max(abs(scale), 1e-30) * LOG2_E, {"NEGATIVE": scale < 0, "PRECISION": precision(dtype)}
+
+
+def tile_for(direction: str, q: Tensor, v: Tensor, causal: bool, dropout: bool) -> dict[str, int]:
+    """Launch options from the table."""
+    bits = q.element_size() * 8
+    return tiles_attention.tile(direction, architecture(), q.shape[3], v.shape[3], causal, dropout, bits).options()
+
+
+def padded_columns(keys: int) -> int:
+    """Entries of the dropout table for a segment of `keys` keys."""
+    return triton.cdiv(keys, COLUMN_PAD) * COLUMN_PAD
+
+
+def column_table(segments: tuple[int, ...], device: torch.device) -> tuple[Tensor, tuple[int, int]]:
+    """Empty dropout table of one or two key segments, each padded, and the (first, gap) that the kernel fills it by."""
+    padded = [padded_columns(n) for n in segments]
+    table = torch.empty(sum(padded), dtype=torch.int32, device=device)
+    return table, (padded[0], SEGMENT_COLUMNS - padded[0])
+
+
+def forward_columns(p: float, rng: Tensor | None, site: int, segments: tuple[int, ...], x: Tensor) -> Tensor | None:
+    """Dropout keys of every column of a forward pass."""
+    if p == 0:
+        return None
+    table, (first, gap) = column_table(segments, x.device)
+    if launches(x):
+        programs._column_keys_kernel[(table.numel() // COLUMN_PAD,)](table, rng, site, first, gap, BLOCK=COLUMN_PAD)
+    return table
+
+
+def mask_bias(mask: Tensor | None) -> Tensor | None:
+    """A bool mask [B, Lk] as float32 0 (real) or -inf, with columns padded by -inf so that no load needs a mask."""
+    if mask is None:
+        return None
+    batch, keys = mask.shape
+    bias = torch.full((batch, padded_columns(keys)), -math.inf, dtype=torch.float32, device=mask.device)
+    bias[:, :keys].masked_fill_(mask, 0.0)
+    return bias
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None,
+    scale: float, causal: bool, p: float, site: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(O [B, Lq, H, Kv], lse [B, H, Lq] float32 in units of log2)."""
+    q, k, v, mask = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v), mask_bias(mask)
+    batch, queries, heads, width = q.shape
+    keys, groups, value_width = k.shape[1], k.shape[2], v.shape[3]
+    o = torch.empty((batch, queries, heads, value_width), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+    if not launches(q) or o.numel() == 0:
+        return o, lse
+    if keys == 0:
+        return o.zero_(), lse.fill_(math.inf)
+    columns = forward_columns(p, rng, site, (keys,), q)
+    align = alignment(q, k, v)
+    tile = tile_for("forward" if mask is None else "forward_extra", q, v, causal, p > 0)
+    scale_log2, constants = scale_constants(scale, q.dtype)
+    grid = (triton.cdiv(queries, tile["BLOCK_M"]) * heads * batch,)
+    programs._attention_fwd_kernel[grid](
+        q, k, v, o, lse, lengths, mask, rng, columns,
+        *(s // align for x in (q, k, v) for s in strides_of(x)), 0 if mask is None else mask.stride(0),
+        scale_log2, keep_scale(p), site, signed_threshold(p), heads, heads // groups, queries, keys,
+        CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
+        **constants, **width_constants("forward", width, value_width), **tile,
+    )  # fmt: skip
+    return o, lse
+
+
+def backward_rows(
+    o: Tensor, do: Tensor, lse: Tensor, rng: Tensor | None, p: float, site: int, segments: tuple[int, ...]
+) -> tuple[Tensor, Tensor | None]:
+    """(rows [2 or 4, B, H, Lpad], dropout keys of the columns): what both backward kernels read of every query."""
+    batch, queries, heads, value_width = o.shape
+    padded = triton.cdiv(queries, ROW_PAD) * ROW_PAD
+    rows = torch.empty((4 if p > 0 else 2, batch, heads, padded), dtype=torch.float32, device=o.device)
+    columns, (first, gap) = column_table(segments, o.device) if p > 0 else (None, (0, 0))
+    row_programs = padded // ROW_PAD * batch * heads
+    extra = 0 if columns is None else columns.numel() // ROW_PAD
+    align = alignment(do)
+    widths = {n: x for n, x in width_constants("rows", 1, value_width).items() if n[0] in "KE" and n != "K"}
+    programs._attention_bwd_rows_kernel[(row_programs + extra,)](
+        o, do, lse, rows, rng, columns, *(s // align for s in strides_of(do)),
+        1.0 / keep_scale(p), site, heads, queries, padded, first, gap, row_programs, rows.stride(0),
+        DROPOUT=p > 0, ALIGN=align, BLOCK_M=ROW_PAD, num_warps=8, **widths,
+    )  # fmt: skip
+    return rows, columns
+
+
+def launch_dkdv(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, rows: Tensor, columns: Tensor | None,
+    lengths: Tensor | None, mask: Tensor | None, scale: float, causal: bool, p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dK, dV) of one key segment, given the rows of the whole softmax."""
+    batch, queries, heads, width = q.shape
+    shared, keys, groups, _ = k.shape
+    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    if keys == 0:
+        return dk, dv
+    pairs = batch // shared * (heads // groups)
+    align = alignment(q, k, v, do)
+    scale_log2, constants = scale_constants(scale, q.dtype)
+    for direction in tiles_attention.key_directions(width, v.shape[3]):
+        tile = tile_for(direction, q, v, causal, p > 0)
+        base = triton.cdiv(keys, tile["BLOCK_N"]) * groups * shared
+        splits = max(1, min(pairs, SHARED_PROGRAMS // base))
+        wanted = {"dk": dk, "dv": dv}
+        wanted = {n: x for n, x in wanted.items() if n in direction}
+        parts = wanted
+        if splits > 1:
+            parts = {
+                n: torch.empty((splits, *x.shape), dtype=torch.float32, device=x.device) for n, x in wanted.items()
+            }
+        programs._attention_bwd_dkdv_kernel[(base * splits,)](
+            q, k, v, do, parts.get("dk"), parts.get("dv"), rows, lengths, mask, columns,
+            *(s // align for x in (q, k, v, do) for s in strides_of(x)), 0 if mask is None else mask.stride(0),
+            scale_log2, scale * keep_scale(p), keep_scale(p), signed_threshold(p), rows.stride(0),
+            heads, heads // groups, queries, rows.shape[3], keys, pairs, splits, shared,
+            CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
+            SHARED=pairs > 1, WANT_DK="dk" in wanted, WANT_DV="dv" in wanted,
+            **constants, **width_constants(direction, width, v.shape[3]), **tile,
+        )  # fmt: skip
+        for n, out in wanted.items() if splits > 1 else ():
+            grid = (triton.cdiv(out.numel(), SUM_BLOCK),)
+            programs._sum_partials_kernel[grid](parts[n], out, out.numel(), splits, BLOCK=SUM_BLOCK)
+    return dk, dv
+
+
+def backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, causal: bool, p: float, site: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dQ, dK, dV), contiguous."""
+    do, q, k, v, mask = *(with_unit_stride(x) for x in (do, q, k, v)), mask_bias(mask)
+    batch, queries, heads, width = q.shape
+    keys, groups = k.shape[1], k.shape[2]
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not launches(q) or o.numel() == 0 or keys == 0:
+        zero = torch.empty if not launches(q) else torch.zeros
+        return tuple(zero(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))  # type: ignore[return-value]
+    rows, columns = backward_rows(o, do, lse, rng, p, site, (keys,))
+    align = alignment(q, k, v, do)
+    tile = tile_for("dq" if mask is None else "dq_extra", q, v, causal, p > 0)
+    scale_log2, constants = scale_constants(scale, q.dtype)
+    programs._attention_bwd_dq_kernel[(triton.cdiv(queries, tile["BLOCK_M"]) * heads * batch,)](
+        q, k, v, do, dq, rows, lengths, mask, columns,
+        *(s // align for x in (q, k, v, do) for s in strides_of(x)), 0 if mask is None else mask.stride(0),
+        scale_log2, scale * keep_scale(p), signed_threshold(p), rows.stride(0),
+        heads, heads // groups, queries, rows.shape[3], keys,
+        CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
+        **constants, **width_constants("dq", width, v.shape[3]), **tile,
+    )  # fmt: skip
+    dk, dv = launch_dkdv(q, k, v, do, rows, columns, lengths, mask, scale, causal, p)
+    return dq, dk, dv
+
+
+@torch.library.custom_op("march_kernels::attention", mutates_args=())
+def attention_op(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None,
+    scale: float, causal: bool, p: float, site: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(O, lse); `forward` as a registered operator."""
+    return forward(q, k, v, lengths, mask, rng, scale, causal, p, site)
+
+
+@torch.library.custom_op("march_kernels::attention_backward", mutates_args=())
+def attention_backward_op(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, causal: bool, p: float, site: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dQ, dK, dV); `backward` as a registered operator."""
+    return backward(do, q, k, v, o, lse, lengths, mask, rng, scale, causal, p, site)
+
+
+# `launches` tells the fake implementations from the real ones: one function, so shapes and strides cannot disagree
+attention_op.register_fake(forward)
+attention_backward_op.register_fake(backward)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, lengths, mask, rng, ctx.scale, ctx.causal, ctx.p, ctx.site = inputs
+    ctx.save_for_backward(q, k, v, *output, lengths, mask, rng)
+
+
+def _autograd(ctx, do, _):
+    dq, dk, dv = attention_backward_op(do, *ctx.saved_tensors, ctx.scale, ctx.causal, ctx.p, ctx.site)
+    return dq, dk, dv, None, None, None, None, None, None, None
+
+
+attention_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+    dropout: Dropout | None,
+) -> Tensor:
+    """Contract in kernels.api.attention. An innermost stride other than 1 costs a copy, and so does a head width above
+    64 that is not a multiple of 16 bytes (see `padded_heads`)."""
+    rng, p, site = (None, 0.0, 0) if dropout is None else (dropout.rng, dropout.p, dropout.site)
+    check_supported("attention", q, k, v)
+    value_width = v.shape[3]
+    q, k, v = padded_heads(q, k, v)
+    return attention_op(q, k, v, key_lengths, key_mask, rng, scale, causal, p, site)[0][..., :value_width]

@@ -1,0 +1,141 @@
+"""Tile configurations of the attention kernels: data, chosen by the compile report (docs/kernels/attention.md)."""
+
+from dataclasses import dataclass
+
+MAX_HEAD_DIM = 512
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One configuration: block of queries, block of keys, warps, stages of the software pipeline, and a cap on the
+    registers of a thread where that buys another resident block (0: none)."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+    registers: int = 0
+
+    def options(self) -> dict[str, int]:
+        """As keyword arguments of a launch."""
+        options = {"BLOCK_M": self.m, "BLOCK_N": self.n, "num_warps": self.warps, "num_stages": self.stages}
+        return options | ({"maxnreg": self.registers} if self.registers else {})
+
+
+def head_dim_class(width: int) -> tuple[int, int, int]:
+    """Parts of a head width: at most three powers of two from 16 on, none larger than the one before, 0 where absent.
+
+    The sum is the least such sum that is at least `width`, above 256 in steps of 64: 112 = 64 + 32 + 16,
+    190 -> 128 + 64, 380 -> 256 + 128. Tiles of wide heads have few rows, and warps that find no columns in a part of
+    16 or 32 repeat each other's products (dK at 272 as 256 + 16: 12.7 issue slots a product, 430 spilt registers).
+    256 is 128 + 128: a product [128, 256] of 8 warps gives them columns, and each then computes all scores again (10.0
+    issue slots a product and 127 spilt registers, against 4.5 and 7).
+    """
+    if not 1 <= width <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim_class: expected a width from 1 to {MAX_HEAD_DIM}, got {width}; use narrower heads")
+    units = -(-width // 16) if width <= 256 else -(-width // 64) * 4
+    while units.bit_count() > 3:
+        units += units & -units
+    if units == 16:
+        return 128, 128, 0
+    parts = [16 << bit for bit in range(units.bit_length() - 1, -1, -1) if units >> bit & 1]
+    return tuple(parts + [0] * (3 - len(parts)))  # type: ignore[return-value]
+
+
+def parts_of(direction: str, width: int) -> tuple[int, int, int]:
+    """Parts of a head width in one kernel: `head_dim_class`, with two exceptions for backward.
+
+    dkdv takes 33 to 64 and 65 to 128 as one part: two accumulators and two resident operands in several parts each
+    spill (K 112 in three parts, 32 x 128 by 8 warps: 4 to 31 stores; as 128 none, for an eighth more products).
+    Above 128 backward has steps of 64, for the reason given there (dK at 224 as 128 + 64 + 32: 11.9 slots).
+    """
+    if direction in ("dq", "dq_extra", "dk", "dv") and 128 < width <= 256:
+        return (128, 64, 0) if width <= 192 else (128, 128, 0)
+    if direction == "dkdv" and 32 < width <= 128:
+        return (64 if width <= 64 else 128), 0, 0
+    return head_dim_class(width)
+
+
+def key_directions(width: int, value_width: int) -> tuple[str, ...]:
+    """One kernel for dK and dV, or above 128 two, of two and three products: their accumulators do not fit together."""
+    return ("dkdv",) if max(width, value_width) <= 128 else ("dk", "dv")
+
+
+# For each kernel, without and with dropout: (largest sum of parts, tile), the first row that is wide enough counts.
+# Chosen for sm_86 from what docs/kernels/attention.md lists.
+Table = dict[bool, tuple[tuple[int, Tile], ...]]
+
+FORWARD: Table = {
+    False: (
+        (112, Tile(128, 64, 8, 2)),
+        (128, Tile(128, 32, 8, 2)),
+        (256, Tile(128, 32, 8, 1)),
+        (384, Tile(32, 32, 4, 1)),
+        (512, Tile(32, 16, 4, 1)),
+    ),
+    True: (
+        (32, Tile(128, 64, 8, 2)),
+        (64, Tile(128, 32, 8, 2, 128)),
+        (128, Tile(128, 64, 8, 2)),
+        (256, Tile(128, 32, 8, 1)),
+        (384, Tile(32, 32, 4, 1)),
+        (512, Tile(32, 16, 4, 1)),
+    ),
+}
+DQ_WIDE = (
+    (128, Tile(128, 32, 8, 2)),
+    (192, Tile(64, 16, 4, 2)),
+    (384, Tile(32, 32, 4, 1)),
+    (512, Tile(32, 16, 4, 1)),
+)
+DQ: Table = {
+    # without dropout 112 in three parts spills two registers at two stages
+    False: ((64, Tile(128, 32, 8, 2, 128)), (96, Tile(128, 32, 8, 2)), (112, Tile(128, 32, 8, 1)), *DQ_WIDE),
+    True: ((64, Tile(128, 32, 8, 2, 128)), *DQ_WIDE),
+}
+DKDV: Table = {
+    False: ((32, Tile(64, 64, 4, 2, 168)), (64, Tile(64, 64, 4, 2)), (128, Tile(16, 128, 8, 2))),
+    True: ((32, Tile(32, 128, 8, 2, 128)), (64, Tile(32, 64, 4, 2)), (128, Tile(16, 128, 8, 2))),
+}
+DK: Table = dict.fromkeys(
+    (False, True), ((192, Tile(16, 64, 4, 2)), (384, Tile(32, 32, 4, 1)), (512, Tile(16, 32, 4, 1)))
+)
+DV: Table = dict.fromkeys(
+    (False, True), ((192, Tile(16, 64, 4, 2)), (384, Tile(32, 32, 4, 1)), (512, Tile(16, 32, 4, 1)))
+)
+# Two segments, or a key mask, hold more pointers: under the cap of 128 registers three spill, of 168 none.
+EXTRA = (64, Tile(64, 32, 4, 2, 168))
+EXTRA_128 = ((112, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 1)))
+FORWARD_EXTRA: Table = {
+    False: ((32, Tile(64, 64, 4, 2)), *EXTRA_128, *FORWARD[False][2:]),
+    True: (FORWARD[True][0], EXTRA, *EXTRA_128, *FORWARD[True][3:]),
+}
+DQ_EXTRA: Table = {False: (EXTRA, *DQ[False][1:]), True: (EXTRA, (128, Tile(128, 16, 8, 2)), *DQ[True][2:])}
+TABLES = {
+    "forward": FORWARD,
+    "dq": DQ,
+    "dkdv": DKDV,
+    "dk": DK,
+    "dv": DV,
+    "forward_extra": FORWARD_EXTRA,
+    "dq_extra": DQ_EXTRA,
+}
+
+# float32, with dropout or without: what fits 99 KiB and spills least; a block of 8 is padded to 16 in the product
+TABLES_32 = {
+    "forward": ((64, Tile(32, 32, 4, 1)), (128, Tile(32, 32, 4, 1)), (512, Tile(16, 16, 4, 1))),
+    "dq": ((64, Tile(32, 32, 4, 1)), (256, Tile(16, 16, 4, 1)), (512, Tile(8, 16, 4, 1))),
+    "dkdv": ((64, Tile(32, 32, 4, 1)), (128, Tile(16, 16, 4, 1))),
+    "dk": ((256, Tile(16, 16, 4, 1)), (512, Tile(16, 8, 4, 1))),
+    "dv": ((512, Tile(16, 16, 4, 1)),),
+}
+
+
+def tile(direction: str, arch: str, width: int, value_width: int, causal: bool, dropout: bool, bits: int) -> Tile:
+    """Configuration of one launch. direction: a key of TABLES; widths of q and v; bits of an element.
+
+    arch and causal choose nothing yet: tiles of sm_86 serve every architecture and mask.
+    """
+    widest = max(sum(parts_of(direction, width)), sum(parts_of(direction, value_width)))
+    table = TABLES_32[direction.removesuffix("_extra")] if bits == 32 else TABLES[direction][dropout]
+    return next(found for limit, found in table if widest <= limit)

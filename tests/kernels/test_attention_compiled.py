@@ -1,0 +1,116 @@
+"""What the compiled attention kernels show, section 5 of the specification: compiled for sm_86 and its siblings, never
+run. `kernels.compile_only.limits` holds the numbers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels.fused.tiles_attention import head_dim_class
+
+ROOT = Path(__file__).parents[2]
+PAPER = [(64, 921, 921)]
+CROSS = [(64, 206, 921)]
+
+
+def compiled(*cases):
+    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    program = Path(__file__).with_name("compiled_attention.py")
+    done = subprocess.run(
+        [sys.executable, str(program), json.dumps(cases)], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def _assert_passes(rows):
+    failures = [f"{row['kernel']} {row['configuration']}: {row['failures']}" for row in rows if row["failures"]]
+    assert not failures, "\n".join(failures)
+
+
+def _products(rows):
+    return [row for row in rows if row["hmma"]]
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_kernels_of_the_paper_keep_the_limits(width):
+    rows = compiled({"width": width, "dropout": True, "padding": "lengths", "sizes": PAPER})
+    _assert_passes(rows)
+    assert {row["kernel"] for row in _products(rows)} == {
+        "_attention_fwd_kernel",
+        "_attention_bwd_dq_kernel",
+        "_attention_bwd_dkdv_kernel",
+    }
+    for row in _products(rows):
+        # operands of products arrive by cp.async, 128 bits wide, and by ldmatrix; so do no other wide global loads
+        assert row["async_copies"].get("128", 0) > 0
+        assert row["ldsm"] > 0
+        assert set(row["loads"]) <= {"128", "32"}
+
+
+def test_lengths_batch_sites_and_probabilities_do_not_recompile():
+    sizes = [(64, 921, 921), (7, 206, 921), (256, 63, 17), (16, 16, 16)]
+    rows = compiled({"width": 64, "dropout": True, "padding": "lengths", "sizes": sizes})
+    names = [row["kernel"] for row in rows]
+    assert len(names) == len(set(names)) == 5
+    assert all(row["launches"] == len(sizes) for row in rows)
+
+
+def test_float32_products_are_three_of_tf32():
+    """Plain tf32 would be one: the number of products for a tile is three times what its size asks for."""
+    (row,) = (
+        row
+        for row in compiled({"width": 64, "dtype": "float32", "dropout": True, "padding": "lengths", "sizes": PAPER})
+        if row["kernel"] == "_attention_fwd_kernel"
+    )
+    settings = dict(pair.split("=") for pair in row["configuration"].split())
+    m, n, warps = (int(settings[name]) for name in ("BLOCK_M", "BLOCK_N", "warps"))
+    # an HMMA.1688 of tf32 is 16 x 8 x 8; two products of m x n x 64 a block, in two loops
+    one = 2 * 2 * (m * n * 64) // (16 * 8 * 8) // warps
+    assert row["hmma"] == 3 * one
+    assert not row["failures"]
+
+
+EXPERIMENTS = [
+    {"width": 64, "dropout": True, "causal": True, "sizes": [(64, 206, 206)]},
+    {"width": 64, "padding": "lengths", "sizes": CROSS},
+    {"width": 64, "dropout": True, "bank": True, "sizes": [(64, 921, 512)]},
+    {"width": 32, "dropout": True, "padding": "lengths", "sizes": PAPER},
+    {"width": 32, "dropout": True, "causal": True, "sizes": [(64, 206, 206)]},
+    {"width": 128, "padding": "lengths", "sizes": PAPER},
+    {"width": 128, "dropout": True, "causal": True, "sizes": [(64, 206, 206)]},
+    {"width": 112, "dropout": True, "padding": "lengths", "sizes": PAPER},
+    {"width": 190, "dropout": True, "padding": "lengths", "sizes": PAPER},
+    {"width": 380, "dropout": True, "padding": "lengths", "sizes": PAPER},
+    {"width": 64, "dropout": True, "padding": "mask", "sizes": CROSS},
+    {"operator": "unified_attention", "width": 64, "dropout": True, "padding": "lengths", "sizes": CROSS},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90"])
+@pytest.mark.parametrize("case", EXPERIMENTS, ids=lambda case: "-".join(str(x) for x in case.values()))
+def test_every_experiment_compiles_within_the_limits(case, arch):
+    _assert_passes(compiled(case | {"arch": arch}))
+
+
+def _ends():
+    """The narrowest and the widest head of every class."""
+    classes = {}
+    for width in range(1, 513):
+        classes.setdefault(head_dim_class(width), []).append(width)
+    return [width for widths in classes.values() for width in (widths[0], widths[-1])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("width", _ends())
+def test_every_head_width_fits_the_shared_memory_of_sm_86(width, dtype):
+    case = {"width": width, "dtype": dtype, "dropout": True, "padding": "lengths", "sizes": PAPER}
+    rows = compiled(case)
+    assert not [row["failures"] for row in rows if row["shared"] > 101_376 or row["blocks_per_sm"] == 0]
+    assert not any(row["atomics"] for row in rows)
