@@ -1,6 +1,6 @@
 """Fused operators for transformer experiments, one seam over their implementations."""
 
-from kernels.api import attention, embedding, glu, linear_cross_entropy, residual_norm, unified_attention
+from kernels.api import attention, embedding, glu, linear, linear_cross_entropy, residual_norm, unified_attention
 from kernels.dispatch import Impl, ImplementationError, describe, parse_impl, validate
 from kernels.dropout import Dropout, dropout_state
 
@@ -16,6 +16,7 @@ __all__ = [
     "dropout_state",
     "embedding",
     "glu",
+    "linear",
     "linear_cross_entropy",
     "parse_impl",
     "residual_norm",

@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.dispatch import Impl, ImplementationError, choice, implementation
 from kernels.dropout import Dropout
+from kernels.portable.products import linear as portable_linear
 
 MAX_HEAD_DIM = 512
 
@@ -176,6 +177,13 @@ def attention(
         key_mask=key_mask,
         dropout=_active(dropout),
     )
+
+
+def linear(x: Tensor, weight: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """x W^T, x [..., D], weight [F, D]; the library's product on a GPU, the faster library's on a CPU in float32."""
+    if x.device.type == "cpu" and choice("linear", impl, x.device) == "torch":
+        return portable_linear(x, weight)
+    return torch.nn.functional.linear(x, weight)
 
 
 def unified_attention(

@@ -60,7 +60,7 @@ def choice(operator: str, impl: Impl, device: torch.device) -> str:
     """Name of the implementation that `operator` takes on `device`."""
     name = impl if isinstance(impl, str) else impl.get(operator, "auto")
     if name == "auto":
-        return "triton" if device.type == "cuda" and fused_available(operator) else "torch"
+        return "triton" if device.type == "cuda" and operator in FUSED and fused_available(operator) else "torch"
     return name
 
 
