@@ -5,12 +5,12 @@ dropout masks are those of kernels.dropout, so the numbers are `reference`'s; on
 its dropout draws from the library's generator (it says so). docs/portable.md has the measurements behind the choices.
 """
 
-from kernels.portable.attention import attention, unified_attention
-from kernels.portable.embedding import embedding
+from kernels.portable.chunked_attention import attention, unified_attention
 from kernels.portable.feedforward import glu
 from kernels.portable.loss import linear_cross_entropy
 from kernels.portable.norm import residual_norm
 from kernels.portable.products import describe_products, linear, product_dtype
+from kernels.portable.token_embedding import embedding, tied_table
 
 __all__ = [
     "attention",
@@ -21,5 +21,6 @@ __all__ = [
     "linear_cross_entropy",
     "product_dtype",
     "residual_norm",
+    "tied_table",
     "unified_attention",
 ]

@@ -103,12 +103,12 @@ class Transformer(nn.Module):
         names = {name for name, _ in self.named_parameters() if name.startswith(prefix)}
         return names - alive | {"encoder.final_norm.gain"}
 
-    def _embed(self, ids: Tensor, stack: str, shared: Pass) -> Tensor:
+    def _embed(self, ids: Tensor, table: Tensor, stack: str, shared: Pass) -> Tensor:
         token_site, position_site = self.embedding_sites[stack]
         # from the parameters themselves: a look-up is no product, and its gradient is added up in their type
         x = kernels.embedding(
             ids,
-            self.embedding,
+            table,
             self.positions,
             combine=self.config.embedding_combine,
             dropout=shared.dropout(self.config.dropout, token_site),
@@ -166,17 +166,17 @@ class Transformer(nn.Module):
         if self.config.database_states:
             bank = (shared.cast(self.database_keys), shared.cast(self.database_values))
             shared.database = (bank[0][None, :, None], bank[1][None, :, None])
-        self.encoder(self._embed(input_ids, "encoder", shared), shared)
-        h = self.decoder(self._embed(decoder_input_ids, "decoder", shared), shared)
+        table, output = kernels.tied_table(self.embedding, shared.dtype, impl=self.impl)
+        self.encoder(self._embed(input_ids, table, "encoder", shared), shared)
+        h = self.decoder(self._embed(decoder_input_ids, table, "decoder", shared), shared)
         scale = self.config.dim_model**-0.5
         loss = logits = None
-        output = shared.cast(self.embedding)
         if labels is not None:
             loss, _ = kernels.linear_cross_entropy(
                 h, output, labels, scale=scale, return_per_token=True, impl=self.impl
             )
         if labels is None or return_logits:
-            logits = shared.linear(h * scale, output)
+            logits = kernels.linear(h * scale, output, impl=self.impl)
         return Output(loss, logits)
 
 

@@ -100,8 +100,8 @@ def _mixed(p: Tensor, b: Tensor) -> Tensor:
 
 def _collect(total: Tensor, p: Tensor, a: Tensor, chunk: slice) -> None:
     """p^T a of p [n, M, N] and a [n, M, K] into the chunk's rows of total [R, N, K], or added to total [1, N, K]."""
-    if total.shape[0] > 1 or p.shape[0] == 1:
-        total[_of(total, chunk)] = bmm(p.transpose(1, 2), a)
+    if total.shape[0] > 1:
+        total[chunk] = bmm(p.transpose(1, 2), a)
     else:
         total[0] += matmul(p.flatten(0, 1).T, a.flatten(0, 1))
 
@@ -301,7 +301,7 @@ def _library(
     if valid is not None:
         # a row that sees no key would be NaN in some backends: it sees all of them, and its output is cut
         alive = valid.any(-1, keepdim=True)[:, :, None]
-        valid = (valid | ~valid.any(-1, keepdim=True))[:, None].expand(batch, -1, queries, -1)
+        valid = (valid | ~valid.any(-1, keepdim=True))[:, None]
     elif causal and queries != k.shape[1]:
         valid, causal = causal_valid(queries, k.shape[1], q.device)[None, None], False
     out = F.scaled_dot_product_attention(
