@@ -174,3 +174,93 @@ class Eager(nn.Module):
                 last.weight.copy_(source.w_down if isinstance(module, FeedForward) else source.w_o)
             ours.final_norm.weight.copy_(theirs.final_norm.gain)
         return self
+
+
+def hugging_face_t5(config: ModelConfig, attention: str) -> nn.Module:
+    """transformers' T5 at the configuration's widths and depths; ModuleNotFoundError without the library."""
+    import transformers
+
+    resolved = resolve(config)
+    t5 = transformers.T5Config(
+        vocab_size=config.vocab_size,
+        d_model=config.dim_model,
+        d_kv=resolved.encoder[0].dim_qkv,
+        d_ff=config.dim_feedforward,
+        num_layers=len(resolved.encoder),
+        num_decoder_layers=len(resolved.decoder),
+        num_heads=resolved.encoder[0].num_heads,
+        dropout_rate=config.dropout,
+        feed_forward_proj="relu",
+        tie_word_embeddings=True,
+        use_cache=False,
+        decoder_start_token_id=0,
+    )
+    t5._attn_implementation = attention
+    return _HuggingFace(transformers.T5ForConditionalGeneration(t5))
+
+
+class _HuggingFace(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor, labels: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(
+            input_ids=input_ids,
+            decoder_input_ids=decoder_input_ids,
+            labels=labels,
+            attention_mask=attention_mask.long(),
+            use_cache=False,
+        ).loss
+
+
+def x_transformers(config: ModelConfig, flash: bool) -> nn.Module:
+    """x-transformers' encoder-decoder at the configuration's widths and depths; ModuleNotFoundError without it."""
+    from x_transformers import XTransformer
+
+    resolved = resolve(config)
+    sides = {}
+    for side, blocks in (("enc", resolved.encoder), ("dec", resolved.decoder)):
+        sides |= {
+            f"{side}_num_tokens": config.vocab_size,
+            f"{side}_depth": len(blocks),
+            f"{side}_heads": blocks[0].num_heads,
+            f"{side}_attn_dim_head": blocks[0].dim_qkv,
+            f"{side}_max_seq_len": config.max_length,
+            f"{side}_attn_dropout": config.dropout,
+            f"{side}_ff_dropout": config.dropout,
+            f"{side}_emb_dropout": config.dropout,
+            f"{side}_attn_flash": flash,
+            f"{side}_ff_mult": config.dim_feedforward / config.dim_model,
+            f"{side}_use_rmsnorm": True,
+            f"{side}_ff_no_bias": True,
+        }
+    return _XTransformers(XTransformer(dim=config.dim_model, tie_token_emb=True, **sides))
+
+
+class _XTransformers(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor, labels: Tensor, attention_mask: Tensor) -> Tensor:
+        # its wrapper shifts one sequence itself: start token and labels, so that both sides have as many positions
+        target = torch.cat([decoder_input_ids[:, :1], labels], 1)
+        return self.model(input_ids, target, mask=attention_mask)
+
+
+def in_setting(model: nn.Module, setting: str) -> nn.Module:
+    """A rival in "float32", "autocast" (float32 parameters, bfloat16 products) or "bfloat16" (parameters too)."""
+    if setting == "bfloat16":
+        return model.to(torch.bfloat16)
+    return _Autocast(model) if setting == "autocast" else model
+
+
+class _Autocast(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(**inputs)
