@@ -1,6 +1,15 @@
 """Fused operators for transformer experiments, one seam over their implementations."""
 
-from kernels.api import attention, embedding, glu, linear_cross_entropy, residual_norm, unified_attention
+from kernels.api import (
+    attention,
+    embedding,
+    glu,
+    linear,
+    linear_cross_entropy,
+    residual_norm,
+    tied_table,
+    unified_attention,
+)
 from kernels.dispatch import Impl, ImplementationError, describe, first_start, parse_impl, validate
 from kernels.dropout import Dropout, dropout_state
 
@@ -17,9 +26,11 @@ __all__ = [
     "embedding",
     "first_start",
     "glu",
+    "linear",
     "linear_cross_entropy",
     "parse_impl",
     "residual_norm",
+    "tied_table",
     "unified_attention",
     "validate",
 ]

@@ -14,6 +14,8 @@ from torch import Tensor
 from kernels import reference
 from kernels.dispatch import Impl, ImplementationError, choice, implementation
 from kernels.dropout import Dropout
+from kernels.portable.products import linear as portable_linear
+from kernels.portable.token_embedding import tied_table as portable_tied_table
 
 MAX_HEAD_DIM = 512
 
@@ -176,6 +178,24 @@ def attention(
         key_mask=key_mask,
         dropout=_active(dropout),
     )
+
+
+def linear(x: Tensor, weight: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """x W^T, x [..., D], weight [F, D]; the library's product on a GPU, the faster library's on a CPU in float32."""
+    if x.device.type == "cpu" and choice("linear", impl, x.device) == "torch":
+        return portable_linear(x, weight)
+    return torch.nn.functional.linear(x, weight)
+
+
+def tied_table(table: Tensor, dtype: torch.dtype | None = None, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
+    """A table [V, D] that is embedding and output layer: (for `embedding`, for the output layer in `dtype`).
+
+    On a CPU the gradients of both uses meet in one dense gradient in the table's own type; elsewhere it is the table
+    itself and its conversion. dtype None: the table's.
+    """
+    if table.device.type == "cpu" and choice("linear", impl, table.device) == "torch":
+        return portable_tied_table(table, dtype)
+    return table, table if dtype is None else table.to(dtype)
 
 
 def unified_attention(

@@ -67,7 +67,7 @@ def _automatic(operator: str, device_type: str) -> str:
     if device_type not in _SAID:
         _SAID.add(device_type)
         log.warning("kernels: impl='auto' on %s takes %s", device_type, describe("auto", torch.device(device_type)))
-    return "triton" if device_type == "cuda" and fused_available(operator) else "torch"
+    return "triton" if device_type == "cuda" and operator in FUSED and fused_available(operator) else "torch"
 
 
 def choice(operator: str, impl: Impl, device: torch.device) -> str:

@@ -39,8 +39,17 @@ class Pass:
     impl: kernels.Impl
     rng: Tensor | None
     key_mask: Tensor | None
+    dtype: torch.dtype | None = None
     memory: list[KeysValues] = field(default_factory=list)
     database: KeysValues | None = None
+
+    def cast(self, x: Tensor) -> Tensor:
+        """A parameter as the pass computes with it; its gradient comes back in its own type."""
+        return x if self.dtype is None else x.to(self.dtype)
+
+    def linear(self, z: Tensor, weight: Tensor) -> Tensor:
+        """z W^T."""
+        return kernels.linear(z, self.cast(weight), impl=self.impl)
 
     def dropout(self, p: float, site: int) -> kernels.Dropout | None:
         return None if self.rng is None or p == 0 else kernels.Dropout(p, self.rng, site)
@@ -86,7 +95,7 @@ class SelfAttention(Sublayer):
         self.w_o = self.projection(config.dim_model, inner)
 
     def forward(self, z: Tensor, shared: Pass) -> Tensor:
-        q, k, v = self.split(nn.functional.linear(z, self.w_qkv), 3)
+        q, k, v = self.split(shared.linear(z, self.w_qkv), 3)
         if not self.decoder:
             shared.memory.append((k, v))
         mixed = kernels.attention(
@@ -98,12 +107,12 @@ class SelfAttention(Sublayer):
             dropout=shared.dropout(self.dropout, self.inner_site),
             impl=shared.impl,
         )
-        return nn.functional.linear(mixed.flatten(2), self.w_o)
+        return shared.linear(mixed.flatten(2), self.w_o)
 
     def remember(self, z: Tensor, shared: Pass) -> None:
         """Keys and values alone: all that the last encoder block is needed for."""
         rows = self.heads * self.width
-        k, v = self.split(nn.functional.linear(z, self.w_qkv[rows:]), 2)
+        k, v = self.split(shared.linear(z, self.w_qkv[rows:]), 2)
         shared.memory.append((k, v))
 
 
@@ -121,12 +130,12 @@ class CrossAttention(Sublayer):
         return k, v, shared.key_mask
 
     def forward(self, z: Tensor, shared: Pass) -> Tensor:
-        (q,) = self.split(nn.functional.linear(z, self.w_q), 1)
+        (q,) = self.split(shared.linear(z, self.w_q), 1)
         k, v, key_mask = self.keys_values(shared)
         mixed = kernels.attention(
             q, k, v, key_mask=key_mask, dropout=shared.dropout(self.dropout, self.inner_site), impl=shared.impl
         )
-        return nn.functional.linear(mixed.flatten(2), self.w_o)
+        return shared.linear(mixed.flatten(2), self.w_o)
 
 
 class DatabaseAttention(CrossAttention):
@@ -148,7 +157,7 @@ class UnifiedAttention(Sublayer):
         self.w_o = self.projection(config.dim_model, inner)
 
     def forward(self, z: Tensor, shared: Pass) -> Tensor:
-        q, k, v = self.split(nn.functional.linear(z, self.w_qkv), 3)
+        q, k, v = self.split(shared.linear(z, self.w_qkv), 3)
         k_other, v_other = shared.memory[self.index]
         mixed = kernels.unified_attention(
             q,
@@ -162,7 +171,7 @@ class UnifiedAttention(Sublayer):
             # the faulty mask exists in the reference only; the rest of the model runs as chosen
             impl="reference" if self.as_published else shared.impl,
         )
-        return nn.functional.linear(mixed.flatten(2), self.w_o)
+        return shared.linear(mixed.flatten(2), self.w_o)
 
 
 class FeedForward(Sublayer):
@@ -181,7 +190,7 @@ class FeedForward(Sublayer):
     def forward(self, z: Tensor, shared: Pass) -> Tensor:
         hidden = kernels.glu(
             z,
-            self.w_in,
+            shared.cast(self.w_in),
             kind=self.kind,
             activation=self.activation,
             factor=self.factor,
@@ -189,7 +198,7 @@ class FeedForward(Sublayer):
             gate_dropout=shared.dropout(self.slow_dropout, self.slow_site),
             impl=shared.impl,
         )
-        return nn.functional.linear(hidden, self.w_down)
+        return shared.linear(hidden, self.w_down)
 
 
 _CLASSES: dict[str, Callable[..., Sublayer]] = {

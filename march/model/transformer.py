@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from kernels.portable import product_dtype as portable_dtype
 from march.config import BlockConfig, ModelConfig, ResolvedConfig
 from march.model.layers import Norm, Pass, SelfAttention, Sites, Sublayer, build_sublayer
 
 MASK32 = 0xFFFFFFFF
+# Below this width bfloat16 products gain nothing over float32 ones: the calls cost more than the arithmetic.
+NARROW = 256
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Stack(nn.Module):
     def forward(self, x: Tensor, shared: Pass) -> Tensor | None:
         """x [B, L, D] to the normalised output [B, L, D]; None of the encoder, which leaves its memory in `shared`."""
         sublayers = self.sublayers()
-        gains = [sublayer.norm.gain for sublayer in sublayers] + [self.final_norm.gain]
+        gains = [shared.cast(norm.gain) for norm in (*(sublayer.norm for sublayer in sublayers), self.final_norm)]
         last_needed = self.blocks[-1][0] if self.memory_only else None  # type: ignore[index]
         stream: Tensor | None = x
         stream, z = kernels.residual_norm(stream, None, gains[0], impl=shared.impl)
@@ -100,17 +103,34 @@ class Transformer(nn.Module):
         names = {name for name, _ in self.named_parameters() if name.startswith(prefix)}
         return names - alive | {"encoder.final_norm.gain"}
 
-    def _embed(self, ids: Tensor, stack: str, shared: Pass) -> Tensor:
+    def _embed(self, ids: Tensor, table: Tensor, stack: str, shared: Pass) -> Tensor:
         token_site, position_site = self.embedding_sites[stack]
-        return kernels.embedding(
+        # from the parameters themselves: a look-up is no product, and its gradient is added up in their type
+        x = kernels.embedding(
             ids,
-            self.embedding,
+            table,
             self.positions,
             combine=self.config.embedding_combine,
             dropout=shared.dropout(self.config.dropout, token_site),
             position_dropout=shared.dropout(self.config.dropout, position_site),
             impl=shared.impl,
         )
+        return shared.cast(x)
+
+    def compute_dtype(self) -> torch.dtype | None:
+        """What a forward pass converts float32 parameters to: None, or bfloat16 for `precision="bf16"` on a CPU.
+
+        A trainer that owns the precision hands over parameters of the type it wants and nothing is converted. Plain
+        torch keeps float32 parameters; there the portable path trains in bfloat16 where a measurement at first use
+        found it faster (kernels.portable.product_dtype), with float32 softmax, loss and gradients of parameters.
+        """
+        weight = self.embedding
+        wanted = self.training and self.config.precision == "bf16" and self.config.dim_model >= NARROW
+        portable = self.impl in ("auto", "torch")
+        if not wanted or not portable or weight.dtype != torch.float32 or weight.device.type != "cpu":
+            return None
+        dtype = portable_dtype()
+        return None if dtype == weight.dtype else dtype
 
     def _dropout_state(self, state: Tensor | None, device: torch.device) -> Tensor | None:
         if not self.training:
@@ -141,19 +161,22 @@ class Transformer(nn.Module):
         steps itself, from torch's initial seed.
         """
         _check_inputs(self.config, input_ids, decoder_input_ids, labels, attention_mask)
-        shared = Pass(self.impl, self._dropout_state(dropout_state, input_ids.device), attention_mask)
+        state = self._dropout_state(dropout_state, input_ids.device)
+        shared = Pass(self.impl, state, attention_mask, self.compute_dtype())
         if self.config.database_states:
-            shared.database = (self.database_keys[None, :, None], self.database_values[None, :, None])
-        self.encoder(self._embed(input_ids, "encoder", shared), shared)
-        h = self.decoder(self._embed(decoder_input_ids, "decoder", shared), shared)
+            bank = (shared.cast(self.database_keys), shared.cast(self.database_values))
+            shared.database = (bank[0][None, :, None], bank[1][None, :, None])
+        table, output = kernels.tied_table(self.embedding, shared.dtype, impl=self.impl)
+        self.encoder(self._embed(input_ids, table, "encoder", shared), shared)
+        h = self.decoder(self._embed(decoder_input_ids, table, "decoder", shared), shared)
         scale = self.config.dim_model**-0.5
         loss = logits = None
         if labels is not None:
             loss, _ = kernels.linear_cross_entropy(
-                h, self.embedding, labels, scale=scale, return_per_token=True, impl=self.impl
+                h, output, labels, scale=scale, return_per_token=True, impl=self.impl
             )
         if labels is None or return_logits:
-            logits = nn.functional.linear(h * scale, self.embedding)
+            logits = kernels.linear(h * scale, output, impl=self.impl)
         return Output(loss, logits)
 
 

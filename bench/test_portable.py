@@ -1,0 +1,118 @@
+"""One training step through `torch`, eager PyTorch and two libraries: `pytest bench/ -k portable`.
+
+Prints a table of ratios with their spreads, memory and what was chosen. All in one process and in turn, so that a
+ratio's two sides met the same machine; no speed is printed of a step whose loss is wrong.
+"""
+
+import importlib.util
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from bench import portable_step as bench
+from bench.portable_step import BF16, EAGER, FP32, LIBRARIES
+from march import experiments
+
+ROOT = Path(__file__).resolve().parents[1]
+BASELINE_REPETITIONS, REPETITIONS = 7, 3
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
+
+
+def distinct() -> dict[str, list[str]]:
+    """Experiments that compute different things: the first of each, and those that cost the same."""
+    groups: dict[object, list[str]] = {}
+    for name in experiments.names():
+        fields = {"position_init": "scaled", "precision": "bf16"}
+        groups.setdefault(experiments.configuration(name, **fields), []).append(name)
+    return {names[0]: names for names in groups.values() if names[0] != "Best"}
+
+
+@pytest.fixture(scope="session")
+def machine(report) -> None:
+    torch.set_num_threads(bench.THREADS)
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    kinds = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in flags]
+    report += [
+        f"processor: {processor()} ({' '.join(kinds)}); torch {torch.__version__}, {bench.THREADS} threads",
+        f"step: forward, backward, AdamW(fused); batch {bench.BATCH}, {bench.ENCODER}/{bench.DECODER} positions, "
+        "dropout on",
+        kernels.portable.describe_products(),
+        "attention: own chunks of heads (the library's fused CPU attention takes no dropout)",
+    ]
+
+
+def check(experiment: str) -> None:
+    losses = bench.losses_without_dropout(experiment, (EAGER, BF16, FP32))
+    assert losses[FP32] == pytest.approx(losses[EAGER], rel=1e-5), losses
+    assert losses[BF16] == pytest.approx(losses[EAGER], rel=2e-3), losses
+
+
+def line(name: str, timing: bench.Timing, eager: bench.Timing) -> str:
+    ratios = timing.ratios(eager)
+    return (
+        f"{name:45s} {timing.median:7.3f} s {bench.TOKENS / timing.median:8.0f} tokens/s   "
+        f"{statistics.median(ratios):5.2f} x eager [{ratios[0]:.2f} .. {ratios[-1]:.2f}]"
+    )
+
+
+def installed() -> list[str]:
+    modules = {"hugging_face_t5": "transformers", "x_transformers": "x_transformers"}
+    return [name for name, (function, *_) in LIBRARIES.items() if importlib.util.find_spec(modules[function])]
+
+
+def test_portable_baseline(machine, report, benchmark):
+    check("Baseline")
+    names = [EAGER, BF16, FP32, *installed()]
+    steps = {name: bench.training_step(name, "Baseline") for name in names}
+    times = bench.interleaved(steps, BASELINE_REPETITIONS)
+    report += ["", f"Baseline, median of {BASELINE_REPETITIONS} interleaved repetitions [spread of the ratio]"]
+    report += [line(name, times[name], times[EAGER]) for name in names]
+    if not installed():
+        report.append("libraries: not installed; pip install -e '.[bench]' adds them to the table")
+    benchmark.pedantic(steps[BF16], rounds=3, iterations=1)
+    gains = {name: statistics.median(times[name].ratios(times[EAGER])) for name in names}
+    benchmark.extra_info["times as fast as eager"] = gains
+    if kernels.portable.product_dtype() == torch.bfloat16:
+        assert gains[BF16] >= 2.2, gains
+    assert gains[FP32] >= 1.3, gains
+    for name in installed():
+        assert gains[name] < max(gains[BF16], gains[FP32]), gains
+
+
+@pytest.mark.parametrize("experiment", [name for name in distinct() if name != "Baseline"])
+def test_portable_experiment(experiment, machine, report):
+    check(experiment)
+    steps = {name: bench.training_step(name, experiment) for name in (EAGER, BF16)}
+    times = bench.interleaved(steps, REPETITIONS)
+    if not any(text.startswith("every experiment") for text in report):
+        report += ["", f"every experiment but Best, torch in bf16, median of {REPETITIONS} interleaved repetitions"]
+    alike = distinct()[experiment][1:]
+    report.append(line(experiment, times[BF16], times[EAGER]) + (f"   also {', '.join(alike)}" if alike else ""))
+    gain = statistics.median(times[BF16].ratios(times[EAGER]))
+    if kernels.portable.product_dtype() == torch.bfloat16:
+        assert gain >= 1.8, gain
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+def test_portable_memory(machine, report):
+    peaks = {}
+    for name in (EAGER, BF16, FP32):
+        command = [sys.executable, "-m", "bench.portable_step", "memory", name]
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        peaks[name] = int(done.stdout)
+    report += ["", "Baseline, peak resident memory above parameters, gradients and optimizer state, one process each"]
+    report += [
+        f"{name:45s} {peak / 2**20:6.0f} MiB   {peak / peaks[EAGER]:.2f} x eager" for name, peak in peaks.items()
+    ]
+    assert peaks[BF16] <= peaks[EAGER] / 2, peaks

@@ -1,0 +1,27 @@
+"""Dropout of a stream [B, L, D], by the contract: its keys, and its mask as a factor that is applied in place."""
+
+from torch import Tensor
+
+from kernels.dropout import Dropout, SiteKeys, keep_words, mask_, site_keys
+
+
+def stream_keys(dropout: Dropout | None, x: Tensor) -> SiteKeys | None:
+    """Keys of a site on x [B, L, D], or None."""
+    if dropout is None or x.numel() == 0:
+        return None
+    batch, length, width = x.shape
+    return site_keys(dropout, batch, 1, length, (width,))
+
+
+def apply_(x: Tensor, keys: SiteKeys | None) -> Tensor:
+    """x [B, L, D] with dropped elements 0, in place and unscaled: the caller folds `keys.scale` into a later pass."""
+    return x if keys is None else mask_(x, keep_words(keys.a, keys.b, keys.c, keys.p))
+
+
+def scale_of(*all_keys: SiteKeys | None) -> float:
+    """The product of the sites' 1 / keep probability."""
+    product = 1.0
+    for keys in all_keys:
+        if keys is not None:
+            product *= keys.scale
+    return product
