@@ -10,7 +10,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from kernels import portable
+from kernels import reference
 from kernels.dispatch import ImplementationError
 from kernels.dropout import Dropout
 
@@ -58,6 +58,6 @@ def residual_norm(
         assert x is not None
         y = x
     else:
-        dropped = portable.drop(s, dropout)
+        dropped = reference.drop(s, dropout)
         y = dropped if x is None else x + dropped
     return y, norm(y, gain, gain.shape, eps=eps).to(y.dtype)

@@ -125,8 +125,8 @@ OPERATORS = {
 @pytest.mark.parametrize("name", OPERATORS)
 def test_torch_is_reference(name, monkeypatch):
     """In float64 to 1e-9, outputs and every gradient, with chunks that do not divide the work."""
-    monkeypatch.setattr(portable, "CHUNK_SCORES", 100)
-    monkeypatch.setattr(portable, "CHUNK_LOGITS", 70)
+    monkeypatch.setattr(portable.chunked_attention, "CHUNK_SCORES", 100)
+    monkeypatch.setattr(portable.loss, "CHUNK_LOGITS", 70)
     operator = name.split(",")[0]
     inputs, kwargs = OPERATORS[name]
     expected = evaluate(operator, inputs, kwargs, torch.float64, "reference")
