@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 EXP ?= Baseline
 ARGS ?=
+# test processes; each runs torch on one thread
+JOBS ?= 2
+TEST := $(RUN) OMP_NUM_THREADS=1 python -m pytest -n $(JOBS)
 
-.PHONY: help setup train test test-all check format clean
+.PHONY: help setup train test test-all compile-all check format clean
 
 help:
 	@echo "make train [EXP=Baseline] [ARGS='--budget demo']   set up, then train an experiment"
 	@echo "make test                                          set up, then the tests that CI runs"
 	@echo "make test-all                                      the slow ones too"
+	@echo "make compile-all                                   every kernel for every GPU target, without a GPU"
 	@echo "make check                                         ruff and mypy"
 
 # Installed anew when the requirements change. torch comes first and alone: resolved with the others, a newer CUDA
@@ -29,10 +33,14 @@ train: setup
 	$(RUN) deepspeed train.py --exp $(EXP) $(ARGS)
 
 test: setup
-	$(RUN) python -m pytest
+	$(TEST)
 
 test-all: setup
-	$(RUN) python -m pytest -m "slow or not slow"
+	$(TEST) -m "slow or not slow"
+
+# every experiment's kernels for every target: hours on two cores the first time, kept in Triton's cache after that
+compile-all: setup
+	$(RUN) python -m bench.compiled --exp all --arch all
 
 check: setup
 	$(BIN)/ruff check .

@@ -5,12 +5,13 @@ an operator that is not named takes "auto": {"attention": "flash_attn", "residua
 in silence: a choice that cannot run raises `ImplementationError` and says what to do.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 
 import torch
@@ -132,12 +133,29 @@ _load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _automatic._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+# wrappers that `observed` installed, the innermost last
+_OBSERVERS: list[Callable[[str, Callable], Callable]] = []
+
+
+@contextlib.contextmanager
+def observed(wrapper: Callable[[str, Callable], Callable]) -> Iterator[None]:
+    """Within it, an operator calls `wrapper(operator, function)` in place of the function that computes it."""
+    _OBSERVERS.append(wrapper)
+    try:
+        yield
+    finally:
+        _OBSERVERS.remove(wrapper)
+
+
 def implementation(operator: str, impl: Impl, device: torch.device, dtype: torch.dtype) -> Callable:
     """The function that computes `operator` on tensors of `device` and `dtype`; its keyword arguments are those of
     kernels.reference."""
     name = choice(operator, impl, device)
     _load(operator, name, device, dtype)
-    return _LOADED[operator, name, device, dtype]
+    function = _LOADED[operator, name, device, dtype]
+    for wrapper in _OBSERVERS:
+        function = wrapper(operator, function)
+    return function
 
 
 def first_start(

@@ -12,6 +12,8 @@ _LAZY = {
     "StepCost": "step",
     "step_cost": "step",
     "training_flops": "step",
+    "Ledger": "ledger",
+    "step_ledger": "ledger",
     "Memory": "fitting",
     "memory": "fitting",
     "fitting_micro_batch": "fitting",

@@ -1,16 +1,24 @@
 """Memory of a training step, and the micro-batch that fits."""
 
 from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
 
 import kernels
+from kernels.dispatch import OPERATORS
 from march.config import ModelConfig
+from march.cost.measure import fused_operators, interpreted, measure
 from march.cost.parameters import total_parameters
-from march.cost.step import step_cost
 
 # CUDA context, DeepSpeed's buckets and allocator fragmentation: not counted, allowed for.
 RESERVED_BYTES = 1 << 30
 HEADROOM = 0.92
 LARGEST_MICRO_BATCH = 1024
+# Micro-batches that the line goes through. The fused cross entropy's chunk of logits grows with the batch to its
+# limit, which 17 sequences of the paper's reach: the line starts beyond. The peak is the highest of several lines (at
+# the cross entropy's backward, at a wide layer's), so between the two sizes the line is never below it.
+SIZES, FUSED_SIZES = (1, 3), (64, 512)
 
 
 @dataclass(frozen=True)
@@ -36,9 +44,21 @@ def state_bytes(parameters: int, precision: str, zero_world: int = 1) -> int:
     return parameters * whole + parameters * 16 // zero_world
 
 
-def impl_name(impl: kernels.Impl) -> str:
-    """`impl` as step_cost takes it. "auto" and libraries are counted as the torch path."""
-    return impl if isinstance(impl, str) and impl in ("torch", "reference") else "torch"
+def counted_as(impl: kernels.Impl, device_type: str | None = None) -> str:
+    """`impl` as it is counted, in the form of a command line: "reference" and fused kernels as themselves, libraries
+    and fused kernels that Triton interprets as the torch path, which needs more. "auto" is what it takes on a device
+    of `device_type`, "cuda" or "cpu", by default this machine's: a CPU's sequences need several times a GPU's."""
+    on_gpu = (device_type or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
+    names = {operator: impl if isinstance(impl, str) else impl.get(operator, "auto") for operator in OPERATORS}
+    names = {operator: name if name != "auto" or on_gpu else "torch" for operator, name in names.items()}
+    fused = [] if interpreted(names) else fused_operators(names)
+    counted = {o: "triton" if o in fused else "reference" if n == "reference" else "torch" for o, n in names.items()}
+    return ",".join(f"{operator}={name}" for operator, name in counted.items())
+
+
+@lru_cache(maxsize=256)
+def _peak(config: ModelConfig, lengths: tuple[int, int], micro_batch: int, impl: str, precision: str) -> int:
+    return measure(config, *lengths, micro_batch, kernels.parse_impl(impl), precision).peak
 
 
 def memory(
@@ -49,18 +69,16 @@ def memory(
     impl: kernels.Impl = "auto",
     precision: str | None = None,
     zero_world: int = 1,
+    device_type: str | None = None,
 ) -> Memory:
-    """The estimate for one device; sequences of encoder_length and decoder_length positions."""
-    chosen = precision or config.precision
-    small, large = (
-        step_cost(
-            config, encoder_length, decoder_length, micro_batch=size, impl=impl_name(impl), precision=chosen
-        ).peak_bytes
-        for size in (1, 3)
-    )
-    per_sequence = max(1, (large - small) // 2)
+    """The estimate for one device; sequences of encoder_length and decoder_length positions. device_type: where "auto"
+    runs, see `counted_as`."""
+    chosen, counted = precision or config.precision, counted_as(impl, device_type)
+    small, large = FUSED_SIZES if "triton" in counted else SIZES
+    low, high = (_peak(config, (encoder_length, decoder_length), size, counted, chosen) for size in (small, large))
+    per_sequence = max(1, (high - low) // (large - small))
     states = state_bytes(total_parameters(config), chosen, zero_world)
-    return Memory(states, max(0, small - per_sequence), per_sequence)
+    return Memory(states, max(0, low - small * per_sequence), per_sequence)
 
 
 def fitting_micro_batch(
@@ -71,11 +89,21 @@ def fitting_micro_batch(
     impl: kernels.Impl = "auto",
     dtype: str | None = None,
     zero_world: int = 1,
+    device_type: str | None = None,
 ) -> int:
     """Sequences of the largest micro-batch whose estimate fits `memory_bytes`; at least 1, at most 1024.
 
     dtype: "bf16" or "fp32", by default the configuration's. zero_world: processes that share the optimiser's state.
+    device_type: where "auto" runs, "cuda" or "cpu", by default this machine's.
     """
-    estimate = memory(config, encoder_length, decoder_length, impl=impl, precision=dtype, zero_world=zero_world)
+    estimate = memory(
+        config,
+        encoder_length,
+        decoder_length,
+        impl=impl,
+        precision=dtype,
+        zero_world=zero_world,
+        device_type=device_type,
+    )
     room = memory_bytes * HEADROOM - RESERVED_BYTES - estimate.total(0)
     return int(min(LARGEST_MICRO_BATCH, max(1, room // estimate.per_sequence)))

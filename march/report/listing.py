@@ -83,9 +83,9 @@ def show(name: str, changes: dict[str, Any]) -> dict[str, Any]:
     base = experiments.configuration(experiment.base) if experiment.base else ModelConfig()
     lengths = (min(ENCODER_LENGTH, config.max_length), min(DECODER_LENGTH, config.max_length))
     step = cost.step_cost(config, *lengths)
-    estimate = cost.memory(config, *lengths)
+    estimate = cost.memory(config, *lengths, device_type="cuda")
     device = DEVICES[REFERENCE_DEVICE]
-    fits = cost.fitting_micro_batch(config, *lengths, memory_bytes=device.memory)
+    fits = cost.fitting_micro_batch(config, *lengths, memory_bytes=device.memory, device_type="cuda")
     return {
         **describe(name),
         "parameters": total_parameters(config),
@@ -106,7 +106,7 @@ def show(name: str, changes: dict[str, Any]) -> dict[str, Any]:
         ],
         "parameters_by_part": parameters(config),
         "cost": {
-            "how": "counted from the torch path's operators on meta tensors, forward and backward; nothing was run",
+            "how": "counted on meta tensors, forward and backward; memory as on a GPU, the rest by the torch path",
             "encoder_length": lengths[0],
             "decoder_length": lengths[1],
             "training_flops_per_sequence": step.flops,

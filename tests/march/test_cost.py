@@ -10,6 +10,8 @@ from models import small_overrides
 from march import cost, experiments
 from march.config import ConfigError
 from march.cost import step as step_module
+from march.cost.counter import Counter
+from march.model import Transformer
 from march.report import listing
 
 
@@ -42,13 +44,13 @@ def test_flops_scale_with_the_batch_and_dropout_costs_none():
 def test_an_inserted_copy_raises_the_bytes_by_exactly_that(monkeypatch):
     config = small("Baseline")
     before = cost.step_cost(config, 17, 9, precision="fp32")
-    forward = step_module.Transformer.forward
+    forward = Transformer.forward
 
     def with_a_copy(self, *args, **kwargs):
         self.embedding.detach().clone()
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(step_module.Transformer, "forward", with_a_copy)
+    monkeypatch.setattr(Transformer, "forward", with_a_copy)
     step_module._step_cost.cache_clear()
     after = cost.step_cost(config, 17, 9, precision="fp32")
     step_module._step_cost.cache_clear()
@@ -65,12 +67,11 @@ def test_rows_add_up():
 
 def test_peak_is_what_lives_at_one_time():
     """A chain of in-place-free operators: two buffers live, not ten."""
-    counted = step_module.StepCost(1)
-    with step_module._Counter(counted):
+    with Counter() as counter:
         x = torch.empty(1000, device="meta")
         for _ in range(10):
             x = x + 1
-    assert counted.peak_bytes == 2 * 4000
+    assert counter.peak == 2 * 4000
 
 
 def test_the_micro_batch_follows_from_memory():

@@ -1,0 +1,175 @@
+"""What a training step launches, computes, moves and keeps, by operator and phase: counted, nothing is run.
+
+    python -m bench.ledger [--exp Baseline] [--impl triton] [--micro-batch 64] [--names] [--json]
+    python -m bench.ledger --fits [--memory 24] [--json]
+
+One micro-batch's forward and backward at 921 and 206 positions in the experiment's precision, on meta tensors through
+the launch code of a GPU run, and one optimiser step. read, written: each tensor of a launch or an operator of torch
+once; DRAM: what comes from and goes to memory under the cache model of march.cost.cache; boundary: each tensor once at
+the operators' boundaries; kept: saved for backward. --fits: the largest micro-batch of each experiment that fits.
+"""
+
+import argparse
+import datetime
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import kernels
+from march import cost, experiments
+from march.cost import Ledger
+from march.cost.ledger import Row
+
+ENCODER_LENGTH, DECODER_LENGTH = 921, 206
+GB, GIB, MIB = 1e9, 2**30, 2**20
+FITS = ("triton", "torch", "reference")
+COLUMNS = (
+    "phase",
+    "operator",
+    "launches",
+    "calls",
+    "TFLOP",
+    "read",
+    "written",
+    "DRAM",
+    "boundary",
+    "ratio",
+    "kept MiB",
+)
+
+
+def _cells(row: Row) -> list[str]:
+    ratio = f"{row.dram / row.boundary:.2f}" if row.boundary else "-"
+    numbers = (row.bytes_read, row.bytes_written, row.dram, row.boundary)
+    return [
+        row.phase,
+        row.operator,
+        str(row.launches),
+        str(row.calls),
+        f"{row.flops / 1e12:.3f}",
+        *(f"{n / GB:.3f}" for n in numbers),
+        ratio,
+        f"{row.saved / MIB:.0f}",
+    ]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with text to the left and numbers to the right, padded for a terminal."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    left = [all(not line[i].lstrip("-").replace(".", "").isdigit() for line in lines[1:]) for i in range(len(header))]
+    rule = [":" + "-" * (w - 1) if to_left else "-" * (w - 1) + ":" for w, to_left in zip(widths, left, strict=True)]
+    padded = [
+        [x.ljust(w) if to_left else x.rjust(w) for x, w, to_left in zip(line, widths, left, strict=True)]
+        for line in lines
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (padded[0], rule, *padded[1:]))
+
+
+def _excess(ledger: Ledger) -> str:
+    """Rows by the bytes that they move beyond their boundary, those above 1% of the sum of all boundaries."""
+    least = ledger.total("forward", "backward").boundary / 100
+    rows = sorted((r for r in ledger.rows if r.dram - r.boundary > least), key=lambda r: r.boundary - r.dram)
+    return ", ".join(f"{r.operator} {r.phase} {(r.dram - r.boundary) / GB:.2f} GB" for r in rows) or "none"
+
+
+def report(name: str, impl: str, ledger: Ledger, names: bool) -> str:
+    """The ledger as text."""
+    totals = [ledger.total("forward"), ledger.total("backward"), ledger.total()]
+    lines = [
+        f"{name}, {impl}, micro-batch {ledger.micro_batch}, {ledger.encoder_length}/{ledger.decoder_length} positions, "
+        f"{ledger.precision}: counted, not run. Bytes in GB.",
+        "",
+        markdown(COLUMNS, [_cells(row) for row in (*ledger.rows, *totals)]),
+        "",
+        f"kept for backward {ledger.saved / GIB:.2f} GiB, at most alive beyond the weights {ledger.peak / GIB:.2f} GiB",
+        f"DRAM bytes of forward and backward {ledger.ratio:.3f} times the boundary; excess: {_excess(ledger)}",
+    ]
+    if names:
+        lines.append("")
+        lines += [
+            f"{row.phase} {row.operator}: "
+            + ", ".join(f"{n} x {row.names[n]} {moved / GB:.3f} GB" for n, moved in sorted(row.moved.items()))
+            for row in ledger.rows
+            if row.moved
+        ]
+    lines.append("forbidden tensors: " + ("none" if not ledger.forbidden else str(len(ledger.forbidden))))
+    lines += [
+        f"  {one.reason}: {one.phase} {one.operator} {one.name} {one.dtype} {list(one.shape)} {one.bytes / MIB:.0f} MiB"
+        for one in ledger.forbidden
+    ]
+    return "\n".join(lines)
+
+
+def fits(memory: float) -> list[dict[str, Any]]:
+    """For each experiment and implementation the largest micro-batch that fits `memory` GiB on one device of one."""
+    rows = []
+    for name in experiments.names():
+        config = experiments.configuration(name)
+        row: dict[str, Any] = {"experiment": name, "parameters": cost.total_parameters(config)}
+        estimate = cost.memory(config, ENCODER_LENGTH, DECODER_LENGTH, impl="triton")
+        row["per_sequence"], row["fixed"] = estimate.per_sequence, estimate.total(0)
+        for impl in FITS:
+            row[impl] = cost.fitting_micro_batch(config, ENCODER_LENGTH, DECODER_LENGTH, memory * GIB, impl)
+        rows.append(row)
+    return rows
+
+
+def fits_table(rows: Sequence[dict[str, Any]], memory: float) -> str:
+    header = ("experiment", "parameters", "fixed GiB", "a sequence MiB", *FITS)
+    cells = [
+        [
+            row["experiment"],
+            f"{row['parameters']:,}",
+            f"{row['fixed'] / GIB:.2f}",
+            f"{row['per_sequence'] / MIB:.1f}",
+            *(str(row[impl]) for impl in FITS),
+        ]
+        for row in rows
+    ]
+    return f"Largest micro-batch in {memory:g} GiB; fixed and a sequence: of triton.\n\n" + markdown(header, cells)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.ledger", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--exp", default="Baseline", help="an experiment's name; several with commas; or 'all'")
+    parser.add_argument("--impl", default="triton", help="triton, torch, reference, or operator=name,...")
+    parser.add_argument("--micro-batch", type=int, default=64, metavar="N", help="sequences (64)")
+    parser.add_argument("--names", action="store_true", help="also each kernel and operator of torch: how often, DRAM")
+    parser.add_argument("--fits", action="store_true", help="the largest micro-batch of each experiment that fits")
+    parser.add_argument("--memory", type=float, default=24.0, metavar="GIB", help="of the device, for --fits (24)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    given = parser.parse_args(arguments)
+    facts = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "kernels": kernels.__version__}
+    if given.fits:
+        rows = fits(given.memory)
+        print(
+            json.dumps({**facts, "memory": given.memory, "rows": rows}, indent=1)
+            if given.json
+            else fits_table(rows, given.memory)
+        )
+        return 0
+    if given.micro_batch < 1:
+        parser.error(f"--micro-batch: expected at least 1, got {given.micro_batch}; one sequence is the smallest")
+    results = []
+    for name in list(experiments.names()) if given.exp == "all" else given.exp.split(","):
+        ledger = cost.step_ledger(
+            experiments.configuration(name),
+            ENCODER_LENGTH,
+            DECODER_LENGTH,
+            micro_batch=given.micro_batch,
+            impl=kernels.parse_impl(given.impl),
+        )
+        results.append({"experiment": name, "impl": given.impl, **ledger.to_dict()})
+        if not given.json:
+            print(report(name, given.impl, ledger, given.names) + "\n")
+    if given.json:
+        print(json.dumps({**facts, "status": "counted, not run", "results": results}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,322 @@
+"""The cache model: bytes that come from memory, given the order in which programs run.
+
+Re-reads within a working set below 4 MB count once, all others each time, library products included:
+- programs start in the order of their number, a wave of them at a time, and walk their steps together: what several
+  programs of a wave read in the same step is read once;
+- a tile that was read before is still there if less than WORKING_SET bytes of other tiles were read since (least
+  recently used first out). A step whose tiles alone exceed that leaves nothing behind: its last slices are what
+  remains, and the next step begins with the first ones;
+- operands that each program reads for itself, and writes, pass through: they are counted once and displace nothing
+  (the A5000's L2 has 6 MB, 2 MB of which are left to them);
+- nothing survives from one kernel to the next.
+
+A wave is WAVE programs of our kernels, two on each of the A5000's 64 SMs, or one tile an SM of a library product.
+
+ACCESS declares, by kernel and pointer, which tiles a program reads in which step; and which pointers it reads once.
+A pointer that is read and not declared is an error: whoever adds a kernel says how it reads.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+from kernels.compile_only.record import Argument, Launch
+from march.cost.counter import Product
+
+WORKING_SET = 4 << 20
+WAVE = 128
+# cuBLAS: tiles of 128 x 128, eight tile rows at a time (the swizzle of its kernels), one tile an SM
+LIBRARY_WAVE, LIBRARY_TILE, LIBRARY_GROUP = 64, 128, 8
+
+Tile = tuple[str, int]  # (operand, number)
+Program = Sequence[Sequence[Tile]]  # for each step the tiles it reads
+
+
+class AccessError(RuntimeError):
+    """A kernel reads a pointer whose access is not declared."""
+
+
+def reads(
+    programs: Iterable[Program], size: Callable[[Tile], int], wave: int | None = None, capacity: int | None = None
+) -> dict[str, int]:
+    """Bytes that come from memory, by operand; wave and capacity by default WAVE and WORKING_SET."""
+    wave, capacity = wave or WAVE, capacity or WORKING_SET
+    cached: OrderedDict[Tile, int] = OrderedDict()
+    held = 0
+    total: dict[str, int] = {}
+    remaining = iter(programs)
+    while running := list(islice(remaining, wave)):
+        for step in range(max(len(program) for program in running)):
+            tiles = dict.fromkeys(tile for program in running if step < len(program) for tile in program[step])
+            footprint = 0
+            for tile in tiles:
+                bytes = size(tile)
+                footprint += bytes
+                if tile in cached:
+                    cached.move_to_end(tile)
+                else:
+                    total[tile[0]] = total.get(tile[0], 0) + bytes
+                    cached[tile] = bytes
+                    held += bytes
+            if footprint > capacity:
+                cached.clear()
+                held = 0
+            while held > capacity:
+                held -= cached.popitem(last=False)[1]
+    return total
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def grouped(rows: int, columns: int, group: int) -> Iterator[tuple[int, int]]:
+    """(row, column) of tiles in the order of products: `group` rows at a time, down the rows first."""
+    for first in range(0, rows, group):
+        size = min(rows - first, group)
+        for column in range(columns):
+            for row in range(first, first + size):
+                yield row, column
+
+
+@lru_cache(maxsize=4096)
+def product_reads(product: Product) -> int:
+    """Bytes of A and B that a library product reads. Splits of k read their own parts and change nothing."""
+    tile, line = LIBRARY_TILE, product.k * product.element_size
+    rows, columns = cdiv(product.m, tile), cdiv(product.n, tile)
+
+    def size(one: Tile) -> int:
+        extent = product.m if one[0] == "a" else product.n
+        number = one[1] % (rows if one[0] == "a" else columns)
+        return min(tile, extent - number * tile) * line
+
+    programs = (
+        (((("a", batch * rows + row), ("b", batch * columns + column))),)
+        for batch in range(product.batch)
+        for row, column in grouped(rows, columns, LIBRARY_GROUP)
+    )
+    return sum(reads(programs, size, LIBRARY_WAVE).values())
+
+
+class Kernel:
+    """A launch's arguments by name."""
+
+    def __init__(self, launch: Launch):
+        self.launch = launch
+        self.arguments: dict[str, Argument] = {argument.name: argument for argument in launch.arguments}
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.launch.constants:
+            return self.launch.constants[name]
+        return self.arguments[name].value
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = self.arguments[name].shape
+        assert shape is not None, name
+        return shape
+
+    def bytes(self, name: str) -> int:
+        return self.arguments[name].bytes
+
+    def element_size(self, name: str) -> int:
+        count = 1
+        for n, stride in zip(self.shape(name), self.arguments[name].strides or (), strict=True):
+            count *= n if stride else 1
+        return self.bytes(name) // max(1, count)
+
+
+def _heads(kernel: Kernel, *names: str) -> Callable[[Tile], int]:
+    """Size of one head's rows of [B, L, H, K] tensors."""
+    shapes = {name: kernel.bytes(name) // (kernel.shape(name)[0] * kernel.shape(name)[2]) for name in names}
+    return lambda tile: shapes[tile[0]]
+
+
+def _attention(*segments: tuple[str, str, str]) -> Callable[[Kernel], dict[str, int]]:
+    """Programs of a block of queries of one head; all blocks of a head, neighbours, read its keys and values."""
+
+    def access(kernel: Kernel) -> dict[str, int]:
+        heads = kernel["H"]
+        blocks = cdiv(kernel["Lq"], kernel["BLOCK_M"])
+
+        def programs() -> Iterator[Program]:
+            for pid in range(kernel.launch.programs):
+                b, h = divmod(pid // blocks, heads)
+                yield [
+                    [(name, (b if kernel.shape(name)[0] > 1 else 0) * heads + h // kernel[group]) for name in (k, v)]
+                    for k, v, group in segments
+                ]
+
+        names = [name for k, v, _ in segments for name in (k, v)]
+        return reads(programs(), _heads(kernel, *names))
+
+    return access
+
+
+def _dkdv(kernel: Kernel) -> dict[str, int]:
+    """Programs of a block of keys: each pair of sequence and query head that reads them is a step."""
+    blocks = cdiv(kernel["Lk"], kernel["BLOCK_N"])
+    group, heads, shared = kernel["GROUP"], kernel["H"], kernel["Bk"]
+    pairs, splits = kernel["PAIRS"], kernel["SPLITS"]
+
+    def programs() -> Iterator[Program]:
+        for pid in range(kernel.launch.programs):
+            g, rest = (pid // blocks) % (heads // group), pid // blocks // (heads // group)
+            bk, split = rest % shared, rest // shared
+            steps = []
+            for pair in range(pairs * split // splits, pairs * (split + 1) // splits):
+                head = (bk + pair // group) * heads + g * group + pair % group
+                steps.append([("q_ptr", head), ("do_ptr", head), ("rows_ptr", head)])
+            yield steps
+
+    size = _heads(kernel, "q_ptr", "do_ptr")
+    # planes of float32, read by blocks of queries: the padding behind the last block is not
+    rows = kernel.shape("rows_ptr")[0] * cdiv(kernel["Lq"], kernel["BLOCK_M"]) * kernel["BLOCK_M"] * 4
+    return reads(programs(), lambda tile: rows if tile[0] == "rows_ptr" else size(tile))
+
+
+def _matrix_tiles(kernel: Kernel, a: str, b: str, rows: int, columns: int, block_m: int, block_n: int):
+    """Size of a tile row of a and of a tile column of b."""
+    width = kernel.shape(a)[-1] * kernel.element_size(a)
+    extents = {a: (rows, block_m), b: (columns, block_n)}
+
+    def size(tile: Tile) -> int:
+        extent, block = extents[tile[0]]
+        return max(0, min(block, extent - tile[1] * block)) * width
+
+    return size
+
+
+def _glu(kernel: Kernel) -> dict[str, int]:
+    """Row-major tiles of the hidden layer; a tile column of w is that of all halves."""
+    rows, width, padded = kernel["M"], kernel["F"], kernel["N"]
+    tiles_n = cdiv(padded, kernel["BLOCK_N"])
+    halves = 1 if kernel["KIND"] == "plain" else 2
+    one = _matrix_tiles(kernel, "x_ptr", "w_ptr", rows, width, kernel["BLOCK_M"], kernel["BLOCK_N"])
+    programs = (
+        [[("x_ptr", pid // tiles_n), ("w_ptr", pid % tiles_n)]]
+        for pid in range(cdiv(rows, kernel["BLOCK_M"]) * tiles_n)
+    )
+    return reads(programs, lambda tile: one(tile) * (halves if tile[0] == "w_ptr" else 1))
+
+
+def _cross_entropy_forward(kernel: Kernel) -> dict[str, int]:
+    """A program walks a share of the vocabulary for one tile of tokens; `GROUP` tiles of tokens at a time."""
+    tokens, vocabulary, splits = kernel["tokens"], kernel["vocabulary"], kernel["SPLITS"]
+    tiles = cdiv(vocabulary, kernel["BLOCK_N"])
+    share = cdiv(tiles, splits)
+    programs = (
+        [[("h_ptr", row), ("w_ptr", tile)] for tile in range(split * share, min((split + 1) * share, tiles))]
+        for row, split in grouped(cdiv(tokens, kernel["BLOCK_M"]), splits, kernel["GROUP"])
+    )
+    size = _matrix_tiles(kernel, "h_ptr", "w_ptr", tokens, vocabulary, kernel["BLOCK_M"], kernel["BLOCK_N"])
+    return reads(programs, size)
+
+
+def _cross_entropy_backward(kernel: Kernel) -> dict[str, int]:
+    tokens, columns = kernel["tokens"], kernel["columns"]
+    rows, tiles = cdiv(tokens, kernel["BLOCK_M"]), cdiv(columns, kernel["BLOCK_N"])
+    programs = ([[("h_ptr", row), ("w_ptr", column)]] for row, column in grouped(rows, tiles, kernel["GROUP"]))
+    size = _matrix_tiles(kernel, "h_ptr", "w_ptr", tokens, columns, kernel["BLOCK_M"], kernel["BLOCK_N"])
+    return reads(programs, size)
+
+
+def _embedding(kernel: Kernel) -> dict[str, int]:
+    """A row of E for each token, in no order; rows of T come again a sequence later."""
+    rows, length = kernel["rows"], kernel["length"]
+    line = kernel["D"] * kernel.element_size("table_ptr")
+    table, between = kernel.bytes("table_ptr"), 2 * length * line
+    return {
+        "table_ptr": min(rows * line, table) if table <= WORKING_SET else rows * line,
+        "positions_ptr": (length if between <= WORKING_SET else rows) * line,
+    }
+
+
+Access = Callable[[Kernel], dict[str, int]]
+# kernel -> pointers that it reads once, and the access of the others
+ACCESS: dict[str, tuple[tuple[str, ...], Access | None]] = {
+    "_column_keys_kernel": (("rng_ptr",), None),
+    "_attention_fwd_kernel": (
+        ("q_ptr", "lengths_ptr", "mask_ptr", "rng_ptr", "ckeys_ptr"),
+        _attention(("k_ptr", "v_ptr", "GROUP")),
+    ),
+    "_attention_bwd_rows_kernel": (("o_ptr", "do_ptr", "lse_ptr", "rng_ptr"), None),
+    "_attention_bwd_dq_kernel": (
+        ("q_ptr", "do_ptr", "rows_ptr", "lengths_ptr", "mask_ptr", "ckeys_ptr"),
+        _attention(("k_ptr", "v_ptr", "GROUP")),
+    ),
+    "_attention_bwd_dkdv_kernel": (("k_ptr", "v_ptr", "lengths_ptr", "mask_ptr", "ckeys_ptr"), _dkdv),
+    "_sum_partials_kernel": (("parts_ptr",), None),
+    "_unified_attention_fwd_kernel": (
+        ("q_ptr", "lengths_ptr", "mask_ptr", "rng_ptr", "ckeys_ptr"),
+        _attention(("k_ptr", "v_ptr", "GROUP"), ("other_k_ptr", "other_v_ptr", "OTHER_GROUP")),
+    ),
+    "_unified_attention_bwd_dq_kernel": (
+        ("q_ptr", "do_ptr", "rows_ptr", "lengths_ptr", "mask_ptr", "ckeys_ptr"),
+        _attention(("k_ptr", "v_ptr", "GROUP"), ("other_k_ptr", "other_v_ptr", "OTHER_GROUP")),
+    ),
+    "_glu_forward_kernel": (("rng_ptr", "gate_rng_ptr"), _glu),
+    "_glu_backward_kernel": (("saved_ptr", "d_hidden_ptr", "rng_ptr", "gate_rng_ptr"), None),
+    "_glu_recompute_kernel": (("d_hidden_ptr", "rng_ptr", "gate_rng_ptr"), _glu),
+    "_residual_norm_fwd_kernel": (("x_ptr", "s_ptr", "gain_ptr", "rng_ptr"), None),
+    "_residual_norm_bwd_kernel": (("dy_ptr", "dz_ptr", "y_ptr", "rstd_ptr", "gain_ptr", "rng_ptr"), None),
+    "_sum_rows_kernel": (("partial_ptr",), None),
+    "_linear_cross_entropy_fwd_kernel": (("labels_ptr",), _cross_entropy_forward),
+    "_linear_cross_entropy_join_kernel": (("top_ptr", "total_ptr", "target_ptr", "labels_ptr"), None),
+    "_linear_cross_entropy_mean_kernel": (("sum_ptr", "count_ptr"), None),
+    "_linear_cross_entropy_dlogits_kernel": (("labels_ptr", "lse_ptr"), _cross_entropy_backward),
+    "_linear_cross_entropy_scale_kernel": (("x_ptr", "d_loss_ptr", "inverse_ptr"), None),
+    "_embedding_fwd_kernel": (("ids_ptr", "rng_ptr", "rng_t_ptr"), _embedding),
+    "_embedding_table_bwd_kernel": (("d_out_ptr", "order_ptr", "start_ptr", "rng_ptr"), None),
+    "_embedding_positions_bwd_kernel": (("d_out_ptr", "rng_ptr"), None),
+}
+
+
+def _chunk_written(kernel: Kernel) -> int:
+    """The last chunk of the vocabulary is narrower than the buffer; it is filled in whole tiles."""
+    columns = cdiv(kernel["columns"], kernel["BLOCK_N"]) * kernel["BLOCK_N"]
+    return kernel["tokens"] * columns * kernel.element_size("g_ptr")
+
+
+# kernel, pointer -> bytes written, where a launch fills part of what it is given
+WRITES: dict[tuple[str, str], Callable[[Kernel], int]] = {
+    ("_linear_cross_entropy_dlogits_kernel", "g_ptr"): _chunk_written
+}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of a launch: each of its tensors once, and what comes from and goes to memory under the model."""
+
+    reads: int
+    writes: int
+    dram_reads: int
+    dram_writes: int
+
+
+def launch_traffic(launch: Launch, roles: Mapping[str, str]) -> Traffic:
+    """Traffic of a recorded launch whose pointers have `roles` ("r", "w", "rw", ""); AccessError if undeclared."""
+    kernel = Kernel(launch)
+    read = [name for name, role in roles.items() if "r" in role]
+    written = [name for name, role in roles.items() if "w" in role]
+    if launch.kernel not in ACCESS:
+        raise AccessError(f"{launch.kernel}: expected its access in march/cost/cache.py, found none; declare it")
+    once, access = ACCESS[launch.kernel]
+    again = [name for name in read if name not in once]
+    counted = access(kernel) if access is not None and again else {}
+    missing = sorted(set(again) - set(counted))
+    if missing:
+        raise AccessError(
+            f"{launch.kernel}: expected the access of {', '.join(missing)} in march/cost/cache.py, found none"
+        )
+    writes = [
+        (WRITES.get((launch.kernel, name), lambda kernel, name=name: kernel.bytes(name)))(kernel) for name in written
+    ]
+    return Traffic(
+        sum(kernel.bytes(name) for name in read),
+        sum(writes),
+        sum(counted[name] if name in again else kernel.bytes(name) for name in read),
+        sum(writes),
+    )

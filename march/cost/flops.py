@@ -1,0 +1,60 @@
+"""FLOPs of the fused kernels' products, two for each multiply-add, from the shapes of a launch.
+
+As torch counts its own attention: scores in full, whether or not a causal or padding mask lets a kernel skip blocks;
+softmax, dropout and activations are not counted. Products that backward computes again count, they are executed.
+"""
+
+from collections.abc import Callable
+
+from kernels.compile_only.record import Launch
+from march.cost.cache import Kernel
+
+
+class FormulaError(RuntimeError):
+    """A kernel with products has no formula."""
+
+
+def _scores(kernel: Kernel, query: str = "q_ptr") -> int:
+    """Scores of a launch, [B, H, Lq, Lk] with all key segments."""
+    batch, queries, heads, _ = kernel.shape(query)
+    keys = kernel["Lk"] + (kernel["Lo"] if "Lo" in kernel.arguments else 0)
+    return batch * heads * queries * keys
+
+
+def _dkdv(kernel: Kernel) -> int:
+    """Scores again; dV where wanted; dP again and dK where wanted."""
+    width = kernel["K"]
+    if kernel["WANT_DV"]:
+        width += kernel["KV"]
+    if kernel["WANT_DK"]:
+        width += kernel["KV"] + kernel["K"]
+    return 2 * _scores(kernel) * width
+
+
+def _glu(kernel: Kernel) -> int:
+    halves = 1 if kernel["KIND"] == "plain" else 2
+    return 2 * kernel["M"] * kernel["F"] * halves * kernel["D"]
+
+
+# kernel -> FLOPs; K, KV: widths of queries and values
+FORMULAS: dict[str, Callable[[Kernel], int]] = {
+    "_attention_fwd_kernel": lambda k: 2 * _scores(k) * (k["K"] + k["KV"]),
+    "_unified_attention_fwd_kernel": lambda k: 2 * _scores(k) * (k["K"] + k["KV"]),
+    # scores again, dP, dQ
+    "_attention_bwd_dq_kernel": lambda k: 2 * _scores(k) * (2 * k["K"] + k["KV"]),
+    "_unified_attention_bwd_dq_kernel": lambda k: 2 * _scores(k) * (2 * k["K"] + k["KV"]),
+    "_attention_bwd_dkdv_kernel": _dkdv,
+    "_glu_forward_kernel": _glu,
+    "_glu_recompute_kernel": _glu,
+    "_linear_cross_entropy_fwd_kernel": lambda k: 2 * k["tokens"] * k["vocabulary"] * k["width"],
+    "_linear_cross_entropy_dlogits_kernel": lambda k: 2 * k["tokens"] * k["columns"] * k["width"],
+}
+
+
+def launch_flops(launch: Launch, has_products: bool) -> int:
+    """FLOPs of a recorded launch; has_products: whether its program contains a tt.dot."""
+    if launch.kernel in FORMULAS:
+        return FORMULAS[launch.kernel](Kernel(launch))
+    if has_products:
+        raise FormulaError(f"{launch.kernel}: expected a formula in march/cost/flops.py, found none; add it")
+    return 0

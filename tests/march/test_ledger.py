@@ -1,0 +1,399 @@
+"""The ledger of a step: what it counts, and section 6 of the kernels' specification.
+
+Recording launches needs Triton without its interpreter, which the kernels' tests switch on for the whole process: what
+records runs in processes of its own, and answers in JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from march import experiments
+from march.cost import cache, ledger
+from march.cost.boundary import Observer
+from march.cost.counter import Allocation, Counter, Product
+
+ROOT = Path(__file__).resolve().parents[2]
+GIB = 2**30
+
+
+def fresh(*command: str, interpret: bool = False) -> str:
+    """Standard output of a Python process whose Triton compiles, or interprets."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/march'}", "TRITON_INTERPRET": "1"}
+    if not interpret:
+        del environment["TRITON_INTERPRET"]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def baseline():
+    """The ledger of Baseline with fused kernels at micro-batch 64, in bf16."""
+    return json.loads(fresh("-m", "bench.ledger", "--exp", "Baseline", "--impl", "triton", "--json"))["results"][0]
+
+
+# ---------------------------------------------------------------- section 6
+
+
+def test_baseline_keeps_at_most_2_6_gib(baseline):
+    assert baseline["precision"] == "bf16"
+    assert baseline["micro_batch"] == 64
+    assert 0.5 * GIB < baseline["saved"] <= 2.6 * GIB
+
+
+@pytest.mark.xfail(strict=True, reason="1.78 times the boundary: see docs/ledger.md for the operators responsible")
+def test_baseline_moves_at_most_1_3_times_the_boundary(baseline):
+    assert baseline["dram_over_boundary"] <= 1.3
+
+
+def test_baseline_makes_nothing_forbidden(baseline):
+    assert baseline["forbidden"] == []
+
+
+def test_every_operator_of_baseline_is_fused(baseline):
+    """No row of an operator but the linear layers and autograd's own is without launches."""
+    without = {row["operator"] for row in baseline["rows"] if row["launches"] == 0}
+    assert without == {"linear", "between", "adamw"}
+    linear = [row for row in baseline["rows"] if row["operator"] == "linear"]
+    assert all(set(row["names"]) == {"aten::mm"} for row in linear)
+    assert sum(row["calls"] for row in linear) == 22 + 2 * 22
+
+
+def test_rows_add_up(baseline):
+    for name in ledger.NUMBERS:
+        assert baseline["total"][name] == sum(row[name] for row in baseline["rows"])
+    assert all(row["dram_read"] + row["dram_written"] > 0 for row in baseline["rows"])
+
+
+def test_flops_agree_with_the_portable_path(baseline):
+    """The same products in forward; the fused backward computes scores and dP twice, for dQ and for dK and dV."""
+    config = experiments.configuration("Baseline")
+    portable = ledger.step_ledger(config, micro_batch=1, impl="torch")
+
+    def flops(rows: list, operators: tuple, phase: str) -> int:
+        return sum(r["flops"] for r in rows if r["operator"] in operators and r["phase"] == phase)
+
+    theirs = portable.to_dict()["rows"]
+    # the portable cross entropy computes its gradients in forward, the portable glu its product
+    for operators in (("linear",), ("glu",)):
+        for phase in ("forward", "backward"):
+            assert flops(baseline["rows"], operators, phase) == 64 * flops(theirs, operators, phase)
+    assert flops(baseline["rows"], ("attention",), "forward") == 64 * flops(theirs, ("attention",), "forward")
+    assert 5 * flops(baseline["rows"], ("attention",), "backward") == 7 * 64 * flops(theirs, ("attention",), "backward")
+    entropy = sum(flops(baseline["rows"], ("linear_cross_entropy",), phase) for phase in ("forward", "backward"))
+    assert 3 * entropy == 4 * 64 * flops(theirs, ("linear_cross_entropy",), "forward")
+
+
+def test_the_boundary_by_hand(baseline):
+    """Attention and glu of Baseline with a pencil: bytes of bf16 tensors of 64 sequences."""
+    encoder, decoder = 64 * 921 * 512 * 2, 64 * 206 * 512 * 2
+    lse = 64 * 8 * 4
+    rows = {(row["operator"], row["phase"]): row["boundary"] for row in baseline["rows"]}
+    forward = 2 * (4 * encoder + lse * 921)  # the last encoder block's attention is dead
+    forward += 3 * (4 * decoder + lse * 206) + 3 * (2 * decoder + 2 * encoder + lse * 206)
+    assert rows["attention", "forward"] == forward
+    # q, k, v, O, dO in, dQ, dK, dV out
+    backward = (
+        2 * (8 * encoder + lse * 921) + 3 * (8 * decoder + lse * 206) + 3 * (4 * decoder + 4 * encoder + lse * 206)
+    )
+    assert rows["attention", "backward"] == backward
+    weight = 2048 * 512 * 2
+    assert rows["glu", "forward"] == 2 * 5 * encoder + 3 * 5 * decoder + 5 * weight
+    assert rows["glu", "backward"] == 2 * 6 * encoder + 3 * 6 * decoder + 5 * 2 * weight
+
+
+# ---------------------------------------------------------------- what is counted follows the code
+
+INSERTED = """
+import json, torch
+from march import experiments
+from march.cost import step_ledger
+from march.model import Transformer
+from models import small_overrides
+
+config = experiments.configuration("Baseline", **small_overrides("Baseline"))
+before = step_ledger(config, 17, 9, micro_batch=2, precision="bf16")
+forward = Transformer.forward
+
+def with_a_copy(self, *args, **kwargs):
+    self.embedding.detach().clone()
+    return forward(self, *args, **kwargs)
+
+Transformer.forward = with_a_copy
+after = step_ledger(config, 17, 9, micro_batch=2, precision="bf16")
+Transformer.forward = forward
+
+import kernels.fused.residual_norm as module
+inner = module._unit_stride
+module._unit_stride = lambda x: inner(x).clone()
+inside = step_ledger(config, 17, 9, micro_batch=2, precision="bf16")
+module._unit_stride = inner
+print(json.dumps([one.to_dict() for one in (before, after, inside)]))
+"""
+
+
+def test_an_inserted_copy_raises_the_bytes_by_exactly_that():
+    """Outside the operators, and inside a registered one, where torch sees nothing."""
+    before, after, inside = json.loads(fresh("-c", INSERTED))
+    size = 97 * 32 * 2
+    for name in ("bytes_read", "bytes_written", "dram_read", "dram_written"):
+        assert after["total"][name] - before["total"][name] == size
+    assert after["total"]["launches"] == before["total"]["launches"] > 0
+    # every stream that residual_norm is given: 5 encoder and 10 decoder calls, x and s of 4 and 9, x of the first
+    forward = (2 * 4 + 1) * 2 * 17 * 32 * 2 + (2 * 9 + 1) * 2 * 9 * 32 * 2
+    rows = [
+        next(row for row in one["rows"] if (row["operator"], row["phase"]) == ("residual_norm", "forward"))
+        for one in (before, inside)
+    ]
+    for name in ("dram_read", "dram_written"):
+        assert rows[1][name] - rows[0][name] == forward
+    assert rows[1]["names"]["aten::clone"] == 9 + 19
+
+
+EXPERIMENTS = """
+import json, sys
+from march import experiments
+from march.cost import step_ledger
+from models import small_overrides
+
+found = {}
+for name in experiments.names():
+    config = experiments.configuration(name, **small_overrides(name))
+    one = step_ledger(config, 17, 9, micro_batch=2)
+    found[name] = [one.to_dict(), one.ratio]
+    if name in ("Baseline", "UnifiedAttention", "Database", "MixedActSOMDropout", "NoSelfAttentionResidual"):
+        found[name].append(step_ledger(config, 17, 9, micro_batch=2, impl="torch").to_dict())
+print(json.dumps(found))
+"""
+
+
+def test_every_experiment_has_a_ledger():
+    """No kernel without its roles, access and formula, at sizes where that is all that is tested."""
+    found = json.loads(fresh("-c", EXPERIMENTS))
+    assert set(found) == set(experiments.names())
+    for name, (one, ratio, *portable) in found.items():
+        assert ratio >= 1.0, name
+        for other in portable:
+            # the boundary is the operators', whoever computes them
+            sides = [{(r["operator"], r["phase"]): r["boundary"] for r in x["rows"]} for x in (one, other)]
+            assert sides[0] == sides[1], name
+        # the faulty mask of the published run exists in the reference only, which makes its scores
+        assert bool(one["forbidden"]) == (name == "UnifiedAttentionAsPublished"), name
+
+
+ROLES = """
+import json, triton, triton.language as tl, torch
+import kernels.fused
+from kernels.compile_only import recording
+from kernels.compile_only.roles import RoleError, roles
+import role_kernels
+
+x = torch.empty(64, device="meta")
+with recording("sm_86", compile=False) as launches:
+    role_kernels.walk[(1,)](x, x, x, x, 5, 3)
+    role_kernels.either[(1,)](x, x, x, 5)
+    role_kernels.escapes[(1,)](x, x)
+answers = [roles(launches[0]).roles]
+for launch in launches[1:]:
+    try:
+        roles(launch)
+        answers.append("decided")
+    except RoleError as error:
+        answers.append(str(error))
+print(json.dumps(answers))
+"""
+
+
+def test_roles_follow_pointers_through_loops_and_branches():
+    walk, either, escapes = json.loads(fresh("-c", ROLES))
+    assert walk == {"source_ptr": "r", "target_ptr": "w", "both_ptr": "rw", "unused_ptr": ""}
+    assert "several" in either
+    assert "tt.ptr_to_int" in escapes
+
+
+# ---------------------------------------------------------------- the cache model
+
+
+@pytest.fixture(scope="module")
+def traces():
+    lines = fresh(str(ROOT / "tests/march/access_trace.py"), interpret=True).splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_declared_accesses_are_those_of_the_kernels(traces):
+    """Against addresses recorded in the interpreter and a cache simulated line by line: waves of four to eight programs
+    and caches of 12 to 96 KB, or without limit. Equal but for where the small cache ends within a tile: 2%."""
+    assert {row["kernel"] for row in traces} == set(cache.ACCESS)
+    again: dict = {}
+    for row in traces:
+        assert row["undeclared"] == [], row
+        for name, (declared, simulated) in row["again"].items():
+            unlimited = row["capacity"] >= 1 << 30
+            if (row["kernel"], name) == ("_embedding_fwd_kernel", "table_ptr"):
+                # a cache that holds the table: the declaration is the bound that all tokens differ
+                assert simulated <= declared
+                continue
+            assert simulated <= declared <= simulated * (1.0 if unlimited else 1.03), (row["kernel"], name)
+            again.setdefault((row["kernel"], name), {}).setdefault(unlimited, []).append(declared)
+    # the small caches make a difference, or they would test nothing
+    larger = [key for key, counts in again.items() if sum(counts[False]) > 1.2 * sum(counts[True])]
+    assert len(larger) >= 6, larger
+
+
+def test_what_is_read_once_is_read_once(traces):
+    for row in traces:
+        for name, (simulated, distinct, size) in row["once"].items():
+            assert simulated == distinct, (row["kernel"], name)
+            # whole lines: up to one more at each end
+            assert distinct <= size + 64, (row["kernel"], name)
+
+
+def product_by_lines(m: int, n: int, k: int, wave: int, capacity: int) -> int:
+    """Bytes of a bf16 product's operands from memory, slice of k by slice of k, least recently used first out."""
+    size, slices = cache.LIBRARY_TILE * 32 * 2, k // 32
+    tiles = list(cache.grouped(-(-m // cache.LIBRARY_TILE), -(-n // cache.LIBRARY_TILE), cache.LIBRARY_GROUP))
+    cached: dict = {}
+    missed = 0
+    for first in range(0, len(tiles), wave):
+        for part in range(slices):
+            for key in [
+                x for row, column in tiles[first : first + wave] for x in (("a", row, part), ("b", column, part))
+            ]:
+                missed += 0 if key in cached else size
+                cached.pop(key, None)
+                cached[key] = None
+                while len(cached) * size > capacity:
+                    del cached[next(iter(cached))]
+    return missed
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(4096, 512, 512), (4096, 512, 2048), (2048, 512, 6400), (512, 512, 8192), (9216, 1536, 512)]
+)
+def test_library_products_against_a_simulation(m, n, k):
+    counted = cache.product_reads(Product(1, m, n, k, 2))
+    simulated = product_by_lines(m, n, k, cache.LIBRARY_WAVE, cache.WORKING_SET)
+    assert (m + n) * k * 2 <= counted
+    assert 0.98 * simulated <= counted <= 1.05 * simulated
+
+
+def test_a_product_reads_each_operand_once_where_it_fits():
+    assert cache.product_reads(Product(3, 256, 128, 64, 4)) == 3 * (256 + 128) * 64 * 4
+
+
+def test_lru_of_tiles():
+    programs = [[[("a", i)]] for i in (0, 1, 2, 0, 3, 1)]
+    size = {"a": 10}
+    assert cache.reads(programs, lambda tile: size[tile[0]], wave=1, capacity=30) == {"a": 50}
+    assert cache.reads(programs, lambda tile: size[tile[0]], wave=1, capacity=40) == {"a": 40}
+    assert cache.reads(programs, lambda tile: size[tile[0]], wave=6, capacity=10) == {"a": 40}
+    assert cache.reads(programs, lambda tile: size[tile[0]], wave=1, capacity=5) == {"a": 60}
+
+
+# ---------------------------------------------------------------- what is forbidden
+
+
+def allocation(shape: tuple, dtype: torch.dtype = torch.bfloat16, operator: str = "attention", phase: str = "forward"):
+    size = dtype.itemsize
+    for n in shape:
+        size *= n
+    return Allocation(operator, phase, "aten::mm", dtype, shape, size)
+
+
+@pytest.mark.parametrize(
+    ("one", "reason"),
+    [
+        (allocation((64, 8, 921, 921)), "[L, L]"),
+        (allocation((512, 256, 1024)), "[L, L]"),
+        (allocation((206, 206), torch.bool), "[L, L]"),
+        (allocation((64, 206, 8, 1127), torch.bool), "keys or values concatenated"),
+        (allocation((64, 1127, 8, 64)), "keys or values concatenated"),
+        (allocation((64 * 206, 512), torch.float32), "float32 copy of an activation"),
+        (allocation((64, 921, 2048), torch.float32), "float32 copy of an activation"),
+        (allocation((64 * 206, 30000), operator="between"), "logits over 200 MB"),
+        (allocation((64 * 206, 8192), operator="linear_cross_entropy"), "logits over 200 MB"),
+    ],
+)
+def test_the_forbidden_is_found(one, reason):
+    config = experiments.configuration("Baseline")
+    found = ledger.forbidden([one], config, (921, 206), 64)
+    assert reason in [x.reason for x in found]
+
+
+def test_what_a_step_makes_is_not_forbidden():
+    config = experiments.configuration("Baseline")
+    fine = [
+        allocation((64, 921, 512)),
+        allocation((64 * 921, 2048)),
+        allocation((30000, 512), torch.float32),
+        allocation((4, 64, 8, 1024), torch.float32),
+        allocation((64 * 206, 7552), operator="linear_cross_entropy"),
+        allocation((64 * 206, 512), torch.float32, "linear_cross_entropy", "backward"),
+    ]
+    assert ledger.forbidden(fine, config, (921, 206), 64) == []
+
+
+def test_the_reference_makes_what_is_forbidden():
+    config = experiments.configuration("Baseline")
+    found = ledger.step_ledger(config, 921, 206, micro_batch=1, impl="reference").forbidden
+    assert {"[L, L]", "float32 copy of an activation"} <= {one.reason for one in found}
+
+
+# ---------------------------------------------------------------- labels and memory
+
+
+def test_backward_is_labelled_by_the_operator_that_it_belongs_to():
+    """On real tensors: three operators in a row, one of them not observed."""
+    counter = Counter()
+    observer = Observer(counter)
+    double = observer.wrap("glu", lambda x, weight: x * weight)
+    with counter:
+        x = torch.ones(4, 4, requires_grad=True)
+        weight = torch.ones(4, 4, requires_grad=True)
+        hidden: Tensor = double(x, weight)
+        product = hidden @ weight
+        loss = product.exp().sum()
+        observer.label_rest(loss)
+        counter.phase = "backward"
+        loss.backward()
+    labels = {(e.phase, e.operator, e.name) for e in counter.events}
+    assert ("forward", "glu", "aten::mul") in labels
+    assert ("backward", "glu", "aten::mul") in labels
+    assert ("forward", "linear", "aten::mm") in labels
+    assert ("backward", "linear", "aten::mm") in labels
+    assert ("forward", "between", "aten::exp") in labels
+    linear = observer.linear_boundaries()
+    # forward x, W, y; backward dy, x, W, dx, dW: each 64 bytes
+    assert sorted((one.phase, one.bytes) for one in linear) == [("backward", 5 * 64), ("forward", 3 * 64)]
+
+
+FITS = """
+import json
+from march import cost, experiments
+names = ("Baseline", "UnifiedAttention", "Database", "SiLUGatedLinearUnit")
+found = {}
+for name in names:
+    config = experiments.configuration(name)
+    fits = {i: cost.fitting_micro_batch(config, 921, 206, 24 * 2**30, i) for i in ("triton", "torch", "reference")}
+    fits["auto"] = cost.fitting_micro_batch(config, 921, 206, 24 * 2**30, "auto", device_type="cuda")
+    peak, estimate = cost.step_ledger(config, micro_batch=256).peak, cost.memory(config, impl="triton")
+    found[name] = [fits, peak, estimate.total(256) - estimate.states]
+print(json.dumps(found))
+"""
+
+
+def test_256_sequences_fit_24_gib():
+    for name, (fits, peak, line) in json.loads(fresh("-c", FITS)).items():
+        assert fits["triton"] >= 256, name
+        assert fits["auto"] == fits["triton"] > fits["reference"], name
+        assert fits["torch"] > fits["reference"], name
+        assert peak <= line < 1.05 * peak, name  # the line through 64 and 512 sequences covers what 256 need
