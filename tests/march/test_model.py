@@ -1,5 +1,8 @@
 """The model: parity with the predecessor, what may influence what, dropout by contract, initialisation."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -307,9 +310,19 @@ def test_a_parameter_without_a_rule_fails():
         initialise(model)
 
 
-def test_explicit_triton_on_a_cpu_raises(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(kernels.ImplementationError, match="impl='triton'"):
-        small_model("Baseline", impl="triton")(**batch())
+def test_explicit_triton_on_a_cpu_raises():
+    """In a process of its own: others of this one may have Triton's interpreter on."""
+    code = """
+import torch, kernels, march
+model = march.build_model("Baseline", impl="triton", dim_model=16, vocab_size=9, max_length=4)
+ids = torch.zeros(1, 4, dtype=torch.long)
+try:
+    model(ids, ids, ids)
+except kernels.ImplementationError as error:
+    print(error)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    out = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert "impl='triton' needs a CUDA device, got tensors on cpu; use impl='torch'" in out.stdout
     with pytest.raises(ValueError, match="expected one of"):
         small_model("Baseline", impl="cuda")
