@@ -78,6 +78,7 @@ def _run(request: command_line.Request, given, folder, stored, world) -> int:
 
     budget = request.budget
     say(world, f"{request.experiment.name} | budget {budget.name}: {budget.label}")
+    session.check_kernels(request, world)
     store = session.prepare_data(request, world)
     config = session.fit_vocabulary(request, store)
     corruption = SpanCorruption(raw_length=budget.raw_length)

@@ -158,6 +158,23 @@ def load_checkpoint(folder: RunFolder, budget: Budget, world: World) -> Checkpoi
     return loaded or Checkpoint(folder.checkpoints, state, {})
 
 
+def check_kernels(request: Request, world: World) -> None:
+    """Loads what --impl selects; on a CUDA device each kernel is compared with the reference before the run starts.
+
+    Raises:
+        UsageError: an operator cannot run here, or its kernel disagrees.
+    """
+    dtype = torch.bfloat16 if request.precision == "bf16" else torch.float32
+
+    def check() -> None:
+        try:
+            kernels.first_start(request.impl, world.device, dtype)
+        except kernels.ImplementationError as error:
+            raise UsageError(str(error)) from error
+
+    together(world, check)
+
+
 def build_model(request: Request, config: ModelConfig) -> nn.Module:
     """The experiment's model on the CPU, float32, the same on every rank."""
     torch.manual_seed(request.seed)
