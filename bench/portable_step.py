@@ -99,7 +99,8 @@ def losses_without_dropout(experiment: str, names: tuple[str, ...]) -> dict[str,
     for name in names:
         model = build(name, experiment, dropout=0.0, slow_dropout=0.0).train()
         with torch.no_grad():
-            losses[name] = loss_of(model, batch(model.config), 1).item()
+            one = {key: value[:1] for key, value in batch(model.config).items()}
+            losses[name] = loss_of(model, one, 1).item()
     return losses
 
 

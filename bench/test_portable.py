@@ -19,8 +19,10 @@ from bench import portable_step as bench
 from bench.portable_step import BF16, EAGER, FP32, LIBRARIES
 from march import experiments
 
+# on a busy machine a step of two threads takes ten times its time
+pytestmark = pytest.mark.timeout(3600)
 ROOT = Path(__file__).resolve().parents[1]
-BASELINE_REPETITIONS, REPETITIONS = 7, 3
+BASELINE_REPETITIONS, LIBRARY_REPETITIONS, REPETITIONS = 5, 3, 2
 
 
 def processor() -> str:
@@ -73,21 +75,34 @@ def installed() -> list[str]:
 
 def test_portable_baseline(machine, report, benchmark):
     check("Baseline")
-    names = [EAGER, BF16, FP32, *installed()]
-    steps = {name: bench.training_step(name, "Baseline") for name in names}
+    steps = {name: bench.training_step(name, "Baseline") for name in (EAGER, BF16, FP32)}
     times = bench.interleaved(steps, BASELINE_REPETITIONS)
     report += ["", f"Baseline, median of {BASELINE_REPETITIONS} interleaved repetitions [spread of the ratio]"]
-    report += [line(name, times[name], times[EAGER]) for name in names]
-    if not installed():
-        report.append("libraries: not installed; pip install -e '.[bench]' adds them to the table")
+    report += [line(name, times[name], times[EAGER]) for name in steps]
     benchmark.pedantic(steps[BF16], rounds=3, iterations=1)
-    gains = {name: statistics.median(times[name].ratios(times[EAGER])) for name in names}
+    gains = {name: statistics.median(times[name].ratios(times[EAGER])) for name in steps}
     benchmark.extra_info["times as fast as eager"] = gains
     if kernels.portable.product_dtype() == torch.bfloat16:
         assert gains[BF16] >= 2.2, gains
     assert gains[FP32] >= 1.3, gains
-    for name in installed():
-        assert gains[name] < max(gains[BF16], gains[FP32]), gains
+
+
+def test_portable_libraries(machine, report):
+    """Ahead of each library in its best setting."""
+    if not installed():
+        report += ["", "libraries: not installed; pip install -e '.[bench]' adds them"]
+        pytest.skip("neither transformers nor x-transformers is installed")
+    names = [BF16, EAGER, *installed()]
+    times = bench.interleaved({name: bench.training_step(name, "Baseline") for name in names}, LIBRARY_REPETITIONS)
+    report += [
+        "",
+        f"libraries at Baseline's widths and depths, median of {LIBRARY_REPETITIONS} interleaved repetitions",
+    ]
+    report += [line(name, times[name], times[EAGER]) for name in names]
+    gains = {name: statistics.median(times[BF16].ratios(times[name])) for name in installed()}
+    closest = min(gains, key=gains.__getitem__)
+    report.append(f"torch in bf16 is {gains[closest]:.2f} times as fast as the best of them, {closest}")
+    assert gains[closest] > 1, gains
 
 
 @pytest.mark.parametrize("experiment", [name for name in distinct() if name != "Baseline"])
