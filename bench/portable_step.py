@@ -18,6 +18,7 @@ import march
 from bench import rivals
 from march import experiments
 from march.config import ModelConfig
+from march.model import Transformer
 
 BATCH, ENCODER, DECODER, THREADS = 4, 921, 206, 2
 TOKENS = BATCH * (ENCODER + DECODER)
@@ -69,7 +70,7 @@ def build(name: str, experiment: str, **overrides) -> nn.Module:
 
 
 def loss_of(model: nn.Module, inputs: dict[str, Tensor], step: int) -> Tensor:
-    if isinstance(model, march.model.Transformer):
+    if isinstance(model, Transformer):
         return model(**inputs, dropout_state=kernels.dropout_state(1, step)).loss
     return model(**inputs)
 
@@ -155,16 +156,19 @@ def memory(name: str, experiment: str) -> int:
 
 
 def profile(name: str, experiment: str, rows: int = 14) -> list[tuple[str, float, int]]:
-    """(operator, share of its own CPU time, calls) of one step in one thread, the dearest first."""
+    """(operator, seconds of its own CPU time, calls) of one step in one thread: the dearest, the rest, and the sum."""
     torch.set_num_threads(1)
     step = training_step(name, experiment)
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step()
     events = [e for e in profiler.key_averages() if e.self_cpu_time_total > 0]
-    total = sum(e.self_cpu_time_total for e in events)
-    events.sort(key=lambda e: -e.self_cpu_time_total)
-    return [(e.key, e.self_cpu_time_total / total, e.count) for e in events[:rows]]
+    table = sorted(((e.key, e.self_cpu_time_total / 1e6, e.count) for e in events), key=lambda row: -row[1])
+
+    def sum_of(label: str, part: list[tuple[str, float, int]]) -> tuple[str, float, int]:
+        return label, sum(seconds for _, seconds, _ in part), sum(calls for *_, calls in part)
+
+    return [*table[:rows], sum_of("the rest", table[rows:]), sum_of("all", table)]
 
 
 if __name__ == "__main__":
@@ -173,5 +177,6 @@ if __name__ == "__main__":
     if what == "memory":
         print(memory(chosen, subject))
     else:
-        for operator, share, calls in profile(chosen, subject):
-            print(f"{operator:45s} {share:6.1%} {calls:6d}")
+        lines = profile(chosen, subject)
+        for operator, seconds, calls in lines:
+            print(f"{operator:45s} {seconds:7.3f} s {seconds / lines[-1][1]:6.1%} {calls:6d}")

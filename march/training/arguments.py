@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from march import config as configuration
 from march import experiments
-from march.training.budget import BUDGETS, Budget, get_budget
+from march.training.budget import BUDGETS, FASTEST, Budget, get_budget
 from march.training.errors import UsageError
 
 # What a run folder remembers of the command line, and a resumed run takes from there.
@@ -92,7 +92,8 @@ class Request:
     budget: Budget
     budget_name: str
     seed: int
-    precision: str
+    precision: str  # fp32 until it is measured, where `precision_open`
+    precision_open: bool
     zero: int
     impl: str | Mapping[str, str]
     source: str
@@ -126,6 +127,11 @@ def check(arguments: argparse.Namespace, *, cuda: bool) -> Request:
     if arguments.seed is not None and not 0 <= arguments.seed < 2**63:
         raise UsageError(f"expected --seed from 0 to 2^63 - 1, got {arguments.seed}; 42 is the recipe's")
     precision = _precision(arguments.precision, overrides, budget, experiment.name)
+    precision_open = False
+    if precision == FASTEST:
+        own = experiments.configuration(experiment.name, **overrides).precision
+        precision_open = own == "bf16" and not cuda
+        precision = "fp32" if precision_open else own
     zero = 1 if arguments.zero is None else arguments.zero
     if zero not in ZERO_STAGES:
         raise UsageError(f"expected --zero 0, 1 or 2, got {zero}; {NO_ZERO_3}")
@@ -143,6 +149,7 @@ def check(arguments: argparse.Namespace, *, cuda: bool) -> Request:
         budget_name=budget_name,
         seed=budget.seed if arguments.seed is None else arguments.seed,
         precision=precision,
+        precision_open=precision_open,
         zero=zero,
         impl=_impl(arguments.impl or "auto"),
         source=source,

@@ -54,8 +54,11 @@ def _train(given) -> int:
     folder, stored = None, None
     if given.resume is not None:
         folder, stored = session.find_run(given.resume, _canonical(given.exp), given.budget, RUNS, world)
-        given = command_line.fill_from(given, stored["arguments"])
+        given = command_line.fill_from(given, {"precision": stored["identity"]["precision"], **stored["arguments"]})
         request = command_line.check(given, cuda=torch.cuda.is_available())
+    elif request.precision_open:
+        given.precision = session.fastest_precision(world)
+        request = command_line.check(given, cuda=False)
     code = _run(request, given, folder, stored, world)
     # not in a finally: a rank that failed leaves at once, and the launcher ends the others
     distributed.stop(world)

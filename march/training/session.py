@@ -175,6 +175,12 @@ def check_kernels(request: Request, world: World) -> None:
     together(world, check)
 
 
+def fastest_precision(world: World) -> str:
+    """What products run fastest in on rank 0's processor, "bf16" or "fp32"; the same for all ranks."""
+    measured = together(world, kernels.portable.product_dtype, when=world.is_first)
+    return from_first(world, "bf16" if measured == torch.bfloat16 else "fp32")
+
+
 def build_model(request: Request, config: ModelConfig) -> nn.Module:
     """The experiment's model on the CPU, float32, the same on every rank."""
     torch.manual_seed(request.seed)

@@ -196,7 +196,11 @@ def request(*argv, cuda=False):
 
 def test_default_budget_follows_the_device_and_precision_the_budget_or_experiment():
     assert request().budget_name == "demo"
-    assert request().precision == "fp32"
+    # on a CPU the demo's precision is open until it is measured, unless somebody or the experiment decides
+    assert request().precision_open
+    assert [request(*own).precision_open for own in (["--precision", "bf16"], ["--exp", "BaselineFP32"])] == [False] * 2
+    assert request("--exp", "BaselineFP32").precision == "fp32"
+    assert (request("--budget", "demo", cuda=True).precision, request(cuda=True).precision_open) == ("bf16", False)
     assert request(cuda=True).budget_name == "paper"
     assert request(cuda=True).precision == "bf16"
     assert request("--exp", "BaselineFP32", cuda=True).precision == "fp32"

@@ -22,10 +22,11 @@ LAUNCHER = (str(DEEPSPEED),)
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Options that train the small model on a small corpus, prepared once."""
+    """Options that train the small model on a small corpus, prepared once; float32, whatever is fastest here."""
     folder = tmp_path_factory.mktemp("corpus")
     text = write_corpus(folder / "text.jsonl")
-    return ["--budget", "demo", "--files", str(text), "--data-dir", str(folder / "data"), *small_overrides()]
+    data = ["--files", str(text), "--data-dir", str(folder / "data")]
+    return ["--budget", "demo", "--precision", "fp32", *data, *small_overrides()]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,22 @@ def test_launcher_with_two_processes_has_the_losses_of_one(corpus, reference, tm
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
     assert metrics(tmp_path / "run")[-1]["eval_loss"] == pytest.approx(expected[-1]["eval_loss"], abs=1e-5)
+
+
+def test_the_precision_is_measured_once_for_all_processes_and_kept_by_resume(corpus, tmp_path):
+    open_precision = [option for option in corpus if option not in ("--precision", "fp32")]
+    launcher = (*LAUNCHER, "--num_gpus", "2", "--master_port", free_port())
+    first = run_command([*open_precision, "--steps", "1", "--run-dir", "run"], launcher=launcher, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert first.stderr.count("as fast as float32") == 1
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    chosen = config["identity"]["precision"]
+    assert chosen == config["arguments"]["precision"] == config["config"]["precision"]
+    again = run_command(["--resume", "run", "--steps", "2"], cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert [start["precision"] for start in json.loads((tmp_path / "run/environment.json").read_text())["starts"]] == [
+        chosen
+    ] * 2
 
 
 def test_half_the_micro_batch_has_the_same_losses(corpus, reference, tmp_path):
