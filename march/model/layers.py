@@ -13,8 +13,6 @@ from torch import Tensor, nn
 import kernels
 from march.config import BlockConfig, ModelConfig, SublayerConfig
 
-KeysValues = tuple[Tensor, Tensor]
-
 
 class Sites:
     """Numbers the places that drop, in the order of construction: the site of the dropout contract."""
@@ -31,7 +29,7 @@ class Sites:
 class Pass:
     """What the sublayers of one forward pass share.
 
-    rng: dropout state (None: no dropout, in evaluation). memory: keys and values [B, Le, H, K] that each encoder
+    rng: dropout state (None: no dropout, in evaluation). memory: keys and values [B, Le, 2, H, K] that each encoder
     block's self-attention computed; the encoder appends, decoder block i reads entry i. key_mask: bool [B, Le], True
     where an encoder token is real. database: the bank's keys and values, each [1, S, 1, K].
     """
@@ -40,8 +38,8 @@ class Pass:
     rng: Tensor | None
     key_mask: Tensor | None
     dtype: torch.dtype | None = None
-    memory: list[KeysValues] = field(default_factory=list)
-    database: KeysValues | None = None
+    memory: list[Tensor] = field(default_factory=list)
+    database: tuple[Tensor, Tensor] | None = None
 
     def cast(self, x: Tensor) -> Tensor:
         """A parameter as the pass computes with it; its gradient comes back in its own type."""
@@ -77,9 +75,9 @@ class Sublayer(nn.Module):
     def projection(self, rows: int, columns: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(rows, columns))
 
-    def split(self, product: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """[B, L, parts H K] as `parts` views [B, L, H, K]."""
-        return product.unflatten(-1, (parts, self.heads, self.width)).unbind(2)
+    def packed(self, product: Tensor, *parts: int) -> Tensor:
+        """[B, L, (parts) H K] as a view [B, L, (parts), H, K]."""
+        return product.unflatten(-1, (*parts, self.heads, self.width))
 
 
 class SelfAttention(Sublayer):
@@ -95,25 +93,21 @@ class SelfAttention(Sublayer):
         self.w_o = self.projection(config.dim_model, inner)
 
     def forward(self, z: Tensor, shared: Pass) -> Tensor:
-        q, k, v = self.split(shared.linear(z, self.w_qkv), 3)
-        if not self.decoder:
-            shared.memory.append((k, v))
-        mixed = kernels.attention(
-            q,
-            k,
-            v,
+        mixed, kv = kernels.self_attention(
+            self.packed(shared.linear(z, self.w_qkv), 3),
             causal=self.decoder,
             key_mask=None if self.decoder else shared.key_mask,
             dropout=shared.dropout(self.dropout, self.inner_site),
             impl=shared.impl,
         )
+        if not self.decoder:
+            shared.memory.append(kv)
         return shared.linear(mixed.flatten(2), self.w_o)
 
     def remember(self, z: Tensor, shared: Pass) -> None:
         """Keys and values alone: all that the last encoder block is needed for."""
         rows = self.heads * self.width
-        k, v = self.split(shared.linear(z, self.w_qkv[rows:]), 2)
-        shared.memory.append((k, v))
+        shared.memory.append(self.packed(shared.linear(z, self.w_qkv[rows:]), 2))
 
 
 class CrossAttention(Sublayer):
@@ -125,25 +119,23 @@ class CrossAttention(Sublayer):
         self.w_q = self.projection(inner, config.dim_model)
         self.w_o = self.projection(config.dim_model, inner)
 
-    def keys_values(self, shared: Pass) -> tuple[Tensor, Tensor, Tensor | None]:
-        k, v = shared.memory[self.index]
-        return k, v, shared.key_mask
+    def attend(self, q: Tensor, shared: Pass, dropout: kernels.Dropout | None) -> Tensor:
+        """q [B, L, H, K] to O [B, L, H, K]."""
+        kv = shared.memory[self.index]
+        return kernels.cross_attention(q, kv, key_mask=shared.key_mask, dropout=dropout, impl=shared.impl)
 
     def forward(self, z: Tensor, shared: Pass) -> Tensor:
-        (q,) = self.split(shared.linear(z, self.w_q), 1)
-        k, v, key_mask = self.keys_values(shared)
-        mixed = kernels.attention(
-            q, k, v, key_mask=key_mask, dropout=shared.dropout(self.dropout, self.inner_site), impl=shared.impl
-        )
+        q = self.packed(shared.linear(z, self.w_q))
+        mixed = self.attend(q, shared, shared.dropout(self.dropout, self.inner_site))
         return shared.linear(mixed.flatten(2), self.w_o)
 
 
 class DatabaseAttention(CrossAttention):
     """Wq and Wo; keys and values are the learned bank, one head shared by all, no mask."""
 
-    def keys_values(self, shared: Pass) -> tuple[Tensor, Tensor, Tensor | None]:
+    def attend(self, q: Tensor, shared: Pass, dropout: kernels.Dropout | None) -> Tensor:
         assert shared.database is not None
-        return *shared.database, None
+        return kernels.attention(q, *shared.database, dropout=dropout, impl=shared.impl)
 
 
 class UnifiedAttention(Sublayer):
@@ -157,14 +149,9 @@ class UnifiedAttention(Sublayer):
         self.w_o = self.projection(config.dim_model, inner)
 
     def forward(self, z: Tensor, shared: Pass) -> Tensor:
-        q, k, v = self.split(shared.linear(z, self.w_qkv), 3)
-        k_other, v_other = shared.memory[self.index]
-        mixed = kernels.unified_attention(
-            q,
-            k,
-            v,
-            k_other,
-            v_other,
+        mixed = kernels.packed_unified_attention(
+            self.packed(shared.linear(z, self.w_qkv), 3),
+            shared.memory[self.index],
             key_mask=shared.key_mask,
             dropout=shared.dropout(self.dropout, self.inner_site),
             as_published=self.as_published,
