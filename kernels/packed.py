@@ -52,10 +52,14 @@ def split(form: str, plain: Callable) -> Callable:
         q, kv = qkv.split((1, 2), 2)
         return plain(q.squeeze(2), *kv.unbind(2), **arguments), kv
 
-    def other(*sources: Tensor, **arguments: Any) -> Tensor:
-        return plain(*unpack(*sources), **arguments)
+    def cross_attention(q: Tensor, kv: Tensor, **arguments: Any) -> Tensor:
+        return plain(q, *kv.unbind(2), **arguments)
 
-    return self_attention if form == "self_attention" else other
+    def packed_unified_attention(qkv: Tensor, kv_other: Tensor, **arguments: Any) -> Tensor:
+        return plain(*unpack(qkv, kv_other), **arguments)
+
+    forms = (self_attention, cross_attention, packed_unified_attention)
+    return next(one for one in forms if one.__name__ == form)
 
 
 def resolve(name: str, module: Any) -> Callable:

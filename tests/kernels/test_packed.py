@@ -268,7 +268,9 @@ def test_saves_packed_inputs_output_and_log_sum_exp_only(form):
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         out = getattr(kernels, form)(**inputs, dropout=dropout(), impl="triton")
-    known = {x.data_ptr() for x in inputs.values()} | {x.data_ptr() for x in (out if isinstance(out, tuple) else (out,))}
+    known = {x.data_ptr() for x in inputs.values()} | {
+        x.data_ptr() for x in (out if isinstance(out, tuple) else (out,))
+    }
     assert sorted(x.numel() for x in saved if x.data_ptr() not in known) == [3, 2 * 2 * 20]
 
 
@@ -293,18 +295,17 @@ def test_wrong_shapes_say_what_is_expected(form, shapes, message):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_first_start_checks_the_forms(form):
-    """A right implementation passes, one that forgets what came back, or a row of the packed gradient, does not."""
-    cpu = torch.device("cpu")
+    """The formula passes; one that forgets a gradient, such as what came back to keys and values, does not."""
     function = packed.resolve(form, reference)
-    assert startup.disagreements(form, function, cpu, torch.float32) == []
+    device = torch.device("cpu")
+    assert startup.disagreements(form, function, device, torch.float32) == []
 
-    def forgetful(*sources, **arguments):
-        sources = (*sources[:-1], sources[-1].detach().requires_grad_(False) * 1.0)
-        return function(*sources, **arguments)
+    def forgetful(**arguments):
+        if form == "self_attention":
+            out, kv = function(**arguments)
+            return out, kv.detach().requires_grad_()
+        name = "kv" if form == "cross_attention" else "kv_other"
+        return function(**arguments | {name: arguments[name].detach()})
 
-    def deaf(qkv, **arguments):
-        out, kv = function(qkv, **arguments)
-        return out, kv.detach() + 0.0 * out.sum()
-
-    wrong = deaf if form == "self_attention" else forgetful
-    assert startup.disagreements(form, lambda *s, **k: wrong(*(s or k.pop("sources", ())), **k), cpu, torch.float32)
+    problems = startup.disagreements(form, forgetful, device, torch.float32)
+    assert [one for one in problems if one.startswith("d")] == problems != []
