@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 import kernels
 from march.config import BlockConfig, ModelConfig, SublayerConfig
@@ -75,9 +76,22 @@ class Sublayer(nn.Module):
     def projection(self, rows: int, columns: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(rows, columns))
 
-    def packed(self, product: Tensor, *parts: int) -> Tensor:
-        """[B, L, (parts) H K] as a view [B, L, (parts), H, K]."""
-        return product.unflatten(-1, (*parts, self.heads, self.width))
+    def split(self, z: Tensor, weight: Tensor, shared: Pass, *parts: int) -> Tensor:
+        """z W^T, W [(parts) H K, D], as [B, L, (parts), H, K']: K' is K, or the width that attention wants.
+
+        Zero rows of W fill the heads up: no activation is copied for it, and W's gradient is that of its own rows.
+        """
+        width = kernels.head_width(self.width, shared.dtype or weight.dtype, weight.device, impl=shared.impl)
+        if width > self.width:
+            weight = pad(weight.unflatten(0, (-1, self.width)), (0, 0, 0, width - self.width)).flatten(0, 1)
+        return shared.linear(z, weight).unflatten(-1, (*parts, self.heads, width))
+
+    def join(self, mixed: Tensor, weight: Tensor, shared: Pass) -> Tensor:
+        """All heads of mixed [B, L, H, K'] through W [D, H K], with zero columns where K' is more than K."""
+        missing = mixed.shape[-1] - self.width
+        if missing:
+            weight = pad(weight.unflatten(1, (self.heads, self.width)), (0, missing)).flatten(1)
+        return shared.linear(mixed.flatten(2), weight)
 
 
 class SelfAttention(Sublayer):
@@ -94,7 +108,7 @@ class SelfAttention(Sublayer):
 
     def forward(self, z: Tensor, shared: Pass) -> Tensor:
         mixed, kv = kernels.self_attention(
-            self.packed(shared.linear(z, self.w_qkv), 3),
+            self.split(z, self.w_qkv, shared, 3),
             causal=self.decoder,
             key_mask=None if self.decoder else shared.key_mask,
             dropout=shared.dropout(self.dropout, self.inner_site),
@@ -102,12 +116,12 @@ class SelfAttention(Sublayer):
         )
         if not self.decoder:
             shared.memory.append(kv)
-        return shared.linear(mixed.flatten(2), self.w_o)
+        return self.join(mixed, self.w_o, shared)
 
     def remember(self, z: Tensor, shared: Pass) -> None:
         """Keys and values alone: all that the last encoder block is needed for."""
         rows = self.heads * self.width
-        shared.memory.append(self.packed(shared.linear(z, self.w_qkv[rows:]), 2))
+        shared.memory.append(self.split(z, self.w_qkv[rows:], shared, 2))
 
 
 class CrossAttention(Sublayer):
@@ -125,9 +139,9 @@ class CrossAttention(Sublayer):
         return kernels.cross_attention(q, kv, key_mask=shared.key_mask, dropout=dropout, impl=shared.impl)
 
     def forward(self, z: Tensor, shared: Pass) -> Tensor:
-        q = self.packed(shared.linear(z, self.w_q))
+        q = self.split(z, self.w_q, shared)
         mixed = self.attend(q, shared, shared.dropout(self.dropout, self.inner_site))
-        return shared.linear(mixed.flatten(2), self.w_o)
+        return self.join(mixed, self.w_o, shared)
 
 
 class DatabaseAttention(CrossAttention):
@@ -135,7 +149,9 @@ class DatabaseAttention(CrossAttention):
 
     def attend(self, q: Tensor, shared: Pass, dropout: kernels.Dropout | None) -> Tensor:
         assert shared.database is not None
-        return kernels.attention(q, *shared.database, dropout=dropout, impl=shared.impl)
+        missing = q.shape[-1] - self.width
+        bank = [pad(x, (0, missing)) if missing else x for x in shared.database]
+        return kernels.attention(q, *bank, dropout=dropout, impl=shared.impl)
 
 
 class UnifiedAttention(Sublayer):
@@ -150,7 +166,7 @@ class UnifiedAttention(Sublayer):
 
     def forward(self, z: Tensor, shared: Pass) -> Tensor:
         mixed = kernels.packed_unified_attention(
-            self.packed(shared.linear(z, self.w_qkv), 3),
+            self.split(z, self.w_qkv, shared, 3),
             shared.memory[self.index],
             key_mask=shared.key_mask,
             dropout=shared.dropout(self.dropout, self.inner_site),
@@ -158,7 +174,7 @@ class UnifiedAttention(Sublayer):
             # the faulty mask exists in the reference only; the rest of the model runs as chosen
             impl="reference" if self.as_published else shared.impl,
         )
-        return shared.linear(mixed.flatten(2), self.w_o)
+        return self.join(mixed, self.w_o, shared)
 
 
 class FeedForward(Sublayer):
