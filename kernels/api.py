@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import packed, reference
 from kernels.dispatch import Impl, ImplementationError, choice, implementation
 from kernels.dropout import Dropout
 from kernels.portable.products import linear as portable_linear
@@ -180,6 +180,87 @@ def attention(
     )
 
 
+def _check_packed(operator: str, name: str, x: Tensor, parts: int) -> None:
+    _check(
+        x.dim() == 5 and x.shape[2] == parts,
+        operator,
+        f"{name} as [B, L, {parts}, H, K]",
+        _shape(x),
+        f"give the product of all {parts} weights as x.unflatten(-1, ({parts}, H, K))",
+    )
+
+
+def self_attention(
+    qkv: Tensor,
+    *,
+    scale: float = 1.0,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout: Dropout | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`attention` of queries, keys and values packed in qkv [B, L, 3, H, K]: (O [B, L, H, K], kv [B, L, 2, H, K]).
+
+    kv is a view of the keys and values in qkv, to be handed on to `cross_attention` and its like: what comes back to
+    it in backward is part of qkv's gradient, which the fused kernels write in one go.
+    """
+    op = "self_attention"
+    _check_packed(op, "qkv", qkv, 3)
+    _same(op, (dropout,), qkv=qkv)
+    q, k, v = qkv.unbind(2)
+    _check_keys_values(op, q, k, v, ("k", "v"))
+    _check_padding(op, q.shape[0], k.shape[1], key_lengths, key_mask, q.device)
+    return implementation(op, impl, q.device, q.dtype)(
+        qkv,
+        scale=float(scale),
+        causal=causal,
+        key_lengths=key_lengths,
+        key_mask=key_mask,
+        dropout=_active(dropout),
+    )
+
+
+def cross_attention(
+    q: Tensor,
+    kv: Tensor,
+    *,
+    scale: float = 1.0,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout: Dropout | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """`attention` of q [B, Lq, H, K] to keys and values packed in kv [B or 1, Lk, 2, G, K]; no causal mask."""
+    op = "cross_attention"
+    _check(q.dim() == 4, op, "q as [B, Lq, H, K]", _shape(q), "lay heads out as [B, L, H, K]")
+    _check_packed(op, "kv", kv, 2)
+    _same(op, (dropout,), q=q, kv=kv)
+    k, v = kv.unbind(2)
+    _check_keys_values(op, q, k, v, ("kv", "kv"))
+    _check_padding(op, q.shape[0], k.shape[1], key_lengths, key_mask, q.device)
+    return implementation(op, impl, q.device, q.dtype)(
+        q,
+        kv,
+        scale=float(scale),
+        causal=False,
+        key_lengths=key_lengths,
+        key_mask=key_mask,
+        dropout=_active(dropout),
+    )
+
+
+def head_width(width: int, dtype: torch.dtype, device: torch.device, *, impl: Impl = "auto") -> int:
+    """The head width that attention wants products of: `width`, or more with zeros in the rest.
+
+    The fused kernels copy q, k and v into that width where they come in another (`kernels.packed.head_stride`). A model
+    that fills its projections' weights up with zeros has products, outputs and gradients that need no copy.
+    """
+    if "triton" in [choice(operator, impl, device) for operator in packed.FORMS]:
+        return packed.head_stride(width, dtype.itemsize)
+    return width
+
+
 def linear(x: Tensor, weight: Tensor, *, impl: Impl = "auto") -> Tensor:
     """x W^T, x [..., D], weight [F, D]; the library's product on a GPU, the faster library's on a CPU in float32."""
     if x.device.type == "cpu" and choice("linear", impl, x.device) == "torch":
@@ -222,7 +303,43 @@ def unified_attention(
     """
     op = "unified_attention"
     _check(q.dim() == 4, op, "q as [B, L, H, K]", _shape(q), "lay heads out as [B, L, H, K]")
-    _same(op, (dropout,), q=q, k_own=k_own, v_own=v_own, k_other=k_other, v_other=v_other)
+    sources = {"q": q, "k_own": k_own, "v_own": v_own, "k_other": k_other, "v_other": v_other}
+    return _unified(op, sources, scale, key_lengths, key_mask, dropout, as_published, impl)
+
+
+def packed_unified_attention(
+    qkv: Tensor,
+    kv_other: Tensor,
+    *,
+    scale: float = 1.0,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout: Dropout | None = None,
+    as_published: bool = False,
+    impl: Impl = "auto",
+) -> Tensor:
+    """`unified_attention` of own queries, keys and values packed in qkv [B, L, 3, H, K] to themselves and to those
+    packed in kv_other [B or 1, Lo, 2, G', K]."""
+    op = "packed_unified_attention"
+    _check_packed(op, "qkv", qkv, 3)
+    _check_packed(op, "kv_other", kv_other, 2)
+    sources = {"qkv": qkv, "kv_other": kv_other}
+    return _unified(op, sources, scale, key_lengths, key_mask, dropout, as_published, impl)
+
+
+def _unified(
+    op: str,
+    sources: dict[str, Tensor],
+    scale: float,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+    dropout: Dropout | None,
+    as_published: bool,
+    impl: Impl,
+) -> Tensor:
+    """Validation and dispatch of `unified_attention` and its packed form, whose tensors are `sources`."""
+    _same(op, (dropout,), **sources)
+    q, k_own, v_own, k_other, v_other = packed.unpack(*sources.values()) if "qkv" in sources else sources.values()
     _check_keys_values(op, q, k_own, v_own, ("k_own", "v_own"))
     _check_keys_values(op, q, k_other, v_other, ("k_other", "v_other"))
     _check(
@@ -253,8 +370,8 @@ def unified_attention(
                 f"{op}: the published mask exists in impl='reference' only, got {name!r} on {q.device}; "
                 "pass impl={'unified_attention': 'reference'}"
             )
-        return reference.unified_attention(q, k_own, v_own, k_other, v_other, as_published=True, **arguments)
-    return implementation(op, impl, q.device, q.dtype)(q, k_own, v_own, k_other, v_other, **arguments)
+        return packed.resolve(op, reference)(*sources.values(), as_published=True, **arguments)
+    return implementation(op, impl, q.device, q.dtype)(*sources.values(), **arguments)
 
 
 def glu(

@@ -16,6 +16,8 @@ from functools import cache
 
 import torch
 
+from kernels import packed
+
 log = logging.getLogger("kernels")
 
 Impl = str | Mapping[str, str]
@@ -72,7 +74,8 @@ def _automatic(operator: str, device_type: str) -> str:
 
 
 def choice(operator: str, impl: Impl, device: torch.device) -> str:
-    """Name of the implementation that `operator` takes on `device`."""
+    """Name of the implementation that `operator`, or the operator of a packed form, takes on `device`."""
+    operator = packed.operator_of(operator)
     name = impl if isinstance(impl, str) else impl.get(operator, "auto")
     return _automatic(operator, device.type) if name == "auto" else name
 
@@ -87,7 +90,8 @@ def fused_available(operator: str) -> bool:
 _LOADED: dict[tuple[str, str, torch.device, torch.dtype], Callable] = {}
 
 
-def _function(operator: str, name: str, device_type: str) -> Callable:
+def _function(called: str, name: str, device_type: str) -> Callable:
+    operator = packed.operator_of(called)
     if name in ("torch", "reference"):
         module = "kernels.portable" if name == "torch" else "kernels.reference"
     elif name == "triton":
@@ -108,7 +112,7 @@ def _function(operator: str, name: str, device_type: str) -> Callable:
                 f"{operator}: impl={name!r} needs a CUDA device, got tensors on {device_type}; use impl='torch'"
             )
         module = f"kernels.libraries.{name}"
-    return getattr(importlib.import_module(module), operator)
+    return packed.resolve(called, importlib.import_module(module))
 
 
 def _load(operator: str, name: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -148,8 +152,8 @@ def observed(wrapper: Callable[[str, Callable], Callable]) -> Iterator[None]:
 
 
 def implementation(operator: str, impl: Impl, device: torch.device, dtype: torch.dtype) -> Callable:
-    """The function that computes `operator` on tensors of `device` and `dtype`; its keyword arguments are those of
-    kernels.reference."""
+    """The function that computes `operator`, or a packed form of one, on tensors of `device` and `dtype`; its keyword
+    arguments are those of kernels.reference."""
     name = choice(operator, impl, device)
     _load(operator, name, device, dtype)
     function = _LOADED[operator, name, device, dtype]
@@ -169,7 +173,8 @@ def first_start(
     start, report = time.perf_counter(), {}
     for operator in operators:
         before = time.perf_counter()
-        implementation(operator, impl, device, dtype)
+        for name in (operator, *packed.FORMS.get(operator, ())):
+            implementation(name, impl, device, dtype)
         report[operator] = f"{choice(operator, impl, device)}, {time.perf_counter() - before:.1f} s"
     seconds = time.perf_counter() - start
     from kernels.startup import BUDGET_SECONDS

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import cases, reference
+from kernels import cases, packed, reference
 from kernels.dropout import Dropout, dropout_state
 
 BUDGET_SECONDS = 10.0
@@ -33,6 +33,9 @@ def cases_of(operator: str, device: torch.device, contract_dropout: bool = True)
 
     contract_dropout: False for a library that draws its own masks or has no padding; it is checked without either.
     """
+    if operator != packed.operator_of(operator):
+        inputs, kwargs = cases_of(packed.operator_of(operator), device, contract_dropout)
+        return packed.pack(operator, inputs), kwargs
     rng = dropout_state(42, 1, 5, device)
     first, second = (Dropout(0.25, rng, site) if contract_dropout else None for site in (1, 2))
     lengths = torch.tensor([33, 20], device=device) if contract_dropout else None
@@ -87,7 +90,7 @@ def disagreements(
     """What of `function`'s outputs and gradients is further from the float64 formula than its dtype explains."""
     inputs, kwargs = cases_of(operator, device, contract_dropout)
     rounded = {n: x.to(dtype) if x is not None and x.dtype.is_floating_point else x for n, x in inputs.items()}
-    formula = getattr(reference, operator)
+    formula = packed.resolve(operator, reference)
     oracle = _evaluate(operator, formula, rounded, kwargs, torch.float64)
     plain = _evaluate(operator, formula, rounded, kwargs, dtype)
     got = _evaluate(operator, function, rounded, kwargs, dtype)
@@ -170,7 +173,7 @@ def verify(operator: str, name: str, function: Callable, device: torch.device, d
     if key in _remembered():
         return "remembered"
     start = time.perf_counter()
-    own = name not in LIBRARIES.get(operator, ())
+    own = name not in LIBRARIES.get(packed.operator_of(operator), ())
     problems = disagreements(operator, function, device, dtype, contract_dropout=own)
     seconds = time.perf_counter() - start
     if problems:

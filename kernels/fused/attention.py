@@ -17,6 +17,7 @@ from kernels.dropout import SEGMENT_COLUMNS, Dropout, keep_scale
 from kernels.fused import attention_kernels as programs
 from kernels.fused import tiles_attention
 from kernels.fused.primitives import signed_threshold
+from kernels.packed import head_stride, unpack
 
 LOG2_E = 1.4426950408889634
 # Rows of the per-query planes and columns of the dropout table are padded to the largest block, so no load of them
@@ -48,7 +49,7 @@ def check_supported(operator: str, *tensors: Tensor) -> None:
             "use impl='torch' or 'reference'"
         )
     for x in tensors:
-        length, stride = x.shape[1], max(x.stride(1), x.shape[2] * x.shape[3])
+        length, stride = x.shape[1], max(x.stride(1), math.prod(x.shape[2:]))
         if length * stride >= 1 << 31 or length >= SEGMENT_COLUMNS:
             raise ValueError(
                 f"{operator}: expected fewer than 2^24 positions and 2^31 elements in a sequence, got {length} "
@@ -57,16 +58,10 @@ def check_supported(operator: str, *tensors: Tensor) -> None:
 
 
 def padded_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Head widths above 64 filled with zeros up to a multiple of 16 bytes: 190 to 192, 380 to 384.
-
-    A head stride of 380 bytes allows loads of 4 bytes only; with as many pointers, dK and dV at 190 spill hundreds of
-    registers. The zeros change no product. A model that pads its projections' weights instead saves these copies.
-    """
-    unit = 16 // tensors[0].element_size()
-    return tuple(
-        torch.nn.functional.pad(x, (0, -x.shape[3] % unit)) if x.shape[3] > 64 and x.shape[3] % unit else x
-        for x in tensors
-    )
+    """Head widths filled with zeros up to what the kernels want (`kernels.packed.head_stride`): 190 to 192, 380 to 384.
+    A model that pads its projections' weights instead saves these copies (`kernels.head_width`)."""
+    missing = [head_stride(x.shape[-1], x.element_size()) - x.shape[-1] for x in tensors]
+    return tuple(torch.nn.functional.pad(x, (0, n)) if n else x for x, n in zip(tensors, missing, strict=True))
 
 
 def strides_of(x: Tensor) -> list[int]:
@@ -182,18 +177,24 @@ def backward_rows(
     return rows, columns
 
 
+def row_heads(x: Tensor) -> int:
+    """Heads in a row of a gradient: those of [B, L, H, K], or of the [B, L, n, H, K] that it is a part of."""
+    return x.stride(1) // x.shape[3]
+
+
 def launch_dkdv(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, rows: Tensor, columns: Tensor | None,
-    lengths: Tensor | None, mask: Tensor | None, scale: float, causal: bool, p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dK, dV) of one key segment, given the rows of the whole softmax."""
+    dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, do: Tensor, rows: Tensor, columns: Tensor | None,
+    lengths: Tensor | None, mask: Tensor | None, scale: float, causal: bool, p: float, handed: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Writes dK and dV of one key segment, given the rows of the whole softmax; handed [B, Lk, 2, G, K]: gradients of
+    K and V from elsewhere, to be added."""
     batch, queries, heads, width = q.shape
     shared, keys, groups, _ = k.shape
-    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if keys == 0:
-        return dk, dv
+        return
     pairs = batch // shared * (heads // groups)
+    assert handed is None or pairs == 1, "keys that are handed on belong to one query head"
+    handed_k, handed_v = (None, None) if handed is None else handed.contiguous().unbind(2)
     align = alignment(q, k, v, do)
     scale_log2, constants = scale_constants(scale, q.dtype)
     for direction in tiles_attention.key_directions(width, v.shape[3]):
@@ -208,32 +209,37 @@ def launch_dkdv(
                 n: torch.empty((splits, *x.shape), dtype=torch.float32, device=x.device) for n, x in wanted.items()
             }
         programs._attention_bwd_dkdv_kernel[(base * splits,)](
-            q, k, v, do, parts.get("dk"), parts.get("dv"), rows, lengths, mask, columns,
+            q, k, v, do, parts.get("dk"), parts.get("dv"),
+            handed_k if "dk" in wanted else None, handed_v if "dv" in wanted else None, rows, lengths, mask, columns,
             *(s // align for x in (q, k, v, do) for s in strides_of(x)), 0 if mask is None else mask.stride(0),
             scale_log2, scale * keep_scale(p), keep_scale(p), signed_threshold(p), rows.stride(0),
             heads, heads // groups, queries, rows.shape[3], keys, pairs, splits, shared,
+            groups if splits > 1 else row_heads(dk), 0 if handed_k is None else row_heads(handed_k),
             CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
-            SHARED=pairs > 1, WANT_DK="dk" in wanted, WANT_DV="dv" in wanted,
+            HANDED=handed is not None, SHARED=pairs > 1, WANT_DK="dk" in wanted, WANT_DV="dv" in wanted,
             **constants, **width_constants(direction, width, v.shape[3]), **tile,
         )  # fmt: skip
         for n, out in wanted.items() if splits > 1 else ():
             grid = (triton.cdiv(out.numel(), SUM_BLOCK),)
-            programs._sum_partials_kernel[grid](parts[n], out, out.numel(), splits, BLOCK=SUM_BLOCK)
-    return dk, dv
+            programs._sum_partials_kernel[grid](
+                parts[n], out, out.numel(), splits, groups * out.shape[3], out.stride(1), BLOCK=SUM_BLOCK
+            )
 
 
 def backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    do: Tensor, sources: list[Tensor], o: Tensor, lse: Tensor, handed: Tensor | None,
     lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, causal: bool, p: float, site: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dQ, dK, dV), contiguous."""
-    do, q, k, v, mask = *(with_unit_stride(x) for x in (do, q, k, v)), mask_bias(mask)
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of `sources`, contiguous: [q, k, v], or packed as [qkv] or [q, kv]. handed: see `launch_dkdv`."""
+    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in sources]
+    do, q, k, v, mask = *(with_unit_stride(x) for x in (do, *unpack(*sources))), mask_bias(mask)
     batch, queries, heads, width = q.shape
     keys, groups = k.shape[1], k.shape[2]
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if not launches(q) or o.numel() == 0 or keys == 0:
-        zero = torch.empty if not launches(q) else torch.zeros
-        return tuple(zero(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))  # type: ignore[return-value]
+    if not launches(q):
+        return gradients
+    if o.numel() == 0 or keys == 0:
+        return [x.zero_() for x in gradients]
+    dq, dk, dv = unpack(*gradients)
     rows, columns = backward_rows(o, do, lse, rng, p, site, (keys,))
     align = alignment(q, k, v, do)
     tile = tile_for("dq" if mask is None else "dq_extra", q, v, causal, p > 0)
@@ -242,12 +248,12 @@ def backward(
         q, k, v, do, dq, rows, lengths, mask, columns,
         *(s // align for x in (q, k, v, do) for s in strides_of(x)), 0 if mask is None else mask.stride(0),
         scale_log2, scale * keep_scale(p), signed_threshold(p), rows.stride(0),
-        heads, heads // groups, queries, rows.shape[3], keys,
+        heads, heads // groups, queries, rows.shape[3], keys, row_heads(dq),
         CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
         **constants, **width_constants("dq", width, v.shape[3]), **tile,
     )  # fmt: skip
-    dk, dv = launch_dkdv(q, k, v, do, rows, columns, lengths, mask, scale, causal, p)
-    return dq, dk, dv
+    launch_dkdv(dk, dv, q, k, v, do, rows, columns, lengths, mask, scale, causal, p, handed)
+    return gradients
 
 
 @torch.library.custom_op("march_kernels::attention", mutates_args=())
@@ -261,11 +267,11 @@ def attention_op(
 
 @torch.library.custom_op("march_kernels::attention_backward", mutates_args=())
 def attention_backward_op(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    do: Tensor, sources: list[Tensor], o: Tensor, lse: Tensor, handed: Tensor | None,
     lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, causal: bool, p: float, site: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dQ, dK, dV); `backward` as a registered operator."""
-    return backward(do, q, k, v, o, lse, lengths, mask, rng, scale, causal, p, site)
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of `sources`; `backward` as a registered operator."""
+    return backward(do, sources, o, lse, handed, lengths, mask, rng, scale, causal, p, site)
 
 
 # `launches` tells the fake implementations from the real ones: one function, so shapes and strides cannot disagree
@@ -279,11 +285,36 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, do, _):
-    dq, dk, dv = attention_backward_op(do, *ctx.saved_tensors, ctx.scale, ctx.causal, ctx.p, ctx.site)
-    return dq, dk, dv, None, None, None, None, None, None, None
+    q, k, v, o, lse, *padding = ctx.saved_tensors
+    gradients = attention_backward_op(do, [q, k, v], o, lse, None, *padding, ctx.scale, ctx.causal, ctx.p, ctx.site)
+    return *gradients, None, None, None, None, None, None, None
 
 
 attention_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class PackedAttention(torch.autograd.Function):
+    """`attention_op` of packed sources, [qkv] or [q, kv], whose gradients are packed likewise.
+
+    Of [qkv] the keys and values are outputs too: what their other readers send back reaches this backward, where dK and
+    dV start from it, instead of autograd, which would add two tensors. A function and not a registered operator,
+    because these may not return views of their inputs.
+    """
+
+    @staticmethod
+    def forward(ctx, lengths, mask, rng, scale, causal, p, site, *sources):
+        o, lse = attention_op(*unpack(*sources), lengths, mask, rng, scale, causal, p, site)
+        ctx.save_for_backward(o, lse, lengths, mask, rng, *sources)
+        ctx.settings = scale, causal, p, site
+        ctx.set_materialize_grads(False)
+        return (o, sources[0][:, :, 1:]) if len(sources) == 1 else o
+
+    @staticmethod
+    def backward(ctx, do, handed=None):
+        o, lse, lengths, mask, rng, *sources = ctx.saved_tensors
+        do = torch.zeros_like(o) if do is None else do
+        gradients = attention_backward_op(do, sources, o, lse, handed, lengths, mask, rng, *ctx.settings)
+        return None, None, None, None, None, None, None, *gradients
 
 
 def attention(
@@ -299,8 +330,49 @@ def attention(
 ) -> Tensor:
     """Contract in kernels.api.attention. An innermost stride other than 1 costs a copy, and so does a head width above
     64 that is not a multiple of 16 bytes (see `padded_heads`)."""
-    rng, p, site = (None, 0.0, 0) if dropout is None else (dropout.rng, dropout.p, dropout.site)
+    rng, p, site = drop_arguments(dropout)
     check_supported("attention", q, k, v)
     value_width = v.shape[3]
     q, k, v = padded_heads(q, k, v)
     return attention_op(q, k, v, key_lengths, key_mask, rng, scale, causal, p, site)[0][..., :value_width]
+
+
+def drop_arguments(dropout: Dropout | None) -> tuple[Tensor | None, float, int]:
+    """(rng, p, site) as the operators take them."""
+    return (None, 0.0, 0) if dropout is None else (dropout.rng, dropout.p, dropout.site)
+
+
+def self_attention(
+    qkv: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+    dropout: Dropout | None,
+) -> tuple[Tensor, Tensor]:
+    """Contract in kernels.api.self_attention. Copies as in `attention`."""
+    rng, p, site = drop_arguments(dropout)
+    check_supported("self_attention", qkv)
+    width = qkv.shape[-1]
+    (qkv,) = padded_heads(qkv)
+    out, kv = PackedAttention.apply(key_lengths, key_mask, rng, scale, causal, p, site, qkv)
+    return out[..., :width], kv[..., :width]
+
+
+def cross_attention(
+    q: Tensor,
+    kv: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+    dropout: Dropout | None,
+) -> Tensor:
+    """Contract in kernels.api.cross_attention. Copies as in `attention`."""
+    rng, p, site = drop_arguments(dropout)
+    check_supported("cross_attention", q, kv)
+    width = q.shape[-1]
+    sources = padded_heads(q, kv)
+    return PackedAttention.apply(key_lengths, key_mask, rng, scale, causal, p, site, *sources)[..., :width]

@@ -2,7 +2,8 @@
 
 Equations and tiles: docs/kernels/attention.md. Shapes: q [B, Lq, H, K], k [Bk, Lk, G, K], v [Bk, Lk, G, KV], with Bk
 1 or B; o, do [B, Lq, H, KV]; query head h reads key head h // GROUP. Strides of q, k, v, do are run-time arguments in
-units of ALIGN; o, dq, dk, dv are contiguous. lse [B, H, Lq] float32 in units of log2, +inf for a query without keys.
+units of ALIGN; o is contiguous. dq, dk and dv are too, or parts of one packed gradient [B, L, n, H, K]: ROW counts the
+heads in a row of it. lse [B, H, Lq] float32 in units of log2, +inf for a query without keys.
 """
 
 import triton
@@ -161,16 +162,16 @@ def load_dropout_rows(rows, plane):
 BACKWARD_RUNTIME = [
     "stride_qb", "stride_ql", "stride_qh", "stride_kb", "stride_kl", "stride_kh", "stride_vb", "stride_vl", "stride_vh",
     "stride_dob", "stride_dol", "stride_doh", "stride_mb", "threshold", "plane", "H", "GROUP", "Lq", "Lpad", "Lk",
-    "PAIRS", "SPLITS", "Bk",
+    "PAIRS", "SPLITS", "Bk", "ROW", "HANDED_ROW",
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[n for n in BACKWARD_RUNTIME if n not in ("PAIRS", "SPLITS", "Bk")])
+@triton.jit(do_not_specialize=[n for n in BACKWARD_RUNTIME if n not in ("PAIRS", "SPLITS", "Bk", "HANDED_ROW")])
 def _attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, rows_ptr, lengths_ptr, mask_ptr, ckeys_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_dob, stride_dol, stride_doh, stride_mb,
-    scale_log2, factor, threshold, plane, H, GROUP, Lq, Lpad, Lk,
+    scale_log2, factor, threshold, plane, H, GROUP, Lq, Lpad, Lk, ROW,
     CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
     K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
@@ -218,7 +219,7 @@ def _attention_bwd_dq_kernel(
         scale_log2, offs_m, full, hi, key_end,
         True, CAUSAL, HAS_MASK, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_N,
     )  # fmt: skip
-    store_row_block(dq_ptr + (b64 * Lq * H + h) * K, dq0, dq1, dq2, factor, offs_m, H * K, Lq, D0, D1, D2, K)
+    store_row_block(dq_ptr + (b64 * Lq * ROW + h) * K, dq0, dq1, dq2, factor, offs_m, ROW * K, Lq, D0, D1, D2, K)
 
 
 @triton.jit
@@ -296,12 +297,12 @@ def dkdv_queries(
 
 @triton.jit(do_not_specialize=BACKWARD_RUNTIME)
 def _attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, rows_ptr, lengths_ptr, mask_ptr, ckeys_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, handed_k_ptr, handed_v_ptr, rows_ptr, lengths_ptr, mask_ptr, ckeys_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_dob, stride_dol, stride_doh, stride_mb,
-    scale_log2, factor_k, factor_v, threshold, plane, H, GROUP, Lq, Lpad, Lk, PAIRS, SPLITS, Bk,
+    scale_log2, factor_k, factor_v, threshold, plane, H, GROUP, Lq, Lpad, Lk, PAIRS, SPLITS, Bk, ROW, HANDED_ROW,
     CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, HANDED: tl.constexpr,
     SHARED: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
     K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     KV: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
@@ -311,7 +312,7 @@ def _attention_bwd_dkdv_kernel(
     that read them.
 
     SHARED: PAIRS > 1 pairs read these keys; pair r is sequence r // GROUP and query head r % GROUP of the key head.
-    Writes [SPLITS, Bk, Lk, G, width].
+    Writes [SPLITS, Bk, Lk, G, width]. HANDED: gradients of K and V from elsewhere are added to the float32 sums.
     """
     blocks = tl.cdiv(Lk, BLOCK_N)
     heads = H // GROUP
@@ -371,20 +372,43 @@ def _attention_bwd_dkdv_kernel(
             False, SHARED and (HAS_LENGTHS or HAS_MASK), DROPOUT, NEGATIVE, PRECISION, WANT_DK, WANT_DV,
             K, D0, D1, D2, KV, E0, E1, E2, BLOCK_M,
         )  # fmt: skip
-    out_row = ((tl.cast(split, tl.int64) * Bk + bk) * Lk + start_n) * heads + g
+    out_row = ((tl.cast(split, tl.int64) * Bk + bk) * Lk + start_n) * ROW + g
+    handed_row = (bk64 * Lk + start_n) * HANDED_ROW + g
+    left = Lk - start_n
     if WANT_DK:
         if not SHARED:
             # rows of padding keys hold what their scores gave, infinities included: replaced, not multiplied
             dk0, dk1, dk2 = zero_unless(dk0, dk1, dk2, real, D1, D2)
-        store_row_block(
-            dk_ptr + out_row * K, dk0, dk1, dk2, factor_k, local_n, heads * K, Lk - start_n, D0, D1, D2, K
-        )  # fmt: skip
+        if HANDED:
+            dk0, dk1, dk2 = add_rows(
+                dk0, dk1, dk2, factor_k, handed_k_ptr + handed_row * K, local_n, HANDED_ROW * K, left, D0, D1, D2, K
+            )  # fmt: skip
+            factor_k = 1.0
+        store_row_block(dk_ptr + out_row * K, dk0, dk1, dk2, factor_k, local_n, ROW * K, left, D0, D1, D2, K)
     if WANT_DV:
         if not SHARED:
             dv0, dv1, dv2 = zero_unless(dv0, dv1, dv2, real, E1, E2)
-        store_row_block(
-            dv_ptr + out_row * KV, dv0, dv1, dv2, factor_v, local_n, heads * KV, Lk - start_n, E0, E1, E2, KV
-        )  # fmt: skip
+        if HANDED:
+            dv0, dv1, dv2 = add_rows(
+                dv0, dv1, dv2, factor_v, handed_v_ptr + handed_row * KV, local_n, HANDED_ROW * KV, left, E0, E1, E2, KV
+            )  # fmt: skip
+            factor_v = 1.0
+        store_row_block(dv_ptr + out_row * KV, dv0, dv1, dv2, factor_v, local_n, ROW * KV, left, E0, E1, E2, KV)
+
+
+@triton.jit
+def add_rows(
+    x0, x1, x2, factor, ptr, offs, stride, end,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The parts of a block of rows, multiplied by `factor`, plus the block at `ptr`."""
+    y0, y1, y2 = load_row_block(ptr, offs, stride, end, D0, D1, D2, WIDTH)
+    x0 = x0 * factor + y0.to(tl.float32)
+    if D1 > 0:
+        x1 = x1 * factor + y1.to(tl.float32)
+    if D2 > 0:
+        x2 = x2 * factor + y2.to(tl.float32)
+    return x0, x1, x2
 
 
 @triton.jit
@@ -398,11 +422,13 @@ def zero_unless(x0, x1, x2, real, D1: tl.constexpr, D2: tl.constexpr):
     return x0, x1, x2
 
 
-@triton.jit(do_not_specialize=["n", "splits"])
-def _sum_partials_kernel(parts_ptr, out_ptr, n, splits, BLOCK: tl.constexpr):
-    """out[i] = parts[0, i] + parts[1, i] + ..., in this order; parts float32 [splits, n]."""
+@triton.jit(do_not_specialize=["n", "splits", "row", "out_row"])
+def _sum_partials_kernel(parts_ptr, out_ptr, n, splits, row, out_row, BLOCK: tl.constexpr):
+    """out[i] = parts[0, i] + parts[1, i] + ..., in this order; parts float32 [splits, n], n / row rows of `row`
+    elements, which begin `out_row` elements apart in out."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
         total += tl.load(parts_ptr + tl.cast(split, tl.int64) * n + offs, mask=offs < n, other=0.0)
-    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=offs < n)
+    out = out_ptr + offs // row * out_row + offs % row
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=offs < n)

@@ -16,11 +16,13 @@ from kernels.fused.attention import (
     alignment,
     backward_rows,
     check_supported,
+    drop_arguments,
     forward_columns,
     launch_dkdv,
     mask_bias,
     padded_columns,
     padded_heads,
+    row_heads,
     scale_constants,
     strides_of,
     tile_for,
@@ -39,12 +41,13 @@ from kernels.fused.attention_core import (
 )
 from kernels.fused.attention_kernels import finish_rows, load_dropout_rows
 from kernels.fused.primitives import row_keys, signed_threshold
+from kernels.packed import unpack
 
 RUNTIME = [
     "stride_qb", "stride_ql", "stride_qh", "stride_kb", "stride_kl", "stride_kh", "stride_vb", "stride_vl", "stride_vh",
     "stride_ob", "stride_ol", "stride_oh", "stride_wb", "stride_wl", "stride_wh", "stride_mb", "stride_dob",
     "stride_dol", "stride_doh", "site", "threshold", "plane", "first", "H", "GROUP", "OTHER_GROUP", "Lq", "Lpad", "Lk",
-    "Lo",
+    "Lo", "ROW",
 ]  # fmt: skip
 
 
@@ -52,7 +55,7 @@ def _names(*absent: str) -> list[str]:
     return [name for name in RUNTIME if name not in absent]
 
 
-@triton.jit(do_not_specialize=_names("stride_dob", "stride_dol", "stride_doh", "plane", "Lpad"))
+@triton.jit(do_not_specialize=_names("stride_dob", "stride_dol", "stride_doh", "plane", "Lpad", "ROW"))
 def _unified_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, other_k_ptr, other_v_ptr, o_ptr, lse_ptr, lengths_ptr, mask_ptr, rng_ptr, ckeys_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
@@ -134,14 +137,14 @@ def _unified_attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, other_k_ptr, other_v_ptr, do_ptr, dq_ptr, rows_ptr, lengths_ptr, mask_ptr, ckeys_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_ob, stride_ol, stride_oh, stride_wb, stride_wl, stride_wh, stride_dob, stride_dol, stride_doh, stride_mb,
-    scale_log2, factor, threshold, plane, first, H, GROUP, OTHER_GROUP, Lq, Lpad, Lk, Lo,
+    scale_log2, factor, threshold, plane, first, H, GROUP, OTHER_GROUP, Lq, Lpad, Lk, Lo, ROW,
     HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
     K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     KV: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one block of queries of one head over both segments; factor = scale * keep_scale."""
+    """dQ of one block of queries of one head over both segments; factor = scale * keep_scale. ROW: as in attention."""
     blocks = tl.cdiv(Lq, BLOCK_M)
     pid = tl.program_id(0)
     block, bh = blocks - 1 - pid % blocks, pid // blocks
@@ -201,7 +204,7 @@ def _unified_attention_bwd_dq_kernel(
         scale_log2, offs_m, full, hi, key_end,
         True, False, HAS_MASK, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_N,
     )  # fmt: skip
-    store_row_block(dq_ptr + (b64 * Lq * H + h) * K, dq0, dq1, dq2, factor, offs_m, H * K, Lq, D0, D1, D2, K)
+    store_row_block(dq_ptr + (b64 * Lq * ROW + h) * K, dq0, dq1, dq2, factor, offs_m, ROW * K, Lq, D0, D1, D2, K)
 
 
 def forward(
@@ -234,18 +237,20 @@ def forward(
 
 
 def backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, other_k: Tensor, other_v: Tensor, o: Tensor, lse: Tensor,
+    do: Tensor, sources: list[Tensor], o: Tensor, lse: Tensor,
     lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, p: float, site: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dQ, dK, dV, dK and dV of the other segment), contiguous."""
-    do, q, k, v, other_k, other_v = (with_unit_stride(x) for x in (do, q, k, v, other_k, other_v))
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of `sources`, contiguous: [q, k, v, other k, other v], or packed as [qkv, other kv]."""
+    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in sources]
+    do, q, k, v, other_k, other_v = (with_unit_stride(x) for x in (do, *unpack(*sources)))
     mask = mask_bias(mask)
     batch, queries, heads, width = q.shape
     keys, others = k.shape[1], other_k.shape[1]
-    if not launches(q) or o.numel() == 0:
-        make = torch.empty if not launches(q) else torch.zeros
-        return tuple(make(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, other_k, other_v))  # type: ignore[return-value]
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not launches(q):
+        return gradients
+    if o.numel() == 0:
+        return [x.zero_() for x in gradients]
+    dq, dk, dv, other_dk, other_dv = unpack(*gradients)
     rows, columns = backward_rows(o, do, lse, rng, p, site, (keys, others))
     align = alignment(q, k, v, other_k, other_v, do)
     tile = tile_for("dq_extra", q, v, True, p > 0)
@@ -256,14 +261,14 @@ def backward(
         *(s // align for x in (q, k, v, other_k, other_v, do) for s in strides_of(x)),
         0 if mask is None else mask.stride(0),
         scale_log2, scale * keep_scale(p), signed_threshold(p), rows.stride(0), first,
-        heads, heads // k.shape[2], heads // other_k.shape[2], queries, rows.shape[3], keys, others,
+        heads, heads // k.shape[2], heads // other_k.shape[2], queries, rows.shape[3], keys, others, row_heads(dq),
         HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
         **constants, **width_constants("dq", width, v.shape[3]), **tile,
     )  # fmt: skip
     own_columns, other_columns = (None, None) if columns is None else (columns[:first], columns[first:])
-    dk, dv = launch_dkdv(q, k, v, do, rows, own_columns, None, None, scale, True, p)
-    other_dk, other_dv = launch_dkdv(q, other_k, other_v, do, rows, other_columns, lengths, mask, scale, False, p)
-    return dq, dk, dv, other_dk, other_dv
+    launch_dkdv(dk, dv, q, k, v, do, rows, own_columns, None, None, scale, True, p)
+    launch_dkdv(other_dk, other_dv, q, other_k, other_v, do, rows, other_columns, lengths, mask, scale, False, p)
+    return gradients
 
 
 @torch.library.custom_op("march_kernels::unified_attention", mutates_args=())
@@ -277,11 +282,11 @@ def unified_attention_op(
 
 @torch.library.custom_op("march_kernels::unified_attention_backward", mutates_args=())
 def unified_attention_backward_op(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, other_k: Tensor, other_v: Tensor, o: Tensor, lse: Tensor,
+    do: Tensor, sources: list[Tensor], o: Tensor, lse: Tensor,
     lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, p: float, site: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dQ, dK, dV, dK', dV'); `backward` as a registered operator."""
-    return backward(do, q, k, v, other_k, other_v, o, lse, lengths, mask, rng, scale, p, site)
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of `sources`; `backward` as a registered operator."""
+    return backward(do, sources, o, lse, lengths, mask, rng, scale, p, site)
 
 
 unified_attention_op.register_fake(forward)
@@ -289,16 +294,34 @@ unified_attention_backward_op.register_fake(backward)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, other_k, other_v, lengths, mask, rng, ctx.scale, ctx.p, ctx.site = inputs
-    ctx.save_for_backward(q, k, v, other_k, other_v, *output, lengths, mask, rng)
+    q, k, v, other_k, other_v, lengths, mask, rng, *ctx.settings = inputs
+    ctx.save_for_backward(*output, lengths, mask, rng, q, k, v, other_k, other_v)
 
 
 def _autograd(ctx, do, _):
-    gradients = unified_attention_backward_op(do, *ctx.saved_tensors, ctx.scale, ctx.p, ctx.site)
+    o, lse, lengths, mask, rng, *sources = ctx.saved_tensors
+    gradients = unified_attention_backward_op(do, sources, o, lse, lengths, mask, rng, *ctx.settings)
     return *gradients, None, None, None, None, None, None
 
 
 unified_attention_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class PackedUnifiedAttention(torch.autograd.Function):
+    """`unified_attention_op` of packed sources [qkv, other kv], whose gradients are packed likewise."""
+
+    @staticmethod
+    def forward(ctx, lengths, mask, rng, scale, p, site, qkv, kv_other):
+        o, lse = unified_attention_op(*unpack(qkv, kv_other), lengths, mask, rng, scale, p, site)
+        ctx.save_for_backward(o, lse, lengths, mask, rng, qkv, kv_other)
+        ctx.settings = scale, p, site
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        o, lse, lengths, mask, rng, *sources = ctx.saved_tensors
+        gradients = unified_attention_backward_op(do, sources, o, lse, lengths, mask, rng, *ctx.settings)
+        return None, None, None, None, None, None, *gradients
 
 
 def unified_attention(
@@ -314,7 +337,23 @@ def unified_attention(
     dropout: Dropout | None,
 ) -> Tensor:
     """Contract in kernels.api.unified_attention. Copies as in kernels.fused.attention."""
-    rng, p, site = (None, 0.0, 0) if dropout is None else (dropout.rng, dropout.p, dropout.site)
+    rng, p, site = drop_arguments(dropout)
     check_supported("unified_attention", q, k_own, v_own, k_other, v_other)
     inputs = padded_heads(q, k_own, v_own, k_other, v_other)
     return unified_attention_op(*inputs, key_lengths, key_mask, rng, scale, p, site)[0][..., : v_own.shape[3]]
+
+
+def packed_unified_attention(
+    qkv: Tensor,
+    kv_other: Tensor,
+    *,
+    scale: float,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+    dropout: Dropout | None,
+) -> Tensor:
+    """Contract in kernels.api.packed_unified_attention. Copies as in kernels.fused.attention."""
+    rng, p, site = drop_arguments(dropout)
+    check_supported("packed_unified_attention", qkv, kv_other)
+    sources = padded_heads(qkv, kv_other)
+    return PackedUnifiedAttention.apply(key_lengths, key_mask, rng, scale, p, site, *sources)[..., : qkv.shape[-1]]

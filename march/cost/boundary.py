@@ -7,6 +7,8 @@ autograd does between operators ("between"): sums of gradients, copies that a la
 The boundary of a call is the least that any implementation moves, each tensor read or written once:
     forward   its inputs and outputs (attention: the log-sum-exp too, which backward cannot do without);
     backward  incoming gradients, what the formula needs (NEEDED), gradients of the inputs.
+Keys and values that self-attention hands on are no output, they stay where they are; what comes back to them is an
+incoming gradient.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,12 +18,16 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from kernels.packed import operator_of
 from march.cost.counter import BETWEEN, LINEAR, Counter, tensor_bytes, tensors, total_bytes
 
 # Inputs and outputs that an operator's backward must see again; "lse": the log-sum-exp of attention.
 NEEDED: dict[str, tuple[str, ...]] = {
     "attention": ("q", "k", "v", "out", "lse"),
+    "self_attention": ("qkv", "out", "lse"),
+    "cross_attention": ("q", "kv", "out", "lse"),
     "unified_attention": ("q", "k_own", "v_own", "k_other", "v_other", "out", "lse"),
+    "packed_unified_attention": ("qkv", "kv_other", "out", "lse"),
     "glu": ("x", "weight"),
     "residual_norm": ("out", "gain"),
     "linear_cross_entropy": ("h", "weight", "labels"),
@@ -29,7 +35,10 @@ NEEDED: dict[str, tuple[str, ...]] = {
 }
 NAMES: dict[str, tuple[str, ...]] = {
     "attention": ("q", "k", "v"),
+    "self_attention": ("qkv",),
+    "cross_attention": ("q", "kv"),
     "unified_attention": ("q", "k_own", "v_own", "k_other", "v_other"),
+    "packed_unified_attention": ("qkv", "kv_other"),
     "glu": ("x", "weight"),
     "residual_norm": ("x", "s", "gain"),
     "linear_cross_entropy": ("h", "weight", "labels"),
@@ -54,7 +63,10 @@ class Observer:
         self.boundaries: list[Boundary] = []
         self._hooked: set[Any] = set()
 
-    def wrap(self, operator: str, function: Callable) -> Callable:
+    def wrap(self, name: str, function: Callable) -> Callable:
+        """`function`, which computes the operator or packed form `name`, observed; labels are the operator's."""
+        operator = operator_of(name)
+
         def call(*args: Any, **kwargs: Any) -> Any:
             self.counter.note_launches()
             before, self.counter.operator = self.counter.operator, operator
@@ -65,30 +77,31 @@ class Observer:
                 self.counter.operator = before
             # views of its own: what arrives at them comes from outside the operator
             out = tree_map(lambda x: x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x, out)
-            self._boundaries(operator, args, kwargs, out)
+            self._boundaries(name, args, kwargs, out)
             self._label_backward(operator, tensors((args, kwargs)), tensors(out))
             return out
 
         return call
 
-    def _boundaries(self, operator: str, args: tuple, kwargs: Mapping[str, Any], out: Any) -> None:
-        named = dict(zip(NAMES[operator], args, strict=False))
+    def _boundaries(self, name: str, args: tuple, kwargs: Mapping[str, Any], out: Any) -> None:
+        operator, needs = operator_of(name), NEEDED[name]
+        named = dict(zip(NAMES[name], args, strict=False))
         given = tensors((args, kwargs))
         outputs = tensors(out)
-        if operator == "residual_norm" and named["s"] is None:
+        if name == "residual_norm" and named["s"] is None:
             outputs = outputs[1:]  # y is x
-        lse = 0
-        if "lse" in NEEDED[operator]:
-            batch, length, heads, _ = named["q"].shape
-            lse = batch * length * heads * 4
+        if name == "self_attention":
+            outputs = outputs[:1]  # keys and values are handed on where they are
+        batch, length, heads = tensors(out)[0].shape[:3] if "lse" in needs else (0, 0, 0)
+        lse = batch * length * heads * 4
         self.boundaries.append(Boundary(operator, "forward", total_bytes(given) + total_bytes(outputs) + lse))
         wanted = [x for x in named.values() if isinstance(x, Tensor) and x.requires_grad]
         if not wanted:
             return
-        if operator == "residual_norm" and kwargs.get("dropout") is None and len(wanted) == 3:
+        if name == "residual_norm" and kwargs.get("dropout") is None and len(wanted) == 3:
             wanted = wanted[1:]  # one gradient serves x and s
-        needed = [named[name] for name in NEEDED[operator] if name in named]
-        needed += tensors(out)[:1] if "out" in NEEDED[operator] else []
+        needed = [named[one] for one in needs if one in named]
+        needed += tensors(out)[:1] if "out" in needs else []
         backward = Boundary(operator, "backward", total_bytes(needed) + total_bytes(wanted) + lse)
         self.boundaries.append(backward)
 

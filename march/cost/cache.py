@@ -247,7 +247,10 @@ ACCESS: dict[str, tuple[tuple[str, ...], Access | None]] = {
         ("q_ptr", "do_ptr", "rows_ptr", "lengths_ptr", "mask_ptr", "ckeys_ptr"),
         _attention(("k_ptr", "v_ptr", "GROUP")),
     ),
-    "_attention_bwd_dkdv_kernel": (("k_ptr", "v_ptr", "lengths_ptr", "mask_ptr", "ckeys_ptr"), _dkdv),
+    "_attention_bwd_dkdv_kernel": (
+        ("k_ptr", "v_ptr", "handed_k_ptr", "handed_v_ptr", "lengths_ptr", "mask_ptr", "ckeys_ptr"),
+        _dkdv,
+    ),
     "_sum_partials_kernel": (("parts_ptr",), None),
     "_unified_attention_fwd_kernel": (
         ("q_ptr", "lengths_ptr", "mask_ptr", "rng_ptr", "ckeys_ptr"),

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 import kernels
 from march.config import BlockConfig, ModelConfig, SublayerConfig
-
-KeysValues = tuple[Tensor, Tensor]
 
 
 class Sites:
@@ -31,7 +30,7 @@ class Sites:
 class Pass:
     """What the sublayers of one forward pass share.
 
-    rng: dropout state (None: no dropout, in evaluation). memory: keys and values [B, Le, H, K] that each encoder
+    rng: dropout state (None: no dropout, in evaluation). memory: keys and values [B, Le, 2, H, K] that each encoder
     block's self-attention computed; the encoder appends, decoder block i reads entry i. key_mask: bool [B, Le], True
     where an encoder token is real. database: the bank's keys and values, each [1, S, 1, K].
     """
@@ -40,8 +39,8 @@ class Pass:
     rng: Tensor | None
     key_mask: Tensor | None
     dtype: torch.dtype | None = None
-    memory: list[KeysValues] = field(default_factory=list)
-    database: KeysValues | None = None
+    memory: list[Tensor] = field(default_factory=list)
+    database: tuple[Tensor, Tensor] | None = None
 
     def cast(self, x: Tensor) -> Tensor:
         """A parameter as the pass computes with it; its gradient comes back in its own type."""
@@ -77,9 +76,22 @@ class Sublayer(nn.Module):
     def projection(self, rows: int, columns: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(rows, columns))
 
-    def split(self, product: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """[B, L, parts H K] as `parts` views [B, L, H, K]."""
-        return product.unflatten(-1, (parts, self.heads, self.width)).unbind(2)
+    def split(self, z: Tensor, weight: Tensor, shared: Pass, *parts: int) -> Tensor:
+        """z W^T, W [(parts) H K, D], as [B, L, (parts), H, K']: K' is K, or the width that attention wants.
+
+        Zero rows of W fill the heads up: no activation is copied for it, and W's gradient is that of its own rows.
+        """
+        width = kernels.head_width(self.width, shared.dtype or weight.dtype, weight.device, impl=shared.impl)
+        if width > self.width:
+            weight = pad(weight.unflatten(0, (-1, self.width)), (0, 0, 0, width - self.width)).flatten(0, 1)
+        return shared.linear(z, weight).unflatten(-1, (*parts, self.heads, width))
+
+    def join(self, mixed: Tensor, weight: Tensor, shared: Pass) -> Tensor:
+        """All heads of mixed [B, L, H, K'] through W [D, H K], with zero columns where K' is more than K."""
+        missing = mixed.shape[-1] - self.width
+        if missing:
+            weight = pad(weight.unflatten(1, (self.heads, self.width)), (0, missing)).flatten(1)
+        return shared.linear(mixed.flatten(2), weight)
 
 
 class SelfAttention(Sublayer):
@@ -95,25 +107,21 @@ class SelfAttention(Sublayer):
         self.w_o = self.projection(config.dim_model, inner)
 
     def forward(self, z: Tensor, shared: Pass) -> Tensor:
-        q, k, v = self.split(shared.linear(z, self.w_qkv), 3)
-        if not self.decoder:
-            shared.memory.append((k, v))
-        mixed = kernels.attention(
-            q,
-            k,
-            v,
+        mixed, kv = kernels.self_attention(
+            self.split(z, self.w_qkv, shared, 3),
             causal=self.decoder,
             key_mask=None if self.decoder else shared.key_mask,
             dropout=shared.dropout(self.dropout, self.inner_site),
             impl=shared.impl,
         )
-        return shared.linear(mixed.flatten(2), self.w_o)
+        if not self.decoder:
+            shared.memory.append(kv)
+        return self.join(mixed, self.w_o, shared)
 
     def remember(self, z: Tensor, shared: Pass) -> None:
         """Keys and values alone: all that the last encoder block is needed for."""
         rows = self.heads * self.width
-        k, v = self.split(shared.linear(z, self.w_qkv[rows:]), 2)
-        shared.memory.append((k, v))
+        shared.memory.append(self.split(z, self.w_qkv[rows:], shared, 2))
 
 
 class CrossAttention(Sublayer):
@@ -125,25 +133,25 @@ class CrossAttention(Sublayer):
         self.w_q = self.projection(inner, config.dim_model)
         self.w_o = self.projection(config.dim_model, inner)
 
-    def keys_values(self, shared: Pass) -> tuple[Tensor, Tensor, Tensor | None]:
-        k, v = shared.memory[self.index]
-        return k, v, shared.key_mask
+    def attend(self, q: Tensor, shared: Pass, dropout: kernels.Dropout | None) -> Tensor:
+        """q [B, L, H, K] to O [B, L, H, K]."""
+        kv = shared.memory[self.index]
+        return kernels.cross_attention(q, kv, key_mask=shared.key_mask, dropout=dropout, impl=shared.impl)
 
     def forward(self, z: Tensor, shared: Pass) -> Tensor:
-        (q,) = self.split(shared.linear(z, self.w_q), 1)
-        k, v, key_mask = self.keys_values(shared)
-        mixed = kernels.attention(
-            q, k, v, key_mask=key_mask, dropout=shared.dropout(self.dropout, self.inner_site), impl=shared.impl
-        )
-        return shared.linear(mixed.flatten(2), self.w_o)
+        q = self.split(z, self.w_q, shared)
+        mixed = self.attend(q, shared, shared.dropout(self.dropout, self.inner_site))
+        return self.join(mixed, self.w_o, shared)
 
 
 class DatabaseAttention(CrossAttention):
     """Wq and Wo; keys and values are the learned bank, one head shared by all, no mask."""
 
-    def keys_values(self, shared: Pass) -> tuple[Tensor, Tensor, Tensor | None]:
+    def attend(self, q: Tensor, shared: Pass, dropout: kernels.Dropout | None) -> Tensor:
         assert shared.database is not None
-        return *shared.database, None
+        missing = q.shape[-1] - self.width
+        bank = [pad(x, (0, missing)) if missing else x for x in shared.database]
+        return kernels.attention(q, *bank, dropout=dropout, impl=shared.impl)
 
 
 class UnifiedAttention(Sublayer):
@@ -157,21 +165,16 @@ class UnifiedAttention(Sublayer):
         self.w_o = self.projection(config.dim_model, inner)
 
     def forward(self, z: Tensor, shared: Pass) -> Tensor:
-        q, k, v = self.split(shared.linear(z, self.w_qkv), 3)
-        k_other, v_other = shared.memory[self.index]
-        mixed = kernels.unified_attention(
-            q,
-            k,
-            v,
-            k_other,
-            v_other,
+        mixed = kernels.packed_unified_attention(
+            self.split(z, self.w_qkv, shared, 3),
+            shared.memory[self.index],
             key_mask=shared.key_mask,
             dropout=shared.dropout(self.dropout, self.inner_site),
             as_published=self.as_published,
             # the faulty mask exists in the reference only; the rest of the model runs as chosen
             impl="reference" if self.as_published else shared.impl,
         )
-        return shared.linear(mixed.flatten(2), self.w_o)
+        return self.join(mixed, self.w_o, shared)
 
 
 class FeedForward(Sublayer):

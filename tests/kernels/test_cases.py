@@ -7,12 +7,14 @@ import torch
 
 import kernels.api
 import march
-from kernels import cases
+from kernels import cases, packed
 from march import experiments
 
 
 def _signature(operator, tensors, kwargs):
-    """What a call is counted by: shapes, and the plain arguments that choose a kernel."""
+    """What a call is counted by: shapes and the arguments that choose a kernel; a packed form is its operator."""
+    if operator != packed.operator_of(operator):
+        operator, tensors = packed.operator_of(operator), packed.unpack(*tensors)
     shapes = tuple(None if x is None else tuple(x.shape) for x in tensors)
     plain = {
         n: kwargs.get(n) for n in ("causal", "kind", "activation", "factor", "combine") if kwargs.get(n) is not None

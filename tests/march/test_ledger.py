@@ -50,9 +50,25 @@ def test_baseline_keeps_at_most_2_6_gib(baseline):
     assert 0.5 * GIB < baseline["saved"] <= 2.6 * GIB
 
 
-@pytest.mark.xfail(strict=True, reason="1.78 times the boundary: see docs/ledger.md for the operators responsible")
+@pytest.mark.xfail(strict=True, reason="1.63 times the boundary: see docs/ledger.md for the operators responsible")
 def test_baseline_moves_at_most_1_3_times_the_boundary(baseline):
     assert baseline["dram_over_boundary"] <= 1.3
+
+
+def test_gradients_of_keys_and_values_are_neither_copied_nor_added_between_operators(baseline):
+    """What is left there: E's and T's gradients of their several uses, and the last encoder block's unused Wq."""
+    (between,) = (row for row in baseline["rows"] if (row["operator"], row["phase"]) == ("between", "backward"))
+    assert set(between["names"]) == {"aten::add", "aten::ones_like", "aten::slice_backward"}
+    table, positions, weight = 30000 * 512 * 2, 1024 * 512 * 2, 3 * 512 * 512 * 2
+    # E is read by two embeddings and the output layer, T by two embeddings; the loss is one float32
+    assert between["moved"]["aten::add"] == 3 * (2 * table + positions)
+    assert between["moved"]["aten::slice_backward"] == weight + weight * 2 // 3
+    (attention,) = (row for row in baseline["rows"] if (row["operator"], row["phase"]) == ("attention", "backward"))
+    assert set(attention["names"]) == {
+        "_attention_bwd_rows_kernel",
+        "_attention_bwd_dq_kernel",
+        "_attention_bwd_dkdv_kernel",
+    }
 
 
 def test_baseline_makes_nothing_forbidden(baseline):
@@ -101,9 +117,9 @@ def test_the_boundary_by_hand(baseline):
     forward = 2 * (4 * encoder + lse * 921)  # the last encoder block's attention is dead
     forward += 3 * (4 * decoder + lse * 206) + 3 * (2 * decoder + 2 * encoder + lse * 206)
     assert rows["attention", "forward"] == forward
-    # q, k, v, O, dO in, dQ, dK, dV out
+    # q, k, v, O, dO in, dQ, dK, dV out; in the encoder dK and dV of the decoder's cross-attention in, too
     backward = (
-        2 * (8 * encoder + lse * 921) + 3 * (8 * decoder + lse * 206) + 3 * (4 * decoder + 4 * encoder + lse * 206)
+        2 * (10 * encoder + lse * 921) + 3 * (8 * decoder + lse * 206) + 3 * (4 * decoder + 4 * encoder + lse * 206)
     )
     assert rows["attention", "backward"] == backward
     weight = 2048 * 512 * 2

@@ -1,0 +1,311 @@
+"""The packed forms: queries, keys and values of one product, keys and values that are handed on."""
+
+import pytest
+import torch
+from harness import DEVICE, check, mutations
+from test_attention import _randn, dropout, small_tiles  # noqa: F401  a fixture
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from kernels import packed, reference, startup
+from kernels.fused import attention as fused
+from kernels.fused import unified_attention as unified
+
+
+def case(form, batch=2, queries=20, keys=50, heads=2, groups=None, width=16, shared=False):
+    """Inputs of a form whose scores have a standard deviation of 1 at scale 1."""
+
+    def parts(count, length, n, of=batch):
+        some = [_randn(of, length, n, width, seed=seed) for seed in range(count)]
+        # of three the queries and keys, of two the keys
+        return torch.stack([x * (width**-0.25 if i < count - 1 else 1.0) for i, x in enumerate(some)], 2)
+
+    other = parts(2, keys, groups or heads, 1 if shared else batch)
+    if form == "self_attention":
+        return {"qkv": parts(3, queries, heads)}
+    if form == "cross_attention":
+        return {"q": _randn(batch, queries, heads, width, seed=7) * width**-0.25, "kv": other}
+    return {"qkv": parts(3, queries, heads), "kv_other": other}
+
+
+FORMS = ("self_attention", "cross_attention", "packed_unified_attention")
+LENGTHS = {
+    "self_attention": torch.tensor([20, 9]),
+    "cross_attention": torch.tensor([50, 18]),
+    "packed_unified_attention": torch.tensor([50, 18]),
+}
+
+
+def named(form, **given):
+    """As the harness wants them: an output that is a tuple has names."""
+    return {"dropout": dropout(), "key_lengths": LENGTHS[form]} | given
+
+
+@pytest.fixture(autouse=True)
+def two_outputs(monkeypatch):
+    import harness
+
+    monkeypatch.setitem(harness.OUTPUTS, "self_attention", ("out", "kv"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(small_tiles, form, dtype):  # noqa: F811
+    """Outputs and the packed gradients against the float64 formula; what is handed on has a gradient of its own."""
+    check(form, case(form), named(form, scale=0.5), dtype)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_self_attention_without_another_reader(small_tiles, causal):  # noqa: F811
+    cancelling = ("qkv",) if causal else ()
+    check("self_attention", case("self_attention"), {"causal": causal}, unused=("kv",), cancelling=cancelling)
+
+
+def test_keys_and_values_alone(small_tiles):  # noqa: F811
+    """Only what is handed on is used: the gradient of O is None."""
+    check("self_attention", case("self_attention"), unused=("out",))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("width", [8, 112, 190])
+def test_head_widths(form, width):
+    check(form, case(form, 1, 19, 37, width=width), {"dropout": dropout()})
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_grouped_and_shared_keys(small_tiles, shared):  # noqa: F811
+    """Partial sums of a packed dK and dV land in its rows."""
+    for form in ("cross_attention", "packed_unified_attention"):
+        check(form, case(form, 3, 20, 40, heads=4, groups=2, shared=shared), {"dropout": dropout()})
+
+
+@pytest.mark.parametrize("layout", ["guarded", "strided"])
+@pytest.mark.parametrize("form", FORMS)
+def test_layouts(form, layout):
+    check(form, case(form, 2, 9, 21), {"dropout": dropout()}, layout=layout)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("batch", "queries"), [(0, 3), (2, 0)])
+def test_empty(form, batch, queries):
+    inputs = {n: x.float().requires_grad_() for n, x in case(form, batch, queries, 5).items()}
+    out = getattr(kernels, form)(**inputs, impl="triton")
+    sum(x.sum() for x in (out if isinstance(out, tuple) else (out,))).backward()
+    assert all(x.grad.shape == x.shape and not x.grad.any() for x in inputs.values())
+
+
+MUTATED = case("self_attention"), named("self_attention", scale=0.5)
+
+
+@pytest.mark.parametrize("mutation", mutations("self_attention", *MUTATED))
+def test_mutations_are_caught(small_tiles, mutation):  # noqa: F811
+    with pytest.raises(AssertionError, match="self_attention"):
+        check("self_attention", *MUTATED, mutate=mutation)
+
+
+# ---------------------------------------------------------------- what is handed on
+
+
+def model(qkv, first, second, impl, readers):
+    """Self-attention whose keys and values two more read, as many as `readers`; a loss of all outputs."""
+    out, kv = kernels.self_attention(qkv, dropout=dropout(), impl=impl)
+    loss = out.square().sum()
+    if readers > 0:
+        loss = loss + kernels.cross_attention(first, kv, dropout=dropout(site=3), impl=impl).square().sum()
+    if readers > 1:
+        loss = loss + kernels.packed_unified_attention(second, kv, impl=impl).sin().sum()
+    return loss
+
+
+def leaves(dtype=torch.float32):
+    qkv, q, second = _randn(2, 20, 3, 2, 16), _randn(2, 7, 2, 16), _randn(2, 5, 3, 2, 16)
+    return [(x * 0.5).to(DEVICE, dtype).requires_grad_() for x in (qkv, q, second)]
+
+
+def gradients(function, inputs):
+    return torch.autograd.grad(function(*inputs), inputs, allow_unused=True)
+
+
+@pytest.mark.parametrize("readers", [0, 1, 2])
+def test_gradients_of_all_readers_meet(readers):
+    """The fused backward's sums are those that autograd makes of the formula, and a second backward repeats them."""
+    expected = gradients(lambda *x: model(*x, "reference", readers), leaves(torch.float64))
+    inputs = leaves()
+    loss = model(*inputs, "triton", readers)
+    got = torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=True)
+    again = torch.autograd.grad(loss, inputs, allow_unused=True)
+    for one, two, oracle in zip(got, again, expected, strict=True):
+        if oracle is None:
+            assert one is None
+            continue
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one.double(), oracle, rtol=1e-4, atol=2e-5 * oracle.abs().max().item())
+
+
+def test_sums_are_rounded_once():
+    """In float16 dK and dV of both readers are added in float32: nearer to float64 than the sum of two roundings."""
+    oracle = gradients(lambda *x: model(*x, "reference", 1), leaves(torch.float16))[0]
+    exact = gradients(lambda *x: model(*[y.half().double() for y in x], "reference", 1), leaves(torch.float64))[0]
+    fused_gradient = gradients(lambda *x: model(*x, "triton", 1), leaves(torch.float16))[0]
+    errors = [(x.double() - exact)[:, :, 1:].norm() for x in (fused_gradient, oracle)]
+    assert errors[0] <= 1.05 * errors[1]
+
+
+class _Called(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_copied_or_added_between_the_readers():
+    inputs = leaves()
+    loss = model(*inputs, "triton", 1)
+    with _Called() as called:
+        torch.autograd.grad(loss, inputs, allow_unused=True)
+    assert called.names.count("march_kernels::attention_backward") == 2
+    moving = {"aten::stack", "aten::cat", "aten::add", "aten::clone", "aten::copy_", "aten::slice_backward"}
+    assert not moving & set(called.names)
+
+
+@pytest.mark.parametrize("form", ["cross_attention", "packed_unified_attention"])
+def test_keys_and_values_that_need_no_gradient(form):
+    inputs = {n: x.float().to(DEVICE) for n, x in case(form).items()}
+    first, second = inputs
+    inputs[first].requires_grad_()
+    got = [torch.autograd.grad(getattr(kernels, form)(**inputs, impl=impl).sum(), inputs[first])[0] for impl in IMPLS]
+    torch.testing.assert_close(got[0], got[1], rtol=1e-4, atol=1e-5)
+    assert inputs[second].grad is None
+
+
+IMPLS = ("triton", "reference", "torch")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_is_handed_on_is_a_view(impl):
+    qkv = case("self_attention")["qkv"].float().to(DEVICE)
+    for x in (qkv, qkv.clone().requires_grad_()):
+        out, kv = kernels.self_attention(x, impl=impl)
+        assert kv.data_ptr() == x[:, :, 1:].data_ptr()
+        assert torch.equal(kv, x[:, :, 1:])
+        assert out.requires_grad == kv.requires_grad == x.requires_grad
+
+
+def test_the_portable_path_is_the_formula():
+    expected = gradients(lambda *x: model(*x, "reference", 2), leaves(torch.float64))
+    got = gradients(lambda *x: model(*x, "torch", 2), leaves(torch.float64))
+    for one, oracle in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, oracle)
+
+
+def test_forms_follow_their_operators_choice():
+    """A map by operator decides for the forms; a library without forms gets views."""
+    inputs = leaves()
+    mixed = {"attention": "triton", "unified_attention": "reference"}
+    expected = gradients(lambda *x: model(*x, "reference", 2), inputs)
+    for one, oracle in zip(gradients(lambda *x: model(*x, mixed, 2), inputs), expected, strict=True):
+        torch.testing.assert_close(one, oracle, rtol=1e-4, atol=1e-5)
+    with pytest.raises(kernels.ImplementationError, match="'flash_attn' needs a CUDA device"):
+        kernels.self_attention(inputs[0], impl={"attention": "flash_attn"})
+
+
+# ---------------------------------------------------------------- torch's own machinery
+
+
+def direct(qkv, first, second):
+    """The fused functions themselves, as a graph without the seam's imports."""
+    common = {"scale": 0.5, "key_lengths": None, "key_mask": None, "dropout": dropout()}
+    out, kv = fused.self_attention(qkv, causal=True, **common)
+    other = fused.cross_attention(first, kv, causal=False, **common)
+    return out.square().sum() + other.square().sum() + unified.packed_unified_attention(second, kv, **common).sum()
+
+
+def test_compile_and_checkpoint_give_the_same_bits():
+    inputs = leaves()
+    plain = gradients(direct, inputs)
+    compiled = torch.compile(direct, backend="aot_eager", fullgraph=True)
+    for other in (compiled, lambda *x: checkpoint(direct, *x, use_reentrant=False)):
+        for got, expected in zip(gradients(other, inputs), plain, strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_the_seam_compiles_whole():
+    inputs = leaves()
+    plain = gradients(lambda *x: model(*x, "triton", 2), inputs)
+    compiled = torch.compile(lambda *x: model(*x, "triton", 2), backend="aot_eager", fullgraph=True)
+    for got, expected in zip(gradients(compiled, inputs), plain, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_backward_operators_satisfy_torch(form):
+    """Schemas and fakes of the registered backward with packed sources, and of self-attention with what came back."""
+    inputs = [x.half().to(DEVICE) for x in case(form).values()]
+    d = dropout()
+    parts = packed.unpack(*inputs)
+    settings = (None, None, d.rng.to(DEVICE))
+    do = torch.ones_like(parts[0])
+    if form == "packed_unified_attention":
+        o, lse = unified.unified_attention_op(*parts, *settings, 1.0, d.p, d.site)
+        arguments = (do, inputs, o, lse, *settings, 1.0, d.p, d.site)
+        op = unified.unified_attention_backward_op
+    else:
+        o, lse = fused.attention_op(*parts, *settings, 1.0, False, d.p, d.site)
+        handed = torch.ones_like(inputs[0][:, :, 1:]) if form == "self_attention" else None
+        arguments = (do, inputs, o, lse, handed, *settings, 1.0, False, d.p, d.site)
+        op = fused.attention_backward_op
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_saves_packed_inputs_output_and_log_sum_exp_only(form):
+    inputs = {n: x.float().to(DEVICE).requires_grad_() for n, x in case(form).items()}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        out = getattr(kernels, form)(**inputs, dropout=dropout(), impl="triton")
+    known = {x.data_ptr() for x in inputs.values()} | {
+        x.data_ptr() for x in (out if isinstance(out, tuple) else (out,))
+    }
+    assert sorted(x.numel() for x in saved if x.data_ptr() not in known) == [3, 2 * 2 * 20]
+
+
+# ---------------------------------------------------------------- the seam
+
+
+@pytest.mark.parametrize(
+    ("form", "shapes", "message"),
+    [
+        ("self_attention", [(2, 5, 2, 4, 8)], r"qkv as \[B, L, 3, H, K\], got \[2, 5, 2, 4, 8\]"),
+        ("self_attention", [(2, 5, 4, 8)], r"x.unflatten\(-1, \(3, H, K\)\)"),
+        ("cross_attention", [(2, 5, 4, 8), (2, 5, 3, 4, 8)], r"kv as \[B, L, 2, H, K\]"),
+        ("cross_attention", [(2, 5, 4, 8), (3, 5, 2, 4, 8)], r"kv as \[2 or 1, Lk, G, K\]"),
+        ("packed_unified_attention", [(2, 5, 3, 4, 8), (2, 5, 4, 8)], r"kv_other as \[B, L, 2, H, K\]"),
+        ("packed_unified_attention", [(2, 5, 3, 4, 8), (2, 5, 2, 4, 16)], "k_other of width 8"),
+    ],
+)
+def test_wrong_shapes_say_what_is_expected(form, shapes, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(kernels, form)(*(torch.zeros(shape) for shape in shapes), impl="reference")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_first_start_checks_the_forms(form):
+    """The formula passes; one that forgets a gradient, such as what came back to keys and values, does not."""
+    function = packed.resolve(form, reference)
+    device = torch.device("cpu")
+    assert startup.disagreements(form, function, device, torch.float32) == []
+
+    def forgetful(**arguments):
+        if form == "self_attention":
+            out, kv = function(**arguments)
+            return out, kv.detach().requires_grad_()
+        name = "kv" if form == "cross_attention" else "kv_other"
+        return function(**arguments | {name: arguments[name].detach()})
+
+    problems = startup.disagreements(form, forgetful, device, torch.float32)
+    assert [one for one in problems if one.startswith("d")] == problems != []
