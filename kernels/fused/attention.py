@@ -19,9 +19,8 @@ from kernels.fused import tiles_attention
 from kernels.fused.primitives import signed_threshold
 
 LOG2_E = 1.4426950408889634
-# Rows of the per-query planes and columns of the dropout table are padded to the largest block, so no load of them
-# needs a mask.
-ROW_PAD, COLUMN_PAD = 128, 256
+# Columns of the dropout table are padded to the largest block, so no load of them needs a mask.
+COLUMN_PAD = 256
 # Programs that dK and dV of shared keys are split into: four for each of the A5000's 64 SMs. A constant, because the
 # split decides the order of summation, and ranks on different devices must agree.
 SHARED_PROGRAMS = 256
@@ -67,6 +66,11 @@ def padded_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
         torch.nn.functional.pad(x, (0, -x.shape[3] % unit)) if x.shape[3] > 64 and x.shape[3] % unit else x
         for x in tensors
     )
+
+
+def needs_backward(*inputs: Tensor) -> bool:
+    """Whether autograd records this call."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 def strides_of(x: Tensor) -> list[int]:
@@ -133,53 +137,55 @@ def mask_bias(mask: Tensor | None) -> Tensor | None:
     return bias
 
 
+def rest_of(o: Tensor, backward: bool) -> Tensor:
+    """Empty [B, Lq, H, Kv / 2] bytes for the four bits of O beyond its 16; no elements where O is float32, or without a
+    backward pass. That needs them to sum O dO (docs/kernels/attention.md, "Error budget")."""
+    size = (*o.shape[:3], (o.shape[3] + 1) // 2) if backward and o.element_size() == 2 else (0,)
+    return torch.empty(size, dtype=torch.uint8, device=o.device)
+
+
+def present(x: Tensor) -> Tensor | None:
+    """`x` as a kernel's argument: None if it has no elements."""
+    return x if x.numel() else None
+
+
+def empty_rows(q: Tensor, v: Tensor, direction: str, causal: bool, p: float) -> Tensor:
+    """rows [2 or 4, B, H, Lpad] float32: what dQ writes of every query for dK and dV. Lpad: whole blocks of both."""
+    batch, queries, heads, width = q.shape
+    directions = (direction, *tiles_attention.key_directions(width, v.shape[3]))
+    block = max(tile_for(d, q, v, causal, p > 0)["BLOCK_M"] for d in directions)
+    padded = triton.cdiv(queries, block) * block
+    return torch.empty((4 if p > 0 else 2, batch, heads, padded), dtype=torch.float32, device=q.device)
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None,
-    scale: float, causal: bool, p: float, site: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(O [B, Lq, H, Kv], lse [B, H, Lq] float32 in units of log2)."""
+    scale: float, causal: bool, p: float, site: int, backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(O [B, Lq, H, Kv], lse [B, H, Lq] float32 in units of log2, O's further bits: `rest_of`)."""
     q, k, v, mask = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v), mask_bias(mask)
     batch, queries, heads, width = q.shape
     keys, groups, value_width = k.shape[1], k.shape[2], v.shape[3]
     o = torch.empty((batch, queries, heads, value_width), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+    rest = rest_of(o, backward)
     if not launches(q) or o.numel() == 0:
-        return o, lse
+        return o, lse, rest
     if keys == 0:
-        return o.zero_(), lse.fill_(math.inf)
+        return o.zero_(), lse.fill_(math.inf), rest.zero_()
     columns = forward_columns(p, rng, site, (keys,), q)
     align = alignment(q, k, v)
     tile = tile_for("forward" if mask is None else "forward_extra", q, v, causal, p > 0)
     scale_log2, constants = scale_constants(scale, q.dtype)
     grid = (triton.cdiv(queries, tile["BLOCK_M"]) * heads * batch,)
     programs._attention_fwd_kernel[grid](
-        q, k, v, o, lse, lengths, mask, rng, columns,
+        q, k, v, o, present(rest), lse, lengths, mask, rng, columns,
         *(s // align for x in (q, k, v) for s in strides_of(x)), 0 if mask is None else mask.stride(0),
         scale_log2, keep_scale(p), site, signed_threshold(p), heads, heads // groups, queries, keys,
         CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
         **constants, **width_constants("forward", width, value_width), **tile,
     )  # fmt: skip
-    return o, lse
-
-
-def backward_rows(
-    o: Tensor, do: Tensor, lse: Tensor, rng: Tensor | None, p: float, site: int, segments: tuple[int, ...]
-) -> tuple[Tensor, Tensor | None]:
-    """(rows [2 or 4, B, H, Lpad], dropout keys of the columns): what both backward kernels read of every query."""
-    batch, queries, heads, value_width = o.shape
-    padded = triton.cdiv(queries, ROW_PAD) * ROW_PAD
-    rows = torch.empty((4 if p > 0 else 2, batch, heads, padded), dtype=torch.float32, device=o.device)
-    columns, (first, gap) = column_table(segments, o.device) if p > 0 else (None, (0, 0))
-    row_programs = padded // ROW_PAD * batch * heads
-    extra = 0 if columns is None else columns.numel() // ROW_PAD
-    align = alignment(do)
-    widths = {n: x for n, x in width_constants("rows", 1, value_width).items() if n[0] in "KE" and n != "K"}
-    programs._attention_bwd_rows_kernel[(row_programs + extra,)](
-        o, do, lse, rows, rng, columns, *(s // align for s in strides_of(do)),
-        1.0 / keep_scale(p), site, heads, queries, padded, first, gap, row_programs, rows.stride(0),
-        DROPOUT=p > 0, ALIGN=align, BLOCK_M=ROW_PAD, num_warps=8, **widths,
-    )  # fmt: skip
-    return rows, columns
+    return o, lse, rest
 
 
 def launch_dkdv(
@@ -223,7 +229,7 @@ def launch_dkdv(
 
 
 def backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, rest: Tensor,
     lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, causal: bool, p: float, site: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dQ, dK, dV), contiguous."""
@@ -234,14 +240,16 @@ def backward(
     if not launches(q) or o.numel() == 0 or keys == 0:
         zero = torch.empty if not launches(q) else torch.zeros
         return tuple(zero(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))  # type: ignore[return-value]
-    rows, columns = backward_rows(o, do, lse, rng, p, site, (keys,))
+    direction = "dq" if mask is None else "dq_extra"
+    rows = empty_rows(q, v, direction, causal, p)
+    columns = forward_columns(p, rng, site, (keys,), q)
     align = alignment(q, k, v, do)
-    tile = tile_for("dq" if mask is None else "dq_extra", q, v, causal, p > 0)
+    tile = tile_for(direction, q, v, causal, p > 0)
     scale_log2, constants = scale_constants(scale, q.dtype)
-    programs._attention_bwd_dq_kernel[(triton.cdiv(queries, tile["BLOCK_M"]) * heads * batch,)](
-        q, k, v, do, dq, rows, lengths, mask, columns,
+    programs._attention_bwd_dq_kernel[(rows.shape[3] // tile["BLOCK_M"] * heads * batch,)](
+        q, k, v, o, present(rest), lse, do, dq, rows, lengths, mask, rng, columns,
         *(s // align for x in (q, k, v, do) for s in strides_of(x)), 0 if mask is None else mask.stride(0),
-        scale_log2, scale * keep_scale(p), signed_threshold(p), rows.stride(0),
+        scale_log2, scale * keep_scale(p), 1.0 / keep_scale(p), site, signed_threshold(p), rows.stride(0),
         heads, heads // groups, queries, rows.shape[3], keys,
         CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
         **constants, **width_constants("dq", width, v.shape[3]), **tile,
@@ -253,19 +261,19 @@ def backward(
 @torch.library.custom_op("march_kernels::attention", mutates_args=())
 def attention_op(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None,
-    scale: float, causal: bool, p: float, site: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(O, lse); `forward` as a registered operator."""
-    return forward(q, k, v, lengths, mask, rng, scale, causal, p, site)
+    scale: float, causal: bool, p: float, site: int, backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(O, lse, rest); `forward` as a registered operator."""
+    return forward(q, k, v, lengths, mask, rng, scale, causal, p, site, backward)
 
 
 @torch.library.custom_op("march_kernels::attention_backward", mutates_args=())
 def attention_backward_op(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, rest: Tensor,
     lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, causal: bool, p: float, site: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dQ, dK, dV); `backward` as a registered operator."""
-    return backward(do, q, k, v, o, lse, lengths, mask, rng, scale, causal, p, site)
+    return backward(do, q, k, v, o, lse, rest, lengths, mask, rng, scale, causal, p, site)
 
 
 # `launches` tells the fake implementations from the real ones: one function, so shapes and strides cannot disagree
@@ -274,13 +282,13 @@ attention_backward_op.register_fake(backward)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, lengths, mask, rng, ctx.scale, ctx.causal, ctx.p, ctx.site = inputs
+    q, k, v, lengths, mask, rng, ctx.scale, ctx.causal, ctx.p, ctx.site, _ = inputs
     ctx.save_for_backward(q, k, v, *output, lengths, mask, rng)
 
 
-def _autograd(ctx, do, _):
+def _autograd(ctx, do, *_):
     dq, dk, dv = attention_backward_op(do, *ctx.saved_tensors, ctx.scale, ctx.causal, ctx.p, ctx.site)
-    return dq, dk, dv, None, None, None, None, None, None, None
+    return dq, dk, dv, None, None, None, None, None, None, None, None
 
 
 attention_op.register_autograd(_autograd, setup_context=_setup_context)
@@ -303,4 +311,5 @@ def attention(
     check_supported("attention", q, k, v)
     value_width = v.shape[3]
     q, k, v = padded_heads(q, k, v)
-    return attention_op(q, k, v, key_lengths, key_mask, rng, scale, causal, p, site)[0][..., :value_width]
+    backward = needs_backward(q, k, v)
+    return attention_op(q, k, v, key_lengths, key_mask, rng, scale, causal, p, site, backward)[0][..., :value_width]
