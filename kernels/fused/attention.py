@@ -88,15 +88,21 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
-def width_constants(direction: str, width: int, value_width: int) -> dict[str, int]:
+def width_constants(direction: str, q: Tensor, v: Tensor) -> dict[str, int]:
     """Head widths and their parts, as the kernels name them."""
-    d, e = (tiles_attention.parts_of(direction, n) for n in (width, value_width))
+    width, value_width = q.shape[3], v.shape[3]
+    d, e = (tiles_attention.parts_of(direction, n, 8 * q.element_size()) for n in (width, value_width))
     return {"K": width, "D0": d[0], "D1": d[1], "D2": d[2], "KV": value_width, "E0": e[0], "E1": e[1], "E2": e[2]}
 
 
 def scale_constants(scale: float, dtype: torch.dtype) -> tuple[float, dict]:
     """|scale| log2(e), and what is compile-time about scale and dtype. Scale 0 becomes 1e-30: -inf times 0 is NaN."""
     return max(abs(scale), 1e-30) * LOG2_E, {"NEGATIVE": scale < 0, "PRECISION": precision(dtype)}
+
+
+def key_directions(q: Tensor, v: Tensor) -> tuple[str, ...]:
+    """The kernels that dK and dV take: one or two."""
+    return tiles_attention.key_directions(q.shape[3], v.shape[3], 8 * q.element_size())
 
 
 def tile_for(direction: str, q: Tensor, v: Tensor, causal: bool, dropout: bool) -> dict[str, int]:
@@ -151,8 +157,8 @@ def present(x: Tensor) -> Tensor | None:
 
 def empty_rows(q: Tensor, v: Tensor, direction: str, causal: bool, p: float) -> Tensor:
     """rows [2 or 4, B, H, Lpad] float32: what dQ writes of every query for dK and dV. Lpad: whole blocks of both."""
-    batch, queries, heads, width = q.shape
-    directions = (direction, *tiles_attention.key_directions(width, v.shape[3]))
+    batch, queries, heads, _ = q.shape
+    directions = (direction, *key_directions(q, v))
     block = max(tile_for(d, q, v, causal, p > 0)["BLOCK_M"] for d in directions)
     padded = triton.cdiv(queries, block) * block
     return torch.empty((4 if p > 0 else 2, batch, heads, padded), dtype=torch.float32, device=q.device)
@@ -164,7 +170,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(O [B, Lq, H, Kv], lse [B, H, Lq] float32 in units of log2, O's further bits: `rest_of`)."""
     q, k, v, mask = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v), mask_bias(mask)
-    batch, queries, heads, width = q.shape
+    batch, queries, heads, _ = q.shape
     keys, groups, value_width = k.shape[1], k.shape[2], v.shape[3]
     o = torch.empty((batch, queries, heads, value_width), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
@@ -183,7 +189,7 @@ def forward(
         *(s // align for x in (q, k, v) for s in strides_of(x)), 0 if mask is None else mask.stride(0),
         scale_log2, keep_scale(p), site, signed_threshold(p), heads, heads // groups, queries, keys,
         CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
-        **constants, **width_constants("forward", width, value_width), **tile,
+        **constants, **width_constants("forward", q, v), **tile,
     )  # fmt: skip
     return o, lse, rest
 
@@ -193,7 +199,7 @@ def launch_dkdv(
     lengths: Tensor | None, mask: Tensor | None, scale: float, causal: bool, p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(dK, dV) of one key segment, given the rows of the whole softmax."""
-    batch, queries, heads, width = q.shape
+    batch, queries, heads, _ = q.shape
     shared, keys, groups, _ = k.shape
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -202,7 +208,7 @@ def launch_dkdv(
     pairs = batch // shared * (heads // groups)
     align = alignment(q, k, v, do)
     scale_log2, constants = scale_constants(scale, q.dtype)
-    for direction in tiles_attention.key_directions(width, v.shape[3]):
+    for direction in key_directions(q, v):
         tile = tile_for(direction, q, v, causal, p > 0)
         base = triton.cdiv(keys, tile["BLOCK_N"]) * groups * shared
         splits = max(1, min(pairs, SHARED_PROGRAMS // base))
@@ -220,7 +226,7 @@ def launch_dkdv(
             heads, heads // groups, queries, rows.shape[3], keys, pairs, splits, shared,
             CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
             SHARED=pairs > 1, WANT_DK="dk" in wanted, WANT_DV="dv" in wanted,
-            **constants, **width_constants(direction, width, v.shape[3]), **tile,
+            **constants, **width_constants(direction, q, v), **tile,
         )  # fmt: skip
         for n, out in wanted.items() if splits > 1 else ():
             grid = (triton.cdiv(out.numel(), SUM_BLOCK),)
@@ -234,7 +240,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dQ, dK, dV), contiguous."""
     do, q, k, v, mask = *(with_unit_stride(x) for x in (do, q, k, v)), mask_bias(mask)
-    batch, queries, heads, width = q.shape
+    batch, queries, heads, _ = q.shape
     keys, groups = k.shape[1], k.shape[2]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not launches(q) or o.numel() == 0 or keys == 0:
@@ -252,7 +258,7 @@ def backward(
         scale_log2, scale * keep_scale(p), 1.0 / keep_scale(p), site, signed_threshold(p), rows.stride(0),
         heads, heads // groups, queries, rows.shape[3], keys,
         CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
-        **constants, **width_constants("dq", width, v.shape[3]), **tile,
+        **constants, **width_constants("dq", q, v), **tile,
     )  # fmt: skip
     dk, dv = launch_dkdv(q, k, v, do, rows, columns, lengths, mask, scale, causal, p)
     return dq, dk, dv

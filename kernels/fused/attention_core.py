@@ -178,6 +178,15 @@ def scores_of(
 
 
 @triton.jit
+def empty_softmax(BLOCK_M: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr):
+    """The running softmax (acc, m, l) before any key."""
+    acc0, acc1, acc2 = zero_row_block(BLOCK_M, E0, E1, E2)
+    m = tl.full([BLOCK_M], NO_KEY, tl.float32)
+    l = tl.zeros([BLOCK_M, 8], tl.float32)
+    return acc0, acc1, acc2, m, l
+
+
+@triton.jit
 def softmax_segment(
     acc0, acc1, acc2, m, l, q0, q1, q2,
     k_ptr, v_ptr, stride_kl, stride_vl, mask_ptr, ckeys_ptr, row_a, row_b, threshold, scale_log2, start_m, key_end,
@@ -189,8 +198,9 @@ def softmax_segment(
 ):  # fmt: skip
     """One segment of keys into the running softmax (acc, m, l) of the queries from start_m on.
 
-    m: row maximum, in units of log2; l: row sum of exp2(scores - m), before dropout. Two loops: over the blocks that
-    every query sees in full, then over those at the diagonal and at the end of the keys (EDGE), which are masked.
+    m [M]: row maximum, in units of log2; l [M, 8]: sums of exp2(scores - m) over every eighth key, before dropout.
+    Two loops: over the blocks that every query sees in full, then over those at the diagonal and at the end of the
+    keys (EDGE), which are masked.
     """
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
@@ -204,7 +214,8 @@ def softmax_segment(
             m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
             alpha = tl.exp2(m - m_new)
             p = tl.exp2(s * scale_log2 - m_new[:, None])
-            l = l * alpha + tl.sum(p, 1)
+            # the eight columns of a product's tile lie in four threads: summed across them once, at the end
+            l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BLOCK_M, BLOCK_N // 8, 8]), 1)
             m = m_new
             if DROPOUT:
                 c = tl.load(ckeys_ptr + start + offs_n)
@@ -262,7 +273,7 @@ def dq_segment(
 @triton.jit
 def rest_shift(DTYPE: tl.constexpr):
     """Place, in a float32, of the lowest of the four bits that follow an element of 16 bits."""
-    SHIFT: tl.constexpr = 12 if DTYPE == tl.bfloat16 else 9
+    SHIFT: tl.constexpr = 12 if DTYPE.is_bf16() else 9
     return SHIFT
 
 
@@ -299,9 +310,10 @@ def finish_rows(
     acc0, acc1, acc2, m, l, o_ptr, rest_ptr, lse_ptr, b, h, start_m, keep_scale, H, Lq,
     KV: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Writes O = acc keep_scale / l, 0 for a query without keys, its further bits (unless rest_ptr is None), and lse."""
+    """Writes O = acc keep_scale / l, 0 for a query without keys, further bits of it (unless rest_ptr is None), lse."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     b64 = b.to(tl.int64)
+    l = tl.sum(l, 1)
     seen = l > 0.0
     factor = tl.where(seen, keep_scale / tl.where(seen, l, 1.0), 0.0)[:, None]
     lse = tl.where(seen, m + tl.log2(tl.where(seen, l, 1.0)), float("inf"))
@@ -324,7 +336,7 @@ def backward_rows(
     H, Lq, Lpad, DROPOUT: tl.constexpr,
     KV: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """(lse, delta, dropout keys A and B) of a block of queries, and writes them for dK and dV: rows [2 or 4, B, H, Lpad].
+    """(lse, delta, dropout keys A and B) of a block of queries, also written to rows [2 or 4, B, H, Lpad].
 
     delta = sum(O dO) / keep_scale. Queries Lq ... Lpad - 1 get lse +inf: they have probability 0 and need no mask.
     """

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 from kernels.fused.attention_core import (
-    NO_KEY,
     add_product,
     backward_rows,
     dq_segment,
+    empty_softmax,
     finish_rows,
     key_end_of,
     load_dropout_rows,
@@ -63,9 +63,7 @@ def _attention_fwd_kernel(
         row_a, row_b = row_keys(rng_ptr, site, b, h, offs_m)
     q_base = q_ptr + (b64 * stride_qb + h * stride_qh) * ALIGN
     q0, q1, q2 = load_row_block(q_base, offs_m, stride_ql * ALIGN, Lq, D0, D1, D2, K)
-    acc0, acc1, acc2 = zero_row_block(BLOCK_M, E0, E1, E2)
-    m = tl.full([BLOCK_M], NO_KEY, tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    acc0, acc1, acc2, m, l = empty_softmax(BLOCK_M, E0, E1, E2)
     acc0, acc1, acc2, m, l = softmax_segment(
         acc0, acc1, acc2, m, l, q0, q1, q2,
         k_ptr + (b64 * stride_kb + g * stride_kh) * ALIGN, v_ptr + (b64 * stride_vb + g * stride_vh) * ALIGN,
@@ -80,8 +78,8 @@ def _attention_fwd_kernel(
 
 BACKWARD_RUNTIME = [
     "stride_qb", "stride_ql", "stride_qh", "stride_kb", "stride_kl", "stride_kh", "stride_vb", "stride_vl", "stride_vh",
-    "stride_dob", "stride_dol", "stride_doh", "stride_mb", "site", "threshold", "plane", "H", "GROUP", "Lq", "Lpad", "Lk",
-    "PAIRS", "SPLITS", "Bk",
+    "stride_dob", "stride_dol", "stride_doh", "stride_mb", "site", "threshold", "plane", "H", "GROUP", "Lq", "Lpad",
+    "Lk", "PAIRS", "SPLITS", "Bk",
 ]  # fmt: skip
 
 
@@ -227,9 +225,8 @@ def _attention_bwd_dkdv_kernel(
         h = g * GROUP + pair % GROUP
         b64 = b.to(tl.int64)
         key_end = key_end_of(lengths_ptr, b, Lk, HAS_LENGTHS)
-        real = offs_n < key_end
-        if HAS_MASK:
-            real = tl.load(mask_ptr + b64 * stride_mb + offs_n) == 0.0
+        if SHARED:
+            real = real_keys(lengths_ptr, mask_ptr, stride_mb, b, offs_n, Lk, HAS_LENGTHS, HAS_MASK)
         # a block without real keys has nothing to do: its range of queries is empty
         end = tl.where(start_n < key_end, Lq, 0)
         q_base = q_ptr + (b64 * stride_qb + h * stride_qh) * ALIGN
@@ -254,6 +251,9 @@ def _attention_bwd_dkdv_kernel(
             False, SHARED and (HAS_LENGTHS or HAS_MASK), DROPOUT, NEGATIVE, PRECISION, WANT_DK, WANT_DV,
             K, D0, D1, D2, KV, E0, E1, E2, BLOCK_M,
         )  # fmt: skip
+    if not SHARED:
+        # only now: alive through the loop it spills two or three registers
+        real = real_keys(lengths_ptr, mask_ptr, stride_mb, bk, offs_n, Lk, HAS_LENGTHS, HAS_MASK)
     out_row = ((tl.cast(split, tl.int64) * Bk + bk) * Lk + start_n) * heads + g
     if WANT_DK:
         if not SHARED:
@@ -268,6 +268,15 @@ def _attention_bwd_dkdv_kernel(
         store_row_block(
             dv_ptr + out_row * KV, dv0, dv1, dv2, factor_v, local_n, heads * KV, Lk - start_n, E0, E1, E2, KV
         )  # fmt: skip
+
+
+@triton.jit
+def real_keys(lengths_ptr, mask_ptr, stride_mb, b, offs_n, Lk, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr):
+    """bool [N]: whether keys offs_n of sequence b may be attended to."""
+    if HAS_MASK:
+        return tl.load(mask_ptr + b.to(tl.int64) * stride_mb + offs_n) == 0.0
+    else:
+        return offs_n < key_end_of(lengths_ptr, b, Lk, HAS_LENGTHS)
 
 
 @triton.jit

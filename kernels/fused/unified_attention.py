@@ -31,9 +31,9 @@ from kernels.fused.attention import (
     with_unit_stride,
 )
 from kernels.fused.attention_core import (
-    NO_KEY,
     backward_rows,
     dq_segment,
+    empty_softmax,
     finish_rows,
     key_end_of,
     load_row_block,
@@ -84,9 +84,7 @@ def _unified_attention_fwd_kernel(
         mask_base = mask_ptr + b64 * stride_mb
     q_base = q_ptr + (b64 * stride_qb + h * stride_qh) * ALIGN
     q0, q1, q2 = load_row_block(q_base, offs_m, stride_ql * ALIGN, Lq, D0, D1, D2, K)
-    acc0, acc1, acc2 = zero_row_block(BLOCK_M, E0, E1, E2)
-    m = tl.full([BLOCK_M], NO_KEY, tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    acc0, acc1, acc2, m, l = empty_softmax(BLOCK_M, E0, E1, E2)
     g = h // GROUP
     acc0, acc1, acc2, m, l = softmax_segment(
         acc0, acc1, acc2, m, l, q0, q1, q2,
@@ -163,13 +161,13 @@ def _unified_attention_bwd_dq_kernel(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, other_k: Tensor, other_v: Tensor,
-    lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, p: float, site: int, backward: bool,
+    q: Tensor, k: Tensor, v: Tensor, other_k: Tensor, other_v: Tensor, lengths: Tensor | None, mask: Tensor | None,
+    rng: Tensor | None, scale: float, p: float, site: int, backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(O [B, L, H, Kv], lse [B, H, L] float32 in units of log2, O's further bits: `rest_of`)."""
     q, k, v, other_k, other_v = (with_unit_stride(x) for x in (q, k, v, other_k, other_v))
     mask = mask_bias(mask)
-    batch, queries, heads, width = q.shape
+    batch, queries, heads, _ = q.shape
     keys, others, value_width = k.shape[1], other_k.shape[1], v.shape[3]
     o = torch.empty((batch, queries, heads, value_width), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
@@ -187,19 +185,20 @@ def forward(
         scale_log2, keep_scale(p), site, signed_threshold(p), padded_columns(keys),
         heads, heads // k.shape[2], heads // other_k.shape[2], queries, keys, others,
         HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
-        **constants, **width_constants("forward", width, value_width), **tile,
+        **constants, **width_constants("forward", q, v), **tile,
     )  # fmt: skip
     return o, lse, rest
 
 
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, other_k: Tensor, other_v: Tensor,
-    o: Tensor, lse: Tensor, rest: Tensor, lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, p: float, site: int,
+    o: Tensor, lse: Tensor, rest: Tensor,
+    lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, p: float, site: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dQ, dK, dV, dK and dV of the other segment), contiguous."""
     do, q, k, v, other_k, other_v = (with_unit_stride(x) for x in (do, q, k, v, other_k, other_v))
     mask = mask_bias(mask)
-    batch, queries, heads, width = q.shape
+    batch, queries, heads, _ = q.shape
     keys, others = k.shape[1], other_k.shape[1]
     if not launches(q) or o.numel() == 0:
         make = torch.empty if not launches(q) else torch.zeros
@@ -218,7 +217,7 @@ def backward(
         scale_log2, scale * keep_scale(p), 1.0 / keep_scale(p), site, signed_threshold(p), rows.stride(0), first,
         heads, heads // k.shape[2], heads // other_k.shape[2], queries, rows.shape[3], keys, others,
         HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
-        **constants, **width_constants("dq", width, v.shape[3]), **tile,
+        **constants, **width_constants("dq", q, v), **tile,
     )  # fmt: skip
     own_columns, other_columns = (None, None) if columns is None else (columns[:first], columns[first:])
     dk, dv = launch_dkdv(q, k, v, do, rows, own_columns, None, None, scale, True, p)
@@ -228,8 +227,8 @@ def backward(
 
 @torch.library.custom_op("march_kernels::unified_attention", mutates_args=())
 def unified_attention_op(
-    q: Tensor, k: Tensor, v: Tensor, other_k: Tensor, other_v: Tensor,
-    lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, p: float, site: int, backward: bool,
+    q: Tensor, k: Tensor, v: Tensor, other_k: Tensor, other_v: Tensor, lengths: Tensor | None, mask: Tensor | None,
+    rng: Tensor | None, scale: float, p: float, site: int, backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(O, lse, rest); `forward` as a registered operator."""
     return forward(q, k, v, other_k, other_v, lengths, mask, rng, scale, p, site, backward)
@@ -238,7 +237,8 @@ def unified_attention_op(
 @torch.library.custom_op("march_kernels::unified_attention_backward", mutates_args=())
 def unified_attention_backward_op(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, other_k: Tensor, other_v: Tensor,
-    o: Tensor, lse: Tensor, rest: Tensor, lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, p: float, site: int,
+    o: Tensor, lse: Tensor, rest: Tensor,
+    lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, p: float, site: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dQ, dK, dV, dK', dV'); `backward` as a registered operator."""
     return backward(do, q, k, v, other_k, other_v, o, lse, rest, lengths, mask, rng, scale, p, site)
