@@ -69,27 +69,13 @@ def _width(constants: Mapping[str, Any]) -> int:
 
 
 def _at(width: int, dropout: bool) -> Callable[[Mapping[str, Any]], bool]:
-    # with a key mask an element costs an addition more (K 128 forward: 5.08), which the figures do not know
-    return lambda constants: (
-        (_width(constants), bool(constants["DROPOUT"]), bool(constants["HAS_MASK"]))
-        == (
-            width,
-            dropout,
-            False,
-        )
-    )
+    return lambda constants: (_width(constants), bool(constants["DROPOUT"])) == (width, dropout)
 
 
 LIMITS: list[Limit] = [
     Limit("_glu_*", no_spills=True, architectures=("sm_80", "sm_86", "sm_89", "sm_90")),
     Limit("_glu_forward_kernel", issue_per_hmma=4.2, no_duplicates=True),
-    # "ieee" is what 16-bit inputs take; float32 has three times the products and no limits but those of the chip
-    Limit(
-        "_*attention_*",
-        lambda c: _width(c) <= 128 and c.get("PRECISION") != "tf32x3",
-        no_spills=True,
-        no_duplicates=True,
-    ),
+    Limit("_*attention_*", lambda c: _width(c) <= 128, no_spills=True, no_duplicates=True),
     Limit("_*attention_fwd_kernel", lambda c: _width(c) <= 64, resident_warps=8),
     Limit("_*attention_bwd_d*", lambda c: _width(c) <= 64, resident_warps=8),
     # the main loop: beside it are loops over blocks at the causal diagonal and at the end of the keys

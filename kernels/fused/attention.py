@@ -20,9 +20,8 @@ from kernels.fused.primitives import signed_threshold
 from kernels.packed import head_stride, unpack
 
 LOG2_E = 1.4426950408889634
-# Rows of the per-query planes and columns of the dropout table are padded to the largest block, so no load of them
-# needs a mask.
-ROW_PAD, COLUMN_PAD = 128, 256
+# Columns of the dropout table are padded to the largest block, so no load of them needs a mask.
+COLUMN_PAD = 256
 # Programs that dK and dV of shared keys are split into: four for each of the A5000's 64 SMs. A constant, because the
 # split decides the order of summation, and ranks on different devices must agree.
 SHARED_PROGRAMS = 256
@@ -64,6 +63,11 @@ def padded_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.nn.functional.pad(x, (0, n)) if n else x for x, n in zip(tensors, missing, strict=True))
 
 
+def needs_backward(*inputs: Tensor) -> bool:
+    """Whether autograd records this call."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
 def strides_of(x: Tensor) -> list[int]:
     """Strides of [B, L, H, K] without the last; 0 for dimensions of size 1, which then broadcast."""
     return [0 if n == 1 else s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
@@ -79,15 +83,21 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
-def width_constants(direction: str, width: int, value_width: int) -> dict[str, int]:
+def width_constants(direction: str, q: Tensor, v: Tensor) -> dict[str, int]:
     """Head widths and their parts, as the kernels name them."""
-    d, e = (tiles_attention.parts_of(direction, n) for n in (width, value_width))
+    width, value_width = q.shape[3], v.shape[3]
+    d, e = (tiles_attention.parts_of(direction, n, 8 * q.element_size()) for n in (width, value_width))
     return {"K": width, "D0": d[0], "D1": d[1], "D2": d[2], "KV": value_width, "E0": e[0], "E1": e[1], "E2": e[2]}
 
 
 def scale_constants(scale: float, dtype: torch.dtype) -> tuple[float, dict]:
     """|scale| log2(e), and what is compile-time about scale and dtype. Scale 0 becomes 1e-30: -inf times 0 is NaN."""
     return max(abs(scale), 1e-30) * LOG2_E, {"NEGATIVE": scale < 0, "PRECISION": precision(dtype)}
+
+
+def key_directions(q: Tensor, v: Tensor) -> tuple[str, ...]:
+    """The kernels that dK and dV take: one or two."""
+    return tiles_attention.key_directions(q.shape[3], v.shape[3], 8 * q.element_size())
 
 
 def tile_for(direction: str, q: Tensor, v: Tensor, causal: bool, dropout: bool) -> dict[str, int]:
@@ -128,53 +138,55 @@ def mask_bias(mask: Tensor | None) -> Tensor | None:
     return bias
 
 
+def rest_of(o: Tensor, backward: bool) -> Tensor:
+    """Empty [B, Lq, H, Kv / 2] bytes for the four bits of O beyond its 16; no elements where O is float32, or without a
+    backward pass. That needs them to sum O dO (docs/kernels/attention.md, "Error budget")."""
+    size = (*o.shape[:3], (o.shape[3] + 1) // 2) if backward and o.element_size() == 2 else (0,)
+    return torch.empty(size, dtype=torch.uint8, device=o.device)
+
+
+def present(x: Tensor) -> Tensor | None:
+    """`x` as a kernel's argument: None if it has no elements."""
+    return x if x.numel() else None
+
+
+def empty_rows(q: Tensor, v: Tensor, direction: str, causal: bool, p: float) -> Tensor:
+    """rows [2 or 4, B, H, Lpad] float32: what dQ writes of every query for dK and dV. Lpad: whole blocks of both."""
+    batch, queries, heads, _ = q.shape
+    directions = (direction, *key_directions(q, v))
+    block = max(tile_for(d, q, v, causal, p > 0)["BLOCK_M"] for d in directions)
+    padded = triton.cdiv(queries, block) * block
+    return torch.empty((4 if p > 0 else 2, batch, heads, padded), dtype=torch.float32, device=q.device)
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None,
-    scale: float, causal: bool, p: float, site: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(O [B, Lq, H, Kv], lse [B, H, Lq] float32 in units of log2)."""
+    scale: float, causal: bool, p: float, site: int, backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(O [B, Lq, H, Kv], lse [B, H, Lq] float32 in units of log2, O's further bits: `rest_of`)."""
     q, k, v, mask = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v), mask_bias(mask)
-    batch, queries, heads, width = q.shape
+    batch, queries, heads, _ = q.shape
     keys, groups, value_width = k.shape[1], k.shape[2], v.shape[3]
     o = torch.empty((batch, queries, heads, value_width), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+    rest = rest_of(o, backward)
     if not launches(q) or o.numel() == 0:
-        return o, lse
+        return o, lse, rest
     if keys == 0:
-        return o.zero_(), lse.fill_(math.inf)
+        return o.zero_(), lse.fill_(math.inf), rest.zero_()
     columns = forward_columns(p, rng, site, (keys,), q)
     align = alignment(q, k, v)
     tile = tile_for("forward" if mask is None else "forward_extra", q, v, causal, p > 0)
     scale_log2, constants = scale_constants(scale, q.dtype)
     grid = (triton.cdiv(queries, tile["BLOCK_M"]) * heads * batch,)
     programs._attention_fwd_kernel[grid](
-        q, k, v, o, lse, lengths, mask, rng, columns,
+        q, k, v, o, present(rest), lse, lengths, mask, rng, columns,
         *(s // align for x in (q, k, v) for s in strides_of(x)), 0 if mask is None else mask.stride(0),
         scale_log2, keep_scale(p), site, signed_threshold(p), heads, heads // groups, queries, keys,
         CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
-        **constants, **width_constants("forward", width, value_width), **tile,
+        **constants, **width_constants("forward", q, v), **tile,
     )  # fmt: skip
-    return o, lse
-
-
-def backward_rows(
-    o: Tensor, do: Tensor, lse: Tensor, rng: Tensor | None, p: float, site: int, segments: tuple[int, ...]
-) -> tuple[Tensor, Tensor | None]:
-    """(rows [2 or 4, B, H, Lpad], dropout keys of the columns): what both backward kernels read of every query."""
-    batch, queries, heads, value_width = o.shape
-    padded = triton.cdiv(queries, ROW_PAD) * ROW_PAD
-    rows = torch.empty((4 if p > 0 else 2, batch, heads, padded), dtype=torch.float32, device=o.device)
-    columns, (first, gap) = column_table(segments, o.device) if p > 0 else (None, (0, 0))
-    row_programs = padded // ROW_PAD * batch * heads
-    extra = 0 if columns is None else columns.numel() // ROW_PAD
-    align = alignment(do)
-    widths = {n: x for n, x in width_constants("rows", 1, value_width).items() if n[0] in "KE" and n != "K"}
-    programs._attention_bwd_rows_kernel[(row_programs + extra,)](
-        o, do, lse, rows, rng, columns, *(s // align for s in strides_of(do)),
-        1.0 / keep_scale(p), site, heads, queries, padded, first, gap, row_programs, rows.stride(0),
-        DROPOUT=p > 0, ALIGN=align, BLOCK_M=ROW_PAD, num_warps=8, **widths,
-    )  # fmt: skip
-    return rows, columns
+    return o, lse, rest
 
 
 def row_heads(x: Tensor) -> int:
@@ -188,7 +200,7 @@ def launch_dkdv(
 ) -> None:  # fmt: skip
     """Writes dK and dV of one key segment, given the rows of the whole softmax; handed [B, Lk, 2, G, K]: gradients of
     K and V from elsewhere, to be added."""
-    batch, queries, heads, width = q.shape
+    batch, queries, heads, _ = q.shape
     shared, keys, groups, _ = k.shape
     if keys == 0:
         return
@@ -197,7 +209,7 @@ def launch_dkdv(
     handed_k, handed_v = (None, None) if handed is None else handed.contiguous().unbind(2)
     align = alignment(q, k, v, do)
     scale_log2, constants = scale_constants(scale, q.dtype)
-    for direction in tiles_attention.key_directions(width, v.shape[3]):
+    for direction in key_directions(q, v):
         tile = tile_for(direction, q, v, causal, p > 0)
         base = triton.cdiv(keys, tile["BLOCK_N"]) * groups * shared
         splits = max(1, min(pairs, SHARED_PROGRAMS // base))
@@ -217,7 +229,7 @@ def launch_dkdv(
             groups if splits > 1 else row_heads(dk), 0 if handed_k is None else row_heads(handed_k),
             CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
             HANDED=handed is not None, SHARED=pairs > 1, WANT_DK="dk" in wanted, WANT_DV="dv" in wanted,
-            **constants, **width_constants(direction, width, v.shape[3]), **tile,
+            **constants, **width_constants(direction, q, v), **tile,
         )  # fmt: skip
         for n, out in wanted.items() if splits > 1 else ():
             grid = (triton.cdiv(out.numel(), SUM_BLOCK),)
@@ -227,30 +239,32 @@ def launch_dkdv(
 
 
 def backward(
-    do: Tensor, sources: list[Tensor], o: Tensor, lse: Tensor, handed: Tensor | None,
+    do: Tensor, sources: list[Tensor], o: Tensor, lse: Tensor, rest: Tensor, handed: Tensor | None,
     lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, causal: bool, p: float, site: int,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of `sources`, contiguous: [q, k, v], or packed as [qkv] or [q, kv]. handed: see `launch_dkdv`."""
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in sources]
     do, q, k, v, mask = *(with_unit_stride(x) for x in (do, *unpack(*sources))), mask_bias(mask)
-    batch, queries, heads, width = q.shape
+    batch, queries, heads, _ = q.shape
     keys, groups = k.shape[1], k.shape[2]
     if not launches(q):
         return gradients
     if o.numel() == 0 or keys == 0:
         return [x.zero_() for x in gradients]
     dq, dk, dv = unpack(*gradients)
-    rows, columns = backward_rows(o, do, lse, rng, p, site, (keys,))
+    direction = "dq" if mask is None else "dq_extra"
+    rows = empty_rows(q, v, direction, causal, p)
+    columns = forward_columns(p, rng, site, (keys,), q)
     align = alignment(q, k, v, do)
-    tile = tile_for("dq" if mask is None else "dq_extra", q, v, causal, p > 0)
+    tile = tile_for(direction, q, v, causal, p > 0)
     scale_log2, constants = scale_constants(scale, q.dtype)
-    programs._attention_bwd_dq_kernel[(triton.cdiv(queries, tile["BLOCK_M"]) * heads * batch,)](
-        q, k, v, do, dq, rows, lengths, mask, columns,
+    programs._attention_bwd_dq_kernel[(rows.shape[3] // tile["BLOCK_M"] * heads * batch,)](
+        q, k, v, o, present(rest), lse, do, dq, rows, lengths, mask, rng, columns,
         *(s // align for x in (q, k, v, do) for s in strides_of(x)), 0 if mask is None else mask.stride(0),
-        scale_log2, scale * keep_scale(p), signed_threshold(p), rows.stride(0),
+        scale_log2, scale * keep_scale(p), 1.0 / keep_scale(p), site, signed_threshold(p), rows.stride(0),
         heads, heads // groups, queries, rows.shape[3], keys, row_heads(dq),
         CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
-        **constants, **width_constants("dq", width, v.shape[3]), **tile,
+        **constants, **width_constants("dq", q, v), **tile,
     )  # fmt: skip
     launch_dkdv(dk, dv, q, k, v, do, rows, columns, lengths, mask, scale, causal, p, handed)
     return gradients
@@ -259,19 +273,19 @@ def backward(
 @torch.library.custom_op("march_kernels::attention", mutates_args=())
 def attention_op(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None,
-    scale: float, causal: bool, p: float, site: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(O, lse); `forward` as a registered operator."""
-    return forward(q, k, v, lengths, mask, rng, scale, causal, p, site)
+    scale: float, causal: bool, p: float, site: int, backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(O, lse, rest); `forward` as a registered operator."""
+    return forward(q, k, v, lengths, mask, rng, scale, causal, p, site, backward)
 
 
 @torch.library.custom_op("march_kernels::attention_backward", mutates_args=())
 def attention_backward_op(
-    do: Tensor, sources: list[Tensor], o: Tensor, lse: Tensor, handed: Tensor | None,
+    do: Tensor, sources: list[Tensor], o: Tensor, lse: Tensor, rest: Tensor, handed: Tensor | None,
     lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, causal: bool, p: float, site: int,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of `sources`; `backward` as a registered operator."""
-    return backward(do, sources, o, lse, handed, lengths, mask, rng, scale, causal, p, site)
+    return backward(do, sources, o, lse, rest, handed, lengths, mask, rng, scale, causal, p, site)
 
 
 # `launches` tells the fake implementations from the real ones: one function, so shapes and strides cannot disagree
@@ -280,14 +294,14 @@ attention_backward_op.register_fake(backward)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, lengths, mask, rng, ctx.scale, ctx.causal, ctx.p, ctx.site = inputs
+    q, k, v, lengths, mask, rng, ctx.scale, ctx.causal, ctx.p, ctx.site, _ = inputs
     ctx.save_for_backward(q, k, v, *output, lengths, mask, rng)
 
 
-def _autograd(ctx, do, _):
-    q, k, v, o, lse, *padding = ctx.saved_tensors
-    gradients = attention_backward_op(do, [q, k, v], o, lse, None, *padding, ctx.scale, ctx.causal, ctx.p, ctx.site)
-    return *gradients, None, None, None, None, None, None, None
+def _autograd(ctx, do, *_):
+    q, k, v, *forward_outputs, lengths, mask, rng = ctx.saved_tensors
+    settings = lengths, mask, rng, ctx.scale, ctx.causal, ctx.p, ctx.site
+    return *attention_backward_op(do, [q, k, v], *forward_outputs, None, *settings), *[None] * 8
 
 
 attention_op.register_autograd(_autograd, setup_context=_setup_context)
@@ -302,19 +316,19 @@ class PackedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, lengths, mask, rng, scale, causal, p, site, *sources):
-        o, lse = attention_op(*unpack(*sources), lengths, mask, rng, scale, causal, p, site)
-        ctx.save_for_backward(o, lse, lengths, mask, rng, *sources)
+    def forward(ctx, lengths, mask, rng, scale, causal, p, site, backward, *sources):
+        o, lse, rest = attention_op(*unpack(*sources), lengths, mask, rng, scale, causal, p, site, backward)
+        ctx.save_for_backward(o, lse, rest, lengths, mask, rng, *sources)
         ctx.settings = scale, causal, p, site
         ctx.set_materialize_grads(False)
         return (o, sources[0][:, :, 1:]) if len(sources) == 1 else o
 
     @staticmethod
     def backward(ctx, do, handed=None):
-        o, lse, lengths, mask, rng, *sources = ctx.saved_tensors
+        o, lse, rest, lengths, mask, rng, *sources = ctx.saved_tensors
         do = torch.zeros_like(o) if do is None else do
-        gradients = attention_backward_op(do, sources, o, lse, handed, lengths, mask, rng, *ctx.settings)
-        return None, None, None, None, None, None, None, *gradients
+        gradients = attention_backward_op(do, sources, o, lse, rest, handed, lengths, mask, rng, *ctx.settings)
+        return *[None] * 8, *gradients
 
 
 def attention(
@@ -334,7 +348,8 @@ def attention(
     check_supported("attention", q, k, v)
     value_width = v.shape[3]
     q, k, v = padded_heads(q, k, v)
-    return attention_op(q, k, v, key_lengths, key_mask, rng, scale, causal, p, site)[0][..., :value_width]
+    backward = needs_backward(q, k, v)
+    return attention_op(q, k, v, key_lengths, key_mask, rng, scale, causal, p, site, backward)[0][..., :value_width]
 
 
 def drop_arguments(dropout: Dropout | None) -> tuple[Tensor | None, float, int]:
@@ -356,7 +371,7 @@ def self_attention(
     check_supported("self_attention", qkv)
     width = qkv.shape[-1]
     (qkv,) = padded_heads(qkv)
-    out, kv = PackedAttention.apply(key_lengths, key_mask, rng, scale, causal, p, site, qkv)
+    out, kv = PackedAttention.apply(key_lengths, key_mask, rng, scale, causal, p, site, needs_backward(qkv), qkv)
     return out[..., :width], kv[..., :width]
 
 
@@ -375,4 +390,5 @@ def cross_attention(
     check_supported("cross_attention", q, kv)
     width = q.shape[-1]
     sources = padded_heads(q, kv)
-    return PackedAttention.apply(key_lengths, key_mask, rng, scale, causal, p, site, *sources)[..., :width]
+    backward = needs_backward(*sources)
+    return PackedAttention.apply(key_lengths, key_mask, rng, scale, causal, p, site, backward, *sources)[..., :width]

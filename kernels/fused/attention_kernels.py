@@ -1,4 +1,4 @@
-"""The programs of `attention`: forward, and backward in four steps (rows, dQ, dK and dV, sum of partial dK and dV).
+"""The programs of `attention`: forward, and backward in three steps (dQ, dK and dV, sum of partial dK and dV).
 
 Equations and tiles: docs/kernels/attention.md. Shapes: q [B, Lq, H, K], k [Bk, Lk, G, K], v [Bk, Lk, G, KV], with Bk
 1 or B; o, do [B, Lq, H, KV]; query head h reads key head h // GROUP. Strides of q, k, v, do are run-time arguments in
@@ -10,12 +10,16 @@ import triton
 import triton.language as tl
 
 from kernels.fused.attention_core import (
-    NO_KEY,
+    add_product,
+    backward_rows,
     dq_segment,
+    empty_softmax,
+    finish_rows,
     key_end_of,
-    key_ranges,
-    load_part,
+    load_dropout_rows,
     load_row_block,
+    product_over_width,
+    query_block,
     softmax_segment,
     store_row_block,
     zero_row_block,
@@ -38,7 +42,7 @@ def _column_keys_kernel(ckeys_ptr, rng_ptr, site, first, gap, BLOCK: tl.constexp
 
 @triton.jit(do_not_specialize=FORWARD_RUNTIME)
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, lengths_ptr, mask_ptr, rng_ptr, ckeys_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, rest_ptr, lse_ptr, lengths_ptr, mask_ptr, rng_ptr, ckeys_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, stride_mb,
     scale_log2, keep_scale, site, threshold, H, GROUP, Lq, Lk,
     CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
@@ -47,177 +51,77 @@ def _attention_fwd_kernel(
     KV: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """O and lse of one block of queries of one head."""
-    blocks = tl.cdiv(Lq, BLOCK_M)
-    pid = tl.program_id(0)
-    block, bh = pid % blocks, pid // blocks
-    if CAUSAL:
-        # the longest programs first
-        block = blocks - 1 - block
-    b, h = bh // H, bh % H
-    start_m = block * BLOCK_M
+    """O, its further bits (unless rest_ptr is None) and lse of one block of queries of one head."""
+    start_m, b, h = query_block(tl.cdiv(Lq, BLOCK_M), H, CAUSAL, BLOCK_M)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     b64, g = b.to(tl.int64), h // GROUP
-    q_base = q_ptr + (b64 * stride_qb + h * stride_qh) * ALIGN
-    k_base = k_ptr + (b64 * stride_kb + g * stride_kh) * ALIGN
-    v_base = v_ptr + (b64 * stride_vb + g * stride_vh) * ALIGN
     mask_base = mask_ptr
     if HAS_MASK:
         mask_base = mask_ptr + b64 * stride_mb
-    key_end = key_end_of(lengths_ptr, b, Lk, HAS_LENGTHS)
     row_a = offs_m
     row_b = offs_m
     if DROPOUT:
         row_a, row_b = row_keys(rng_ptr, site, b, h, offs_m)
+    q_base = q_ptr + (b64 * stride_qb + h * stride_qh) * ALIGN
     q0, q1, q2 = load_row_block(q_base, offs_m, stride_ql * ALIGN, Lq, D0, D1, D2, K)
-    acc0, acc1, acc2 = zero_row_block(BLOCK_M, E0, E1, E2)
-    m = tl.full([BLOCK_M], NO_KEY, tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    full, hi = key_ranges(start_m, key_end, CAUSAL, BLOCK_M, BLOCK_N)
+    acc0, acc1, acc2, m, l = empty_softmax(BLOCK_M, E0, E1, E2)
     acc0, acc1, acc2, m, l = softmax_segment(
         acc0, acc1, acc2, m, l, q0, q1, q2,
-        k_base, v_base, stride_kl * ALIGN, stride_vl * ALIGN, mask_base, ckeys_ptr, row_a, row_b, threshold,
-        scale_log2, offs_m, 0, full, key_end,
-        False, CAUSAL, HAS_MASK, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_N,
-    )  # fmt: skip
-    acc0, acc1, acc2, m, l = softmax_segment(
-        acc0, acc1, acc2, m, l, q0, q1, q2,
-        k_base, v_base, stride_kl * ALIGN, stride_vl * ALIGN, mask_base, ckeys_ptr, row_a, row_b, threshold,
-        scale_log2, offs_m, full, hi, key_end,
-        True, CAUSAL, HAS_MASK, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_N,
+        k_ptr + (b64 * stride_kb + g * stride_kh) * ALIGN, v_ptr + (b64 * stride_vb + g * stride_vh) * ALIGN,
+        stride_kl * ALIGN, stride_vl * ALIGN, mask_base, ckeys_ptr, row_a, row_b, threshold, scale_log2,
+        start_m, key_end_of(lengths_ptr, b, Lk, HAS_LENGTHS),
+        CAUSAL, HAS_MASK, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     finish_rows(
-        acc0, acc1, acc2, m, l, o_ptr + (b64 * Lq * H + h) * KV, lse_ptr + bh.to(tl.int64) * Lq, offs_m, keep_scale,
-        H, Lq, KV, E0, E1, E2,
-    )  # fmt: skip
-
-
-@triton.jit
-def finish_rows(
-    acc0, acc1, acc2, m, l, o_base, lse_base, offs_m, keep_scale, H, Lq,
-    KV: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
-):  # fmt: skip
-    """Writes O = acc keep_scale / l, 0 for a query without keys, and lse."""
-    seen = l > 0.0
-    factor = tl.where(seen, keep_scale / tl.where(seen, l, 1.0), 0.0)
-    lse = tl.where(seen, m + tl.log2(tl.where(seen, l, 1.0)), float("inf"))
-    tl.store(lse_base + offs_m, lse, mask=offs_m < Lq)
-    store_row_block(o_base, acc0, acc1, acc2, factor[:, None], offs_m, H * KV, Lq, E0, E1, E2, KV)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "stride_dob", "stride_dol", "stride_doh", "inverse_keep_scale", "site", "H", "Lq", "Lpad", "first", "gap",
-        "row_programs", "plane",
-    ]
-)  # fmt: skip
-def _attention_bwd_rows_kernel(
-    o_ptr, do_ptr, lse_ptr, rows_ptr, rng_ptr, ckeys_ptr, stride_dob, stride_dol, stride_doh,
-    inverse_keep_scale, site, H, Lq, Lpad, first, gap, row_programs, plane,
-    DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
-    KV: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """What backward needs of every query: rows [2 or 4, B, H, Lpad], planes lse, delta and the dropout keys A, B.
-
-    delta = sum(O dO) / keep_scale. Queries Lq ... Lpad - 1 get lse +inf: they have probability 0 and need no mask.
-    The last programs write the dropout keys of the columns, as `_column_keys_kernel` does.
-    """
-    pid = tl.program_id(0)
-    if DROPOUT:  # noqa: SIM102  a compile-time condition, kept apart from the run-time one
-        if pid >= row_programs:
-            i = (pid - row_programs) * BLOCK_M + tl.arange(0, BLOCK_M)
-            tl.store(ckeys_ptr + i, column_keys(rng_ptr, site, tl.where(i < first, i, i + gap)))
-            return
-    blocks = Lpad // BLOCK_M
-    block, bh = pid % blocks, pid // blocks
-    b, h = bh // H, bh % H
-    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    b64 = b.to(tl.int64)
-    do_base = do_ptr + (b64 * stride_dob + h * stride_doh) * ALIGN
-    o0, o1, o2 = load_row_block(o_ptr + (b64 * Lq * H + h) * KV, offs_m, H * KV, Lq, E0, E1, E2, KV)
-    d0, d1, d2 = load_row_block(do_base, offs_m, stride_dol * ALIGN, Lq, E0, E1, E2, KV)
-    delta = tl.sum(o0.to(tl.float32) * d0.to(tl.float32), 1)
-    if E1 > 0:
-        delta += tl.sum(o1.to(tl.float32) * d1.to(tl.float32), 1)
-    if E2 > 0:
-        delta += tl.sum(o2.to(tl.float32) * d2.to(tl.float32), 1)
-    lse = tl.load(lse_ptr + bh.to(tl.int64) * Lq + offs_m, mask=offs_m < Lq, other=float("inf"))
-    out = rows_ptr + bh.to(tl.int64) * Lpad + offs_m
-    tl.store(out, lse)
-    tl.store(out + plane, delta * inverse_keep_scale)
-    if DROPOUT:
-        row_a, row_b = row_keys(rng_ptr, site, b, h, offs_m)
-        tl.store(out + 2 * plane, row_a.to(tl.float32, bitcast=True))
-        tl.store(out + 3 * plane, row_b.to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def load_dropout_rows(rows, plane):
-    """(A, B) of queries at `rows`, pointers into the plane of lse."""
-    row_a = tl.load(rows + 2 * plane).to(tl.int32, bitcast=True)
-    row_b = tl.load(rows + 3 * plane).to(tl.int32, bitcast=True)
-    return row_a, row_b
+        acc0, acc1, acc2, m, l, o_ptr, rest_ptr, lse_ptr, b, h, start_m, keep_scale, H, Lq, KV, E0, E1, E2, BLOCK_M
+    )
 
 
 BACKWARD_RUNTIME = [
     "stride_qb", "stride_ql", "stride_qh", "stride_kb", "stride_kl", "stride_kh", "stride_vb", "stride_vl", "stride_vh",
-    "stride_dob", "stride_dol", "stride_doh", "stride_mb", "threshold", "plane", "H", "GROUP", "Lq", "Lpad", "Lk",
-    "PAIRS", "SPLITS", "Bk", "ROW", "HANDED_ROW",
+    "stride_dob", "stride_dol", "stride_doh", "stride_mb", "site", "threshold", "plane", "H", "GROUP", "Lq", "Lpad",
+    "Lk", "PAIRS", "SPLITS", "Bk", "ROW", "HANDED_ROW",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[n for n in BACKWARD_RUNTIME if n not in ("PAIRS", "SPLITS", "Bk", "HANDED_ROW")])
 def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, rows_ptr, lengths_ptr, mask_ptr, ckeys_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, rest_ptr, lse_ptr, do_ptr, dq_ptr, rows_ptr, lengths_ptr, mask_ptr, rng_ptr, ckeys_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_dob, stride_dol, stride_doh, stride_mb,
-    scale_log2, factor, threshold, plane, H, GROUP, Lq, Lpad, Lk, ROW,
+    scale_log2, factor, inverse_keep_scale, site, threshold, plane, H, GROUP, Lq, Lpad, Lk, ROW,
     CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
     K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     KV: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one block of queries of one head; factor = scale * keep_scale."""
-    blocks = tl.cdiv(Lq, BLOCK_M)
-    pid = tl.program_id(0)
-    block, bh = pid % blocks, pid // blocks
-    if CAUSAL:
-        block = blocks - 1 - block
-    b, h = bh // H, bh % H
-    start_m = block * BLOCK_M
+    """dQ of one block of queries of one head, and the rows that dK and dV read; factor = scale * keep_scale.
+
+    The programs of a head cover Lpad queries: those beyond Lq write rows and walk over no key.
+    """
+    start_m, b, h = query_block(Lpad // BLOCK_M, H, CAUSAL, BLOCK_M)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     b64, g = b.to(tl.int64), h // GROUP
-    k_base = k_ptr + (b64 * stride_kb + g * stride_kh) * ALIGN
-    v_base = v_ptr + (b64 * stride_vb + g * stride_vh) * ALIGN
     mask_base = mask_ptr
     if HAS_MASK:
         mask_base = mask_ptr + b64 * stride_mb
-    key_end = key_end_of(lengths_ptr, b, Lk, HAS_LENGTHS)
-    rows = rows_ptr + bh.to(tl.int64) * Lpad + offs_m
-    lse = tl.load(rows)
-    delta = tl.load(rows + plane)
-    row_a = offs_m
-    row_b = offs_m
-    if DROPOUT:
-        row_a, row_b = load_dropout_rows(rows, plane)
-    q_base = q_ptr + (b64 * stride_qb + h * stride_qh) * ALIGN
-    q0, q1, q2 = load_row_block(q_base, offs_m, stride_ql * ALIGN, Lq, D0, D1, D2, K)
     do_base = do_ptr + (b64 * stride_dob + h * stride_doh) * ALIGN
     do0, do1, do2 = load_row_block(do_base, offs_m, stride_dol * ALIGN, Lq, E0, E1, E2, KV)
-    dq0, dq1, dq2 = zero_row_block(BLOCK_M, D0, D1, D2)
-    full, hi = key_ranges(start_m, key_end, CAUSAL, BLOCK_M, BLOCK_N)
-    dq0, dq1, dq2 = dq_segment(
-        dq0, dq1, dq2, q0, q1, q2, do0, do1, do2, lse, delta,
-        k_base, v_base, stride_kl * ALIGN, stride_vl * ALIGN, mask_base, ckeys_ptr, row_a, row_b, threshold,
-        scale_log2, offs_m, 0, full, key_end,
-        False, CAUSAL, HAS_MASK, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_N,
+    lse, delta, row_a, row_b = backward_rows(
+        do0, do1, do2, o_ptr, rest_ptr, lse_ptr, rows_ptr, rng_ptr, b, h, start_m, inverse_keep_scale, site, plane,
+        H, Lq, Lpad, DROPOUT, KV, E0, E1, E2, BLOCK_M,
     )  # fmt: skip
+    q_base = q_ptr + (b64 * stride_qb + h * stride_qh) * ALIGN
+    q0, q1, q2 = load_row_block(q_base, offs_m, stride_ql * ALIGN, Lq, D0, D1, D2, K)
+    dq0, dq1, dq2 = zero_row_block(BLOCK_M, D0, D1, D2)
+    key_end = key_end_of(lengths_ptr, b, Lk, HAS_LENGTHS)
     dq0, dq1, dq2 = dq_segment(
         dq0, dq1, dq2, q0, q1, q2, do0, do1, do2, lse, delta,
-        k_base, v_base, stride_kl * ALIGN, stride_vl * ALIGN, mask_base, ckeys_ptr, row_a, row_b, threshold,
-        scale_log2, offs_m, full, hi, key_end,
-        True, CAUSAL, HAS_MASK, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_N,
+        k_ptr + (b64 * stride_kb + g * stride_kh) * ALIGN, v_ptr + (b64 * stride_vb + g * stride_vh) * ALIGN,
+        stride_kl * ALIGN, stride_vl * ALIGN, mask_base, ckeys_ptr, row_a, row_b, threshold, scale_log2,
+        start_m, tl.where(start_m < Lq, key_end, 0),
+        CAUSAL, HAS_MASK, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     store_row_block(dq_ptr + (b64 * Lq * ROW + h) * K, dq0, dq1, dq2, factor, offs_m, ROW * K, Lq, D0, D1, D2, K)
 
@@ -241,16 +145,9 @@ def dkdv_queries(
     for start in tl.range(lo, hi, BLOCK_M):
         q_base = q_ptr + tl.cast(start, tl.int64) * stride_ql
         do_base = do_ptr + tl.cast(start, tl.int64) * stride_dol
-        left = Lq - start
         rows = rows_ptr + start + offs_m
-        q0 = load_part(q_base, offs_m, stride_ql, left, 0, D0, K, True)
-        s = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
-        if D1 > 0:
-            q1 = load_part(q_base, offs_m, stride_ql, left, D0, D1, K, True)
-            s = tl.dot(k1, tl.trans(q1), s, input_precision=PRECISION)
-        if D2 > 0:
-            q2 = load_part(q_base, offs_m, stride_ql, left, D0 + D1, D2, K, True)
-            s = tl.dot(k2, tl.trans(q2), s, input_precision=PRECISION)
+        q0, q1, q2 = load_row_block(q_base, offs_m, stride_ql, Lq - start, D0, D1, D2, K)
+        s = product_over_width(k0, k1, k2, q0, q1, q2, PRECISION, D1, D2)
         if NEGATIVE:
             s = -s
         lse = tl.load(rows)
@@ -262,36 +159,20 @@ def dkdv_queries(
         if DROPOUT:
             row_a, row_b = load_dropout_rows(rows, plane)
             kept = keep(row_a[None, :], row_b[None, :], column_c[:, None], threshold)
-        do0 = load_part(do_base, offs_m, stride_dol, left, 0, E0, KV, True)
-        if E1 > 0:
-            do1 = load_part(do_base, offs_m, stride_dol, left, E0, E1, KV, True)
-        if E2 > 0:
-            do2 = load_part(do_base, offs_m, stride_dol, left, E0 + E1, E2, KV, True)
+        do0, do1, do2 = load_row_block(do_base, offs_m, stride_dol, Lq - start, E0, E1, E2, KV)
         if WANT_DV:
             pd = p
             if DROPOUT:
                 pd = tl.where(kept, p, 0.0)
             pd = pd.to(do_ptr.dtype.element_ty)
-            dv0 = tl.dot(pd, do0, dv0, input_precision=PRECISION)
-            if E1 > 0:
-                dv1 = tl.dot(pd, do1, dv1, input_precision=PRECISION)
-            if E2 > 0:
-                dv2 = tl.dot(pd, do2, dv2, input_precision=PRECISION)
+            dv0, dv1, dv2 = add_product(dv0, dv1, dv2, pd, do0, do1, do2, PRECISION, E1, E2)
         if WANT_DK:
-            dp = tl.dot(v0, tl.trans(do0), input_precision=PRECISION)
-            if E1 > 0:
-                dp = tl.dot(v1, tl.trans(do1), dp, input_precision=PRECISION)
-            if E2 > 0:
-                dp = tl.dot(v2, tl.trans(do2), dp, input_precision=PRECISION)
+            dp = product_over_width(v0, v1, v2, do0, do1, do2, PRECISION, E1, E2)
             delta = tl.load(rows + plane)
             if DROPOUT:
                 dp = tl.where(kept, dp, 0.0)
             ds = (p * (dp - delta[None, :])).to(q_ptr.dtype.element_ty)
-            dk0 = tl.dot(ds, q0, dk0, input_precision=PRECISION)
-            if D1 > 0:
-                dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
-            if D2 > 0:
-                dk2 = tl.dot(ds, q2, dk2, input_precision=PRECISION)
+            dk0, dk1, dk2 = add_product(dk0, dk1, dk2, ds, q0, q1, q2, PRECISION, D1, D2)
     return dk0, dk1, dk2, dv0, dv1, dv2
 
 
@@ -345,9 +226,8 @@ def _attention_bwd_dkdv_kernel(
         h = g * GROUP + pair % GROUP
         b64 = b.to(tl.int64)
         key_end = key_end_of(lengths_ptr, b, Lk, HAS_LENGTHS)
-        real = offs_n < key_end
-        if HAS_MASK:
-            real = tl.load(mask_ptr + b64 * stride_mb + offs_n) == 0.0
+        if SHARED:
+            real = real_keys(lengths_ptr, mask_ptr, stride_mb, b, offs_n, Lk, HAS_LENGTHS, HAS_MASK)
         # a block without real keys has nothing to do: its range of queries is empty
         end = tl.where(start_n < key_end, Lq, 0)
         q_base = q_ptr + (b64 * stride_qb + h * stride_qh) * ALIGN
@@ -372,6 +252,9 @@ def _attention_bwd_dkdv_kernel(
             False, SHARED and (HAS_LENGTHS or HAS_MASK), DROPOUT, NEGATIVE, PRECISION, WANT_DK, WANT_DV,
             K, D0, D1, D2, KV, E0, E1, E2, BLOCK_M,
         )  # fmt: skip
+    if not SHARED:
+        # only now: alive through the loop it spills two or three registers
+        real = real_keys(lengths_ptr, mask_ptr, stride_mb, bk, offs_n, Lk, HAS_LENGTHS, HAS_MASK)
     out_row = ((tl.cast(split, tl.int64) * Bk + bk) * Lk + start_n) * ROW + g
     handed_row = (bk64 * Lk + start_n) * HANDED_ROW + g
     left = Lk - start_n
@@ -409,6 +292,15 @@ def add_rows(
     if D2 > 0:
         x2 = x2 * factor + y2.to(tl.float32)
     return x0, x1, x2
+
+
+@triton.jit
+def real_keys(lengths_ptr, mask_ptr, stride_mb, b, offs_n, Lk, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr):
+    """bool [N]: whether keys offs_n of sequence b may be attended to."""
+    if HAS_MASK:
+        return tl.load(mask_ptr + b.to(tl.int64) * stride_mb + offs_n) == 0.0
+    else:
+        return offs_n < key_end_of(lengths_ptr, b, Lk, HAS_LENGTHS)
 
 
 @triton.jit

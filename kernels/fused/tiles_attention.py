@@ -42,23 +42,26 @@ def head_dim_class(width: int) -> tuple[int, int, int]:
     return tuple(parts + [0] * (3 - len(parts)))  # type: ignore[return-value]
 
 
-def parts_of(direction: str, width: int) -> tuple[int, int, int]:
-    """Parts of a head width in one kernel: `head_dim_class`, with two exceptions for backward.
+def parts_of(direction: str, width: int, bits: int) -> tuple[int, int, int]:
+    """Parts of a head width in one kernel, of elements of `bits`: `head_dim_class`, with three exceptions.
 
+    float32 takes up to 128 as one part: in tiles of 16 or 32 rows a part of 16 is computed by several warps (K 112 as
+    64 + 32 + 16 forward: twice, and 286 spilt registers; as 128 none).
     dkdv takes 33 to 64 and 65 to 128 as one part: two accumulators and two resident operands in several parts each
     spill (K 112 in three parts, 32 x 128 by 8 warps: 4 to 31 stores; as 128 none, for an eighth more products).
     Above 128 backward has steps of 64, for the reason given there (dK at 224 as 128 + 64 + 32: 11.9 slots).
     """
     if direction in ("dq", "dq_extra", "dk", "dv") and 128 < width <= 256:
         return (128, 64, 0) if width <= 192 else (128, 128, 0)
-    if direction == "dkdv" and 32 < width <= 128:
-        return (64 if width <= 64 else 128), 0, 0
+    if width <= 128 and (bits == 32 or (direction == "dkdv" and width > 32)):
+        return max(16, 1 << (width - 1).bit_length()), 0, 0
     return head_dim_class(width)
 
 
-def key_directions(width: int, value_width: int) -> tuple[str, ...]:
-    """One kernel for dK and dV, or above 128 two, of two and three products: their accumulators do not fit together."""
-    return ("dkdv",) if max(width, value_width) <= 128 else ("dk", "dv")
+def key_directions(width: int, value_width: int, bits: int) -> tuple[str, ...]:
+    """One kernel for dK and dV, or above 128 (float32: 64) two, of two and three products: their accumulators do not
+    fit together (float32, K 128 with dropout: 4 spilt registers in one kernel, none in two)."""
+    return ("dkdv",) if max(width, value_width) <= (64 if bits == 32 else 128) else ("dk", "dv")
 
 
 # For each kernel, without and with dropout: (largest sum of parts, tile), the first row that is wide enough counts.
@@ -121,13 +124,14 @@ TABLES = {
     "dq_extra": DQ_EXTRA,
 }
 
-# float32, with dropout or without: what fits 99 KiB and spills least; a block of 8 is padded to 16 in the product
+# float32, with dropout or without: no spills and no repeated product up to 128, above what fits 99 KiB and spills
+# least; a block of 8 is padded to 16 in the product
 TABLES_32 = {
-    "forward": ((64, Tile(32, 32, 4, 1)), (128, Tile(32, 32, 4, 1)), (512, Tile(16, 16, 4, 1))),
-    "dq": ((64, Tile(32, 32, 4, 1)), (256, Tile(16, 16, 4, 1)), (512, Tile(8, 16, 4, 1))),
-    "dkdv": ((64, Tile(32, 32, 4, 1)), (128, Tile(16, 16, 4, 1))),
-    "dk": ((256, Tile(16, 16, 4, 1)), (512, Tile(16, 8, 4, 1))),
-    "dv": ((512, Tile(16, 16, 4, 1)),),
+    "forward": ((64, Tile(32, 32, 4, 1)), (128, Tile(16, 32, 4, 1)), (512, Tile(16, 16, 4, 1))),
+    "dq": ((64, Tile(32, 32, 4, 1)), (128, Tile(16, 32, 4, 2)), (256, Tile(16, 16, 4, 1)), (512, Tile(8, 16, 4, 1))),
+    "dkdv": ((64, Tile(32, 16, 4, 1)),),
+    "dk": ((128, Tile(32, 16, 4, 1)), (256, Tile(16, 16, 4, 1)), (512, Tile(16, 8, 4, 1))),
+    "dv": ((128, Tile(32, 16, 4, 1)), (512, Tile(16, 16, 4, 1))),
 }
 
 
@@ -136,6 +140,6 @@ def tile(direction: str, arch: str, width: int, value_width: int, causal: bool, 
 
     arch and causal choose nothing yet: tiles of sm_86 serve every architecture and mask.
     """
-    widest = max(sum(parts_of(direction, width)), sum(parts_of(direction, value_width)))
+    widest = max(sum(parts_of(direction, n, bits)) for n in (width, value_width))
     table = TABLES_32[direction.removesuffix("_extra")] if bits == 32 else TABLES[direction][dropout]
     return next(found for limit, found in table if widest <= limit)

@@ -14,14 +14,17 @@ from kernels.compile_only.record import launches
 from kernels.dropout import Dropout, keep_scale
 from kernels.fused.attention import (
     alignment,
-    backward_rows,
     check_supported,
     drop_arguments,
+    empty_rows,
     forward_columns,
     launch_dkdv,
     mask_bias,
+    needs_backward,
     padded_columns,
     padded_heads,
+    present,
+    rest_of,
     row_heads,
     scale_constants,
     strides_of,
@@ -30,16 +33,17 @@ from kernels.fused.attention import (
     with_unit_stride,
 )
 from kernels.fused.attention_core import (
-    NO_KEY,
+    backward_rows,
     dq_segment,
+    empty_softmax,
+    finish_rows,
     key_end_of,
-    key_ranges,
     load_row_block,
+    query_block,
     softmax_segment,
     store_row_block,
     zero_row_block,
 )
-from kernels.fused.attention_kernels import finish_rows, load_dropout_rows
 from kernels.fused.primitives import row_keys, signed_threshold
 from kernels.packed import unpack
 
@@ -57,7 +61,7 @@ def _names(*absent: str) -> list[str]:
 
 @triton.jit(do_not_specialize=_names("stride_dob", "stride_dol", "stride_doh", "plane", "Lpad", "ROW"))
 def _unified_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, other_k_ptr, other_v_ptr, o_ptr, lse_ptr, lengths_ptr, mask_ptr, rng_ptr, ckeys_ptr,
+    q_ptr, k_ptr, v_ptr, other_k_ptr, other_v_ptr, o_ptr, rest_ptr, lse_ptr, lengths_ptr, mask_ptr, rng_ptr, ckeys_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_ob, stride_ol, stride_oh, stride_wb, stride_wl, stride_wh, stride_mb,
     scale_log2, keep_scale, site, threshold, first, H, GROUP, OTHER_GROUP, Lq, Lk, Lo,
@@ -67,203 +71,157 @@ def _unified_attention_fwd_kernel(
     KV: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """O and lse of one block of queries of one head. stride_o*, stride_w*: of the other segment's keys and values;
-    first: where its columns begin in the dropout table."""
-    blocks = tl.cdiv(Lq, BLOCK_M)
-    pid = tl.program_id(0)
-    block, bh = blocks - 1 - pid % blocks, pid // blocks
-    b, h = bh // H, bh % H
-    start_m = block * BLOCK_M
+    """O, its further bits and lse of one block of queries of one head. stride_o*, stride_w*: of the other segment's
+    keys and values; first: where its columns begin in the dropout table."""
+    start_m, b, h = query_block(tl.cdiv(Lq, BLOCK_M), H, True, BLOCK_M)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     b64 = b.to(tl.int64)
     row_a = offs_m
     row_b = offs_m
-    if DROPOUT:
-        row_a, row_b = row_keys(rng_ptr, site, b, h, offs_m)
-    q_base = q_ptr + (b64 * stride_qb + h * stride_qh) * ALIGN
-    q0, q1, q2 = load_row_block(q_base, offs_m, stride_ql * ALIGN, Lq, D0, D1, D2, K)
-    acc0, acc1, acc2 = zero_row_block(BLOCK_M, E0, E1, E2)
-    m = tl.full([BLOCK_M], NO_KEY, tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
     other_ckeys = ckeys_ptr
     if DROPOUT:
+        row_a, row_b = row_keys(rng_ptr, site, b, h, offs_m)
         other_ckeys = ckeys_ptr + first
-
-    g = h // GROUP
-    base_k = k_ptr + (b64 * stride_kb + g * stride_kh) * ALIGN
-    base_v = v_ptr + (b64 * stride_vb + g * stride_vh) * ALIGN
-    full, hi = key_ranges(start_m, Lk, True, BLOCK_M, BLOCK_N)
-    acc0, acc1, acc2, m, l = softmax_segment(
-        acc0, acc1, acc2, m, l, q0, q1, q2,
-        base_k, base_v, stride_kl * ALIGN, stride_vl * ALIGN, None, ckeys_ptr, row_a, row_b, threshold,
-        scale_log2, offs_m, 0, full, Lk,
-        False, True, False, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_N,
-    )  # fmt: skip
-    acc0, acc1, acc2, m, l = softmax_segment(
-        acc0, acc1, acc2, m, l, q0, q1, q2,
-        base_k, base_v, stride_kl * ALIGN, stride_vl * ALIGN, None, ckeys_ptr, row_a, row_b, threshold,
-        scale_log2, offs_m, full, hi, Lk,
-        True, True, False, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_N,
-    )  # fmt: skip
-
-    g = h // OTHER_GROUP
-    base_k = other_k_ptr + (b64 * stride_ob + g * stride_oh) * ALIGN
-    base_v = other_v_ptr + (b64 * stride_wb + g * stride_wh) * ALIGN
     mask_base = mask_ptr
     if HAS_MASK:
         mask_base = mask_ptr + b64 * stride_mb
-    key_end = key_end_of(lengths_ptr, b, Lo, HAS_LENGTHS)
-    full, hi = key_ranges(start_m, key_end, False, BLOCK_M, BLOCK_N)
+    q_base = q_ptr + (b64 * stride_qb + h * stride_qh) * ALIGN
+    q0, q1, q2 = load_row_block(q_base, offs_m, stride_ql * ALIGN, Lq, D0, D1, D2, K)
+    acc0, acc1, acc2, m, l = empty_softmax(BLOCK_M, E0, E1, E2)
+    g = h // GROUP
     acc0, acc1, acc2, m, l = softmax_segment(
         acc0, acc1, acc2, m, l, q0, q1, q2,
-        base_k, base_v, stride_ol * ALIGN, stride_wl * ALIGN, mask_base, other_ckeys, row_a, row_b, threshold,
-        scale_log2, offs_m, 0, full, key_end,
-        False, False, HAS_MASK, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_N,
+        k_ptr + (b64 * stride_kb + g * stride_kh) * ALIGN, v_ptr + (b64 * stride_vb + g * stride_vh) * ALIGN,
+        stride_kl * ALIGN, stride_vl * ALIGN, None, ckeys_ptr, row_a, row_b, threshold, scale_log2, start_m, Lk,
+        True, False, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_M, BLOCK_N,
     )  # fmt: skip
+    g = h // OTHER_GROUP
     acc0, acc1, acc2, m, l = softmax_segment(
         acc0, acc1, acc2, m, l, q0, q1, q2,
-        base_k, base_v, stride_ol * ALIGN, stride_wl * ALIGN, mask_base, other_ckeys, row_a, row_b, threshold,
-        scale_log2, offs_m, full, hi, key_end,
-        True, False, HAS_MASK, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_N,
+        other_k_ptr + (b64 * stride_ob + g * stride_oh) * ALIGN,
+        other_v_ptr + (b64 * stride_wb + g * stride_wh) * ALIGN,
+        stride_ol * ALIGN, stride_wl * ALIGN, mask_base, other_ckeys, row_a, row_b, threshold, scale_log2,
+        start_m, key_end_of(lengths_ptr, b, Lo, HAS_LENGTHS),
+        False, HAS_MASK, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     finish_rows(
-        acc0, acc1, acc2, m, l, o_ptr + (b64 * Lq * H + h) * KV, lse_ptr + bh.to(tl.int64) * Lq, offs_m, keep_scale,
-        H, Lq, KV, E0, E1, E2,
-    )  # fmt: skip
+        acc0, acc1, acc2, m, l, o_ptr, rest_ptr, lse_ptr, b, h, start_m, keep_scale, H, Lq, KV, E0, E1, E2, BLOCK_M
+    )
 
 
-@triton.jit(do_not_specialize=_names("site"))
+@triton.jit(do_not_specialize=_names())
 def _unified_attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, other_k_ptr, other_v_ptr, do_ptr, dq_ptr, rows_ptr, lengths_ptr, mask_ptr, ckeys_ptr,
+    q_ptr, k_ptr, v_ptr, other_k_ptr, other_v_ptr, o_ptr, rest_ptr, lse_ptr, do_ptr, dq_ptr, rows_ptr,
+    lengths_ptr, mask_ptr, rng_ptr, ckeys_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_ob, stride_ol, stride_oh, stride_wb, stride_wl, stride_wh, stride_dob, stride_dol, stride_doh, stride_mb,
-    scale_log2, factor, threshold, plane, first, H, GROUP, OTHER_GROUP, Lq, Lpad, Lk, Lo, ROW,
+    scale_log2, factor, inverse_keep_scale, site, threshold, plane, first, H, GROUP, OTHER_GROUP, Lq, Lpad, Lk, Lo, ROW,
     HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
     K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     KV: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one block of queries of one head over both segments; factor = scale * keep_scale. ROW: as in attention."""
-    blocks = tl.cdiv(Lq, BLOCK_M)
-    pid = tl.program_id(0)
-    block, bh = blocks - 1 - pid % blocks, pid // blocks
-    b, h = bh // H, bh % H
-    start_m = block * BLOCK_M
+    """dQ of one block of queries of one head over both segments, and the rows that dK and dV read, as in
+    `_attention_bwd_dq_kernel`; factor = scale * keep_scale. ROW: as in attention."""
+    start_m, b, h = query_block(Lpad // BLOCK_M, H, True, BLOCK_M)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     b64 = b.to(tl.int64)
-    rows = rows_ptr + bh.to(tl.int64) * Lpad + offs_m
-    lse = tl.load(rows)
-    delta = tl.load(rows + plane)
-    row_a = offs_m
-    row_b = offs_m
     other_ckeys = ckeys_ptr
     if DROPOUT:
-        row_a, row_b = load_dropout_rows(rows, plane)
         other_ckeys = ckeys_ptr + first
-    q_base = q_ptr + (b64 * stride_qb + h * stride_qh) * ALIGN
-    q0, q1, q2 = load_row_block(q_base, offs_m, stride_ql * ALIGN, Lq, D0, D1, D2, K)
-    do_base = do_ptr + (b64 * stride_dob + h * stride_doh) * ALIGN
-    do0, do1, do2 = load_row_block(do_base, offs_m, stride_dol * ALIGN, Lq, E0, E1, E2, KV)
-    dq0, dq1, dq2 = zero_row_block(BLOCK_M, D0, D1, D2)
-
-    g = h // GROUP
-    base_k = k_ptr + (b64 * stride_kb + g * stride_kh) * ALIGN
-    base_v = v_ptr + (b64 * stride_vb + g * stride_vh) * ALIGN
-    full, hi = key_ranges(start_m, Lk, True, BLOCK_M, BLOCK_N)
-    dq0, dq1, dq2 = dq_segment(
-        dq0, dq1, dq2, q0, q1, q2, do0, do1, do2, lse, delta,
-        base_k, base_v, stride_kl * ALIGN, stride_vl * ALIGN, None, ckeys_ptr, row_a, row_b, threshold,
-        scale_log2, offs_m, 0, full, Lk,
-        False, True, False, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_N,
-    )  # fmt: skip
-    dq0, dq1, dq2 = dq_segment(
-        dq0, dq1, dq2, q0, q1, q2, do0, do1, do2, lse, delta,
-        base_k, base_v, stride_kl * ALIGN, stride_vl * ALIGN, None, ckeys_ptr, row_a, row_b, threshold,
-        scale_log2, offs_m, full, hi, Lk,
-        True, True, False, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_N,
-    )  # fmt: skip
-
-    g = h // OTHER_GROUP
-    base_k = other_k_ptr + (b64 * stride_ob + g * stride_oh) * ALIGN
-    base_v = other_v_ptr + (b64 * stride_wb + g * stride_wh) * ALIGN
     mask_base = mask_ptr
     if HAS_MASK:
         mask_base = mask_ptr + b64 * stride_mb
-    key_end = key_end_of(lengths_ptr, b, Lo, HAS_LENGTHS)
-    full, hi = key_ranges(start_m, key_end, False, BLOCK_M, BLOCK_N)
-    dq0, dq1, dq2 = dq_segment(
-        dq0, dq1, dq2, q0, q1, q2, do0, do1, do2, lse, delta,
-        base_k, base_v, stride_ol * ALIGN, stride_wl * ALIGN, mask_base, other_ckeys, row_a, row_b, threshold,
-        scale_log2, offs_m, 0, full, key_end,
-        False, False, HAS_MASK, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_N,
+    do_base = do_ptr + (b64 * stride_dob + h * stride_doh) * ALIGN
+    do0, do1, do2 = load_row_block(do_base, offs_m, stride_dol * ALIGN, Lq, E0, E1, E2, KV)
+    lse, delta, row_a, row_b = backward_rows(
+        do0, do1, do2, o_ptr, rest_ptr, lse_ptr, rows_ptr, rng_ptr, b, h, start_m, inverse_keep_scale, site, plane,
+        H, Lq, Lpad, DROPOUT, KV, E0, E1, E2, BLOCK_M,
     )  # fmt: skip
+    q_base = q_ptr + (b64 * stride_qb + h * stride_qh) * ALIGN
+    q0, q1, q2 = load_row_block(q_base, offs_m, stride_ql * ALIGN, Lq, D0, D1, D2, K)
+    dq0, dq1, dq2 = zero_row_block(BLOCK_M, D0, D1, D2)
+    g = h // GROUP
     dq0, dq1, dq2 = dq_segment(
         dq0, dq1, dq2, q0, q1, q2, do0, do1, do2, lse, delta,
-        base_k, base_v, stride_ol * ALIGN, stride_wl * ALIGN, mask_base, other_ckeys, row_a, row_b, threshold,
-        scale_log2, offs_m, full, hi, key_end,
-        True, False, HAS_MASK, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_N,
+        k_ptr + (b64 * stride_kb + g * stride_kh) * ALIGN, v_ptr + (b64 * stride_vb + g * stride_vh) * ALIGN,
+        stride_kl * ALIGN, stride_vl * ALIGN, None, ckeys_ptr, row_a, row_b, threshold, scale_log2,
+        start_m, tl.where(start_m < Lq, Lk, 0),
+        True, False, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    g = h // OTHER_GROUP
+    key_end = key_end_of(lengths_ptr, b, Lo, HAS_LENGTHS)
+    dq0, dq1, dq2 = dq_segment(
+        dq0, dq1, dq2, q0, q1, q2, do0, do1, do2, lse, delta,
+        other_k_ptr + (b64 * stride_ob + g * stride_oh) * ALIGN,
+        other_v_ptr + (b64 * stride_wb + g * stride_wh) * ALIGN,
+        stride_ol * ALIGN, stride_wl * ALIGN, mask_base, other_ckeys, row_a, row_b, threshold, scale_log2,
+        start_m, tl.where(start_m < Lq, key_end, 0),
+        False, HAS_MASK, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     store_row_block(dq_ptr + (b64 * Lq * ROW + h) * K, dq0, dq1, dq2, factor, offs_m, ROW * K, Lq, D0, D1, D2, K)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, other_k: Tensor, other_v: Tensor,
-    lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, p: float, site: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(O [B, L, H, Kv], lse [B, H, L] float32 in units of log2)."""
+    q: Tensor, k: Tensor, v: Tensor, other_k: Tensor, other_v: Tensor, lengths: Tensor | None, mask: Tensor | None,
+    rng: Tensor | None, scale: float, p: float, site: int, backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(O [B, L, H, Kv], lse [B, H, L] float32 in units of log2, O's further bits: `rest_of`)."""
     q, k, v, other_k, other_v = (with_unit_stride(x) for x in (q, k, v, other_k, other_v))
     mask = mask_bias(mask)
-    batch, queries, heads, width = q.shape
+    batch, queries, heads, _ = q.shape
     keys, others, value_width = k.shape[1], other_k.shape[1], v.shape[3]
     o = torch.empty((batch, queries, heads, value_width), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+    rest = rest_of(o, backward)
     if not launches(q) or o.numel() == 0:
-        return o, lse
+        return o, lse, rest
     columns = forward_columns(p, rng, site, (keys, others), q)
     align = alignment(q, k, v, other_k, other_v)
     tile = tile_for("forward_extra", q, v, True, p > 0)
     scale_log2, constants = scale_constants(scale, q.dtype)
     _unified_attention_fwd_kernel[(triton.cdiv(queries, tile["BLOCK_M"]) * heads * batch,)](
-        q, k, v, other_k, other_v, o, lse, lengths, mask, rng, columns,
+        q, k, v, other_k, other_v, o, present(rest), lse, lengths, mask, rng, columns,
         *(s // align for x in (q, k, v, other_k, other_v) for s in strides_of(x)),
         0 if mask is None else mask.stride(0),
         scale_log2, keep_scale(p), site, signed_threshold(p), padded_columns(keys),
         heads, heads // k.shape[2], heads // other_k.shape[2], queries, keys, others,
         HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
-        **constants, **width_constants("forward", width, value_width), **tile,
+        **constants, **width_constants("forward", q, v), **tile,
     )  # fmt: skip
-    return o, lse
+    return o, lse, rest
 
 
 def backward(
-    do: Tensor, sources: list[Tensor], o: Tensor, lse: Tensor,
+    do: Tensor, sources: list[Tensor], o: Tensor, lse: Tensor, rest: Tensor,
     lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, p: float, site: int,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of `sources`, contiguous: [q, k, v, other k, other v], or packed as [qkv, other kv]."""
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in sources]
     do, q, k, v, other_k, other_v = (with_unit_stride(x) for x in (do, *unpack(*sources)))
     mask = mask_bias(mask)
-    batch, queries, heads, width = q.shape
+    batch, queries, heads, _ = q.shape
     keys, others = k.shape[1], other_k.shape[1]
     if not launches(q):
         return gradients
     if o.numel() == 0:
         return [x.zero_() for x in gradients]
     dq, dk, dv, other_dk, other_dv = unpack(*gradients)
-    rows, columns = backward_rows(o, do, lse, rng, p, site, (keys, others))
+    rows = empty_rows(q, v, "dq_extra", True, p)
+    columns = forward_columns(p, rng, site, (keys, others), q)
     align = alignment(q, k, v, other_k, other_v, do)
     tile = tile_for("dq_extra", q, v, True, p > 0)
     scale_log2, constants = scale_constants(scale, q.dtype)
     first = padded_columns(keys)
-    _unified_attention_bwd_dq_kernel[(triton.cdiv(queries, tile["BLOCK_M"]) * heads * batch,)](
-        q, k, v, other_k, other_v, do, dq, rows, lengths, mask, columns,
+    _unified_attention_bwd_dq_kernel[(rows.shape[3] // tile["BLOCK_M"] * heads * batch,)](
+        q, k, v, other_k, other_v, o, present(rest), lse, do, dq, rows, lengths, mask, rng, columns,
         *(s // align for x in (q, k, v, other_k, other_v, do) for s in strides_of(x)),
         0 if mask is None else mask.stride(0),
-        scale_log2, scale * keep_scale(p), signed_threshold(p), rows.stride(0), first,
+        scale_log2, scale * keep_scale(p), 1.0 / keep_scale(p), site, signed_threshold(p), rows.stride(0), first,
         heads, heads // k.shape[2], heads // other_k.shape[2], queries, rows.shape[3], keys, others, row_heads(dq),
         HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
-        **constants, **width_constants("dq", width, v.shape[3]), **tile,
+        **constants, **width_constants("dq", q, v), **tile,
     )  # fmt: skip
     own_columns, other_columns = (None, None) if columns is None else (columns[:first], columns[first:])
     launch_dkdv(dk, dv, q, k, v, do, rows, own_columns, None, None, scale, True, p)
@@ -273,20 +231,20 @@ def backward(
 
 @torch.library.custom_op("march_kernels::unified_attention", mutates_args=())
 def unified_attention_op(
-    q: Tensor, k: Tensor, v: Tensor, other_k: Tensor, other_v: Tensor,
-    lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, p: float, site: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(O, lse); `forward` as a registered operator."""
-    return forward(q, k, v, other_k, other_v, lengths, mask, rng, scale, p, site)
+    q: Tensor, k: Tensor, v: Tensor, other_k: Tensor, other_v: Tensor, lengths: Tensor | None, mask: Tensor | None,
+    rng: Tensor | None, scale: float, p: float, site: int, backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(O, lse, rest); `forward` as a registered operator."""
+    return forward(q, k, v, other_k, other_v, lengths, mask, rng, scale, p, site, backward)
 
 
 @torch.library.custom_op("march_kernels::unified_attention_backward", mutates_args=())
 def unified_attention_backward_op(
-    do: Tensor, sources: list[Tensor], o: Tensor, lse: Tensor,
+    do: Tensor, sources: list[Tensor], o: Tensor, lse: Tensor, rest: Tensor,
     lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, p: float, site: int,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of `sources`; `backward` as a registered operator."""
-    return backward(do, sources, o, lse, lengths, mask, rng, scale, p, site)
+    return backward(do, sources, o, lse, rest, lengths, mask, rng, scale, p, site)
 
 
 unified_attention_op.register_fake(forward)
@@ -294,14 +252,14 @@ unified_attention_backward_op.register_fake(backward)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, other_k, other_v, lengths, mask, rng, *ctx.settings = inputs
+    q, k, v, other_k, other_v, lengths, mask, rng, *ctx.settings, _ = inputs
     ctx.save_for_backward(*output, lengths, mask, rng, q, k, v, other_k, other_v)
 
 
-def _autograd(ctx, do, _):
-    o, lse, lengths, mask, rng, *sources = ctx.saved_tensors
-    gradients = unified_attention_backward_op(do, sources, o, lse, lengths, mask, rng, *ctx.settings)
-    return *gradients, None, None, None, None, None, None
+def _autograd(ctx, do, *_):
+    o, lse, rest, lengths, mask, rng, *sources = ctx.saved_tensors
+    gradients = unified_attention_backward_op(do, sources, o, lse, rest, lengths, mask, rng, *ctx.settings)
+    return *gradients, *[None] * 7
 
 
 unified_attention_op.register_autograd(_autograd, setup_context=_setup_context)
@@ -311,17 +269,17 @@ class PackedUnifiedAttention(torch.autograd.Function):
     """`unified_attention_op` of packed sources [qkv, other kv], whose gradients are packed likewise."""
 
     @staticmethod
-    def forward(ctx, lengths, mask, rng, scale, p, site, qkv, kv_other):
-        o, lse = unified_attention_op(*unpack(qkv, kv_other), lengths, mask, rng, scale, p, site)
-        ctx.save_for_backward(o, lse, lengths, mask, rng, qkv, kv_other)
+    def forward(ctx, lengths, mask, rng, scale, p, site, backward, qkv, kv_other):
+        o, lse, rest = unified_attention_op(*unpack(qkv, kv_other), lengths, mask, rng, scale, p, site, backward)
+        ctx.save_for_backward(o, lse, rest, lengths, mask, rng, qkv, kv_other)
         ctx.settings = scale, p, site
         return o
 
     @staticmethod
     def backward(ctx, do):
-        o, lse, lengths, mask, rng, *sources = ctx.saved_tensors
-        gradients = unified_attention_backward_op(do, sources, o, lse, lengths, mask, rng, *ctx.settings)
-        return None, None, None, None, None, None, *gradients
+        o, lse, rest, lengths, mask, rng, *sources = ctx.saved_tensors
+        gradients = unified_attention_backward_op(do, sources, o, lse, rest, lengths, mask, rng, *ctx.settings)
+        return *[None] * 7, *gradients
 
 
 def unified_attention(
@@ -340,7 +298,8 @@ def unified_attention(
     rng, p, site = drop_arguments(dropout)
     check_supported("unified_attention", q, k_own, v_own, k_other, v_other)
     inputs = padded_heads(q, k_own, v_own, k_other, v_other)
-    return unified_attention_op(*inputs, key_lengths, key_mask, rng, scale, p, site)[0][..., : v_own.shape[3]]
+    backward = needs_backward(*inputs)
+    return unified_attention_op(*inputs, key_lengths, key_mask, rng, scale, p, site, backward)[0][..., : v_own.shape[3]]
 
 
 def packed_unified_attention(
@@ -356,4 +315,6 @@ def packed_unified_attention(
     rng, p, site = drop_arguments(dropout)
     check_supported("packed_unified_attention", qkv, kv_other)
     sources = padded_heads(qkv, kv_other)
-    return PackedUnifiedAttention.apply(key_lengths, key_mask, rng, scale, p, site, *sources)[..., : qkv.shape[-1]]
+    backward = needs_backward(*sources)
+    out = PackedUnifiedAttention.apply(key_lengths, key_mask, rng, scale, p, site, backward, *sources)
+    return out[..., : qkv.shape[-1]]

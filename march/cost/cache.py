@@ -242,9 +242,8 @@ ACCESS: dict[str, tuple[tuple[str, ...], Access | None]] = {
         ("q_ptr", "lengths_ptr", "mask_ptr", "rng_ptr", "ckeys_ptr"),
         _attention(("k_ptr", "v_ptr", "GROUP")),
     ),
-    "_attention_bwd_rows_kernel": (("o_ptr", "do_ptr", "lse_ptr", "rng_ptr"), None),
     "_attention_bwd_dq_kernel": (
-        ("q_ptr", "do_ptr", "rows_ptr", "lengths_ptr", "mask_ptr", "ckeys_ptr"),
+        ("q_ptr", "o_ptr", "rest_ptr", "lse_ptr", "do_ptr", "lengths_ptr", "mask_ptr", "rng_ptr", "ckeys_ptr"),
         _attention(("k_ptr", "v_ptr", "GROUP")),
     ),
     "_attention_bwd_dkdv_kernel": (
@@ -257,7 +256,7 @@ ACCESS: dict[str, tuple[tuple[str, ...], Access | None]] = {
         _attention(("k_ptr", "v_ptr", "GROUP"), ("other_k_ptr", "other_v_ptr", "OTHER_GROUP")),
     ),
     "_unified_attention_bwd_dq_kernel": (
-        ("q_ptr", "do_ptr", "rows_ptr", "lengths_ptr", "mask_ptr", "ckeys_ptr"),
+        ("q_ptr", "o_ptr", "rest_ptr", "lse_ptr", "do_ptr", "lengths_ptr", "mask_ptr", "rng_ptr", "ckeys_ptr"),
         _attention(("k_ptr", "v_ptr", "GROUP"), ("other_k_ptr", "other_v_ptr", "OTHER_GROUP")),
     ),
     "_glu_forward_kernel": (("rng_ptr", "gate_rng_ptr"), _glu),

@@ -39,9 +39,9 @@ def test_operators_satisfy_torch(operator):
     leaves = [x.requires_grad_() for x in leaves]
     d = dropout()
     if operator == "attention":
-        arguments = (*leaves, KEYS["key_lengths"], None, d.rng, 1.0, False, d.p, d.site)
+        arguments = (*leaves, KEYS["key_lengths"], None, d.rng, 1.0, False, d.p, d.site, True)
     else:
-        arguments = (*leaves, KEYS["key_lengths"], None, d.rng, 1.0, d.p, d.site)
+        arguments = (*leaves, KEYS["key_lengths"], None, d.rng, 1.0, d.p, d.site, True)
     op = attention.attention_op if operator == "attention" else unified_attention.unified_attention_op
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
@@ -56,9 +56,11 @@ def test_compile_and_checkpoint_give_the_same_bits(operator):
             assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("operator", CASES)
-def test_saves_inputs_output_and_log_sum_exp_only(operator):
-    leaves, saved = _leaves(operator), []
+def test_saves_inputs_output_and_log_sum_exp_only(operator, dtype):
+    leaves, saved = {n: x.to(dtype) for n, x in _leaves(operator).items()}, []
+    leaves = {n: x.detach().requires_grad_() for n, x in leaves.items()}
 
     def pack(x):
         saved.append(x)
@@ -68,8 +70,28 @@ def test_saves_inputs_output_and_log_sum_exp_only(operator):
         out = _run(operator, leaves)
     known = {x.data_ptr() for x in (*leaves.values(), out, KEYS["key_lengths"])}
     rest = [x for x in saved if x.data_ptr() not in known]
-    # the state of the generator, and one float32 a query and head
-    assert sorted(x.numel() for x in rest) == [3, 2 * 2 * 20]
+    # four more bits of a 16-bit output, the state of the generator, and one float32 a query and head
+    further = 0 if dtype == torch.float32 else out.numel() // 2
+    assert sorted(x.numel() * x.element_size() for x in rest) == sorted([further, 3 * 8, 4 * 2 * 2 * 20])
+
+
+@pytest.mark.parametrize("operator", CASES)
+def test_further_bits_of_the_output_are_written_for_a_backward_pass_only(operator, monkeypatch):
+    module = attention if operator == "attention" else unified_attention
+    sizes, true_rest = [], module.rest_of
+
+    def rest_of(o, backward):
+        rest = true_rest(o, backward)
+        sizes.append(rest.numel())
+        return rest
+
+    monkeypatch.setattr(module, "rest_of", rest_of)
+    leaves = {n: x.half().detach().requires_grad_() for n, x in _leaves(operator).items()}
+    with torch.no_grad():
+        without = _run(operator, leaves)
+    out = _run(operator, leaves)
+    assert sizes == [0, out.numel() // 2]
+    assert torch.equal(out, without)
 
 
 @pytest.mark.parametrize("operator", CASES)

@@ -251,13 +251,13 @@ def test_backward_operators_satisfy_torch(form):
     settings = (None, None, d.rng.to(DEVICE))
     do = torch.ones_like(parts[0])
     if form == "packed_unified_attention":
-        o, lse = unified.unified_attention_op(*parts, *settings, 1.0, d.p, d.site)
-        arguments = (do, inputs, o, lse, *settings, 1.0, d.p, d.site)
+        outputs = unified.unified_attention_op(*parts, *settings, 1.0, d.p, d.site, True)
+        arguments = (do, inputs, *outputs, *settings, 1.0, d.p, d.site)
         op = unified.unified_attention_backward_op
     else:
-        o, lse = fused.attention_op(*parts, *settings, 1.0, False, d.p, d.site)
+        outputs = fused.attention_op(*parts, *settings, 1.0, False, d.p, d.site, True)
         handed = torch.ones_like(inputs[0][:, :, 1:]) if form == "self_attention" else None
-        arguments = (do, inputs, o, lse, handed, *settings, 1.0, False, d.p, d.site)
+        arguments = (do, inputs, *outputs, handed, *settings, 1.0, False, d.p, d.site)
         op = fused.attention_backward_op
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -271,7 +271,8 @@ def test_saves_packed_inputs_output_and_log_sum_exp_only(form):
     known = {x.data_ptr() for x in inputs.values()} | {
         x.data_ptr() for x in (out if isinstance(out, tuple) else (out,))
     }
-    assert sorted(x.numel() for x in saved if x.data_ptr() not in known) == [3, 2 * 2 * 20]
+    # O's further bits have no elements in float32
+    assert sorted(x.numel() for x in saved if x.numel() and x.data_ptr() not in known) == [3, 2 * 2 * 20]
 
 
 # ---------------------------------------------------------------- the seam
