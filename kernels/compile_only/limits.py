@@ -80,9 +80,16 @@ def _at(width: int, dropout: bool) -> Callable[[Mapping[str, Any]], bool]:
     )
 
 
+def _rows_of_16(constants: Mapping[str, Any]) -> bool:
+    """Rows of whole tiles' columns: those of 380 features are copied 8 bytes at a time, twice the copies a product."""
+    return constants["ALIGN"] == 16 and constants.get("EVEN", True)
+
+
 LIMITS: list[Limit] = [
     Limit("_glu_*", no_spills=True, architectures=("sm_80", "sm_86", "sm_89", "sm_90")),
     Limit("_glu_forward_kernel", issue_per_hmma=4.2, no_duplicates=True),
+    Limit("_glu_d[xw]_kernel", _rows_of_16, issue_per_hmma=4.2, shared_per_tensor=0.95),
+    Limit("_glu_d[xw]_kernel", no_duplicates=True),
     # "ieee" is what 16-bit inputs take; float32 has three times the products and no limits but those of the chip
     Limit(
         "_*attention_*",
@@ -116,6 +123,8 @@ LIMITS: list[Limit] = [
     Limit("_residual_norm_*", no_spills=True),
     Limit("_linear_cross_entropy_*", no_spills=True),
     Limit("_linear_cross_entropy_fwd_kernel", issue_per_hmma=4.0, no_duplicates=True),
+    Limit("_linear_cross_entropy_gradient_kernel", _rows_of_16, issue_per_hmma=4.0, shared_per_tensor=0.95),
+    Limit("_linear_cross_entropy_gradient_kernel", no_duplicates=True),
 ]
 
 
