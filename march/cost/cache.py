@@ -203,7 +203,7 @@ def _glu(kernel: Kernel) -> dict[str, int]:
 
 
 def _glu_dx(kernel: Kernel) -> dict[str, int]:
-    """Row-major tiles of dx, which walk the hidden columns together; each tile of rows has its bits."""
+    """Row-major tiles of dx, which walk the hidden columns together."""
     blocks, block, size = kernel["blocks"], kernel["BLOCK_K"], kernel.element_size("w_ptr")
     tiles_n = cdiv(kernel["D"], kernel["BLOCK_N"])
     rows = _extents(kernel["M"], kernel["BLOCK_M"])
