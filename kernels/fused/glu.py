@@ -211,16 +211,15 @@ def _backward_relu(
         tile = tiles.gradient_tile(arch, "dw", bits_of)
         programs = triton.cdiv(width, tile.m) * triton.cdiv(depth, tile.n)
         splits, share = tiles.splits(programs, rows, tile.k)
-        shape = (splits, *weight.shape)
-        parts = d_weight if splits == 1 else torch.empty(shape, dtype=torch.float32, device=x.device)
+        # also of one split: another dtype would be another program for each number of rows
+        parts = torch.empty((splits, *weight.shape), dtype=torch.float32, device=x.device)
         _glu_dw_kernel[(programs * splits,)](
             d_hidden, x, bits, parts, rows, width, share, d_hidden.stride(0), x.stride(0), **common,
             EVEN=width % tile.m == depth % tile.n == 0, ALIGN=alignment(d_hidden.stride(0), x.stride(0)),
             **tile.options(),
         )  # fmt: skip
-        if splits > 1:
-            count = d_weight.numel()
-            _sum_partials_kernel[(triton.cdiv(count, SUM_BLOCK),)](parts, d_weight, count, splits, BLOCK=SUM_BLOCK)
+        count = d_weight.numel()
+        _sum_partials_kernel[(triton.cdiv(count, SUM_BLOCK),)](parts, d_weight, count, splits, BLOCK=SUM_BLOCK)
     return d_x, d_weight
 
 

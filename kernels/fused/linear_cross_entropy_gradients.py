@@ -1,4 +1,4 @@
-"""Device code of linear_cross_entropy's gradients without logits in memory: each program makes them again, in registers.
+"""Device code of linear_cross_entropy's gradients without logits in memory: programs make them again in registers.
 
     dh = c G E        dE = c G^T h        G = exp(s - lse) - onehot(label)        (names: linear_cross_entropy.py)
 

@@ -1,6 +1,6 @@
 """Tile configurations of the glu kernels: data, chosen by the compile report (docs/kernels/glu.md)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,12 @@ _TF32X3: dict[tuple[bool, int], Tile] = {
 _GRADIENT: dict[tuple[str, int], Tile] = {
     ("dx", 16): Tile(128, 128, 64, 4, 2),
     ("dw", 16): Tile(128, 128, 64, 4, 2),
-    ("dx", 32): Tile(64, 64, 32, 4, 2),
-    ("dw", 32): Tile(64, 64, 16, 4, 2),
+    ("dx", 32): Tile(64, 128, 32, 4, 2),
+    ("dw", 32): Tile(64, 128, 16, 4, 3),
+}
+_GRADIENT_TF32X3: dict[tuple[str, int], Tile] = {
+    ("dx", 32): Tile(64, 64, 32, 4, 2, "tf32x3"),
+    ("dw", 32): Tile(64, 64, 16, 4, 2, "tf32x3"),
 }
 # programs of dw that run at a time, two on each of 64 SMs: fewer tiles split the rows. From the shape alone, never from
 # the device: the partial sums are as many everywhere
@@ -59,8 +63,8 @@ def product_tile(arch: str, pair: bool, bits: int) -> Tile:
 
 def gradient_tile(arch: str, product: str, bits: int) -> Tile:
     """Configuration of a plain relu's gradients, product dx or dw."""
-    tile = _GRADIENT[product, bits]
-    return replace(tile, precision="tf32x3") if bits == 32 and arch in TABLE else tile
+    key = (product, bits)
+    return (_GRADIENT_TF32X3.get(key) if arch in TABLE else None) or _GRADIENT[key]
 
 
 def splits(programs: int, rows: int, block: int) -> tuple[int, int]:

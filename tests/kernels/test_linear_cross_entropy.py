@@ -82,9 +82,7 @@ def test_rounding_of_the_gradient_in_bfloat16():
     formula = gradient((low_h @ low_weight.T), lambda g: g).float()
     for product, operand in ((lambda g, x: g @ x, low_weight), (lambda g, x: g.T @ x, low_h)):
         want = product(exact, operand.double())
-        ours, theirs = (
-            (product(g, operand.float()).bfloat16().double() - want).abs().max() for g in (kernel, formula)
-        )
+        ours, theirs = ((product(g, operand.float()).bfloat16().double() - want).abs().max() for g in (kernel, formula))
         assert 0 < ours <= 2 * theirs + 1e-5
 
 
