@@ -365,8 +365,8 @@ def linear_cross_entropy(
     Returns the float32 (float64 for float64) mean over the labels other than ignore_index, 0 where there are none;
     with return_per_token also the loss of each token [B, L], 0 where ignored, detached. Labels outside
     [0, V) other than ignore_index are the caller's error: they are not checked, which would synchronise the device.
-    logits: how the fused kernels' backward gets them, "recompute" (in registers), "chunks" (of at most 200 MB), or "auto"
-    (the first for 16 bits and D up to 512, else the second); the other implementations have one way.
+    logits: how the fused kernels' backward gets them, "recompute" (in registers), "chunks" (of at most 200 MB), or
+    "auto" (the first for 16 bits and D up to 512, else the second); the other implementations have one way.
     """
     op = "linear_cross_entropy"
     _check(h.dim() == 3, op, "h as [B, L, D]", _shape(h), "reshape it")
