@@ -474,6 +474,7 @@ def linear_cross_entropy(
     scale: float = 1.0,
     ignore_index: int = -100,
     return_per_token: bool = False,
+    logits: str = "auto",
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mean cross entropy of the logits (h scale) weight^T. h [B, L, D], weight [V, D], labels int64 [B, L].
@@ -481,6 +482,8 @@ def linear_cross_entropy(
     Returns the float32 (float64 for float64) mean over the labels other than ignore_index, 0 where there are none;
     with return_per_token also the loss of each token [B, L], 0 where ignored, detached. Labels outside
     [0, V) other than ignore_index are the caller's error: they are not checked, which would synchronise the device.
+    logits: how the fused kernels' backward gets them, "recompute" (in registers), "chunks" (of at most 200 MB), or
+    "auto" (the first for 16 bits and D up to 512, else the second); the other implementations have one way.
     """
     op = "linear_cross_entropy"
     _check(h.dim() == 3, op, "h as [B, L, D]", _shape(h), "reshape it")
@@ -500,9 +503,9 @@ def linear_cross_entropy(
     )
     _check(labels.device == h.device, op, f"labels on {h.device}", labels.device, "move them there")
     _same(op, h=h, weight=weight)
-    loss, per_token = implementation(op, impl, h.device, h.dtype)(
-        h, weight, labels, scale=float(scale), ignore_index=ignore_index
-    )
+    function = implementation(op, impl, h.device, h.dtype)
+    extra = {"logits": logits} if logits != "auto" and choice(op, impl, h.device) == "triton" else {}
+    loss, per_token = function(h, weight, labels, scale=float(scale), ignore_index=ignore_index, **extra)
     return (loss, per_token.detach()) if return_per_token else loss
 
 

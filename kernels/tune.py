@@ -114,6 +114,8 @@ def entries() -> list[Entry]:
         )
         for kind, operator, dims, drops in rows
     ]
+    # own rows, other rows, features: what fits shared memory at 512 features
+    gradient = [(64, 32, 512, 8, 2), (64, 16, 512, 8, 3), (32, 32, 512, 4, 3), (32, 32, 512, 8, 3)]
     shapes = [
         (64, 128, 64, 4, 3),
         (128, 64, 64, 4, 3),
@@ -122,23 +124,24 @@ def entries() -> list[Entry]:
         (128, 256, 32, 8, 3),
     ]
     shapes_32 = [(64, 128, 16, 4, 3), (64, 64, 32, 4, 2), (128, 64, 16, 4, 3)]
-    for bits, dtype in ((16, torch.bfloat16), (32, torch.float32)):
-        candidates = shapes if bits == 16 else shapes_32
+    products = [
+        (kernel, bits, candidates, logits)
+        for bits, candidates in ((16, shapes), (32, shapes_32))
+        for kernel, logits in (("forward", "auto"), ("dlogits", "chunks"))
+    ]
+    for kernel, bits, candidates, logits in [*products, ("gradient", 16, gradient, "recompute")]:
+        dtype = torch.bfloat16 if bits == 16 else torch.float32
         precisions = ("ieee",) if bits == 16 else ("ieee", "tf32x3")
-        alternatives = tuple(
-            asdict(tiles_rows.ProductTile(*shape, precision)) for shape in candidates for precision in precisions
-        )
-        found += [
+        found.append(
             Entry(
                 f"linear_cross_entropy.{kernel}.{bits}",
                 "linear_cross_entropy",
                 dtype,
                 lambda arch, kernel=kernel, bits=bits: asdict(tiles_rows.product_tile(arch, kernel, bits)),  # type: ignore[misc]
-                alternatives,
-                _run("linear_cross_entropy", dtype, loss, {"scale": 512**-0.5}, []),
+                tuple(asdict(tiles_rows.ProductTile(*shape, one)) for shape in candidates for one in precisions),
+                _run("linear_cross_entropy", dtype, loss, {"scale": 512**-0.5, "logits": logits}, []),
             )
-            for kernel in ("forward", "dlogits")
-        ]
+        )
     return found
 
 

@@ -72,10 +72,17 @@ def _at(width: int, dropout: bool) -> Callable[[Mapping[str, Any]], bool]:
     return lambda constants: (_width(constants), bool(constants["DROPOUT"])) == (width, dropout)
 
 
+def _rows_of_16(constants: Mapping[str, Any]) -> bool:
+    """Rows of whole tiles' columns: those of 380 features are copied 8 bytes at a time, twice the copies a product."""
+    return constants["ALIGN"] == 16 and constants.get("EVEN", True)
+
+
 LIMITS: list[Limit] = [
     Limit("_glu_*", no_spills=True, architectures=("sm_80", "sm_86", "sm_89", "sm_90")),
     Limit("_glu_forward_kernel", issue_per_hmma=4.2, no_duplicates=True),
     Limit("_*attention_*", lambda c: _width(c) <= 128, no_spills=True, no_duplicates=True),
+    Limit("_glu_d[xw]_kernel", _rows_of_16, issue_per_hmma=4.2, shared_per_tensor=0.95),
+    Limit("_glu_d[xw]_kernel", no_duplicates=True),
     Limit("_*attention_fwd_kernel", lambda c: _width(c) <= 64, resident_warps=8),
     Limit("_*attention_bwd_d*", lambda c: _width(c) <= 64, resident_warps=8),
     # the main loop: beside it are loops over blocks at the causal diagonal and at the end of the keys
@@ -102,6 +109,8 @@ LIMITS: list[Limit] = [
     Limit("_residual_norm_*", no_spills=True),
     Limit("_linear_cross_entropy_*", no_spills=True),
     Limit("_linear_cross_entropy_fwd_kernel", issue_per_hmma=4.0, no_duplicates=True),
+    Limit("_linear_cross_entropy_gradient_kernel", _rows_of_16, issue_per_hmma=4.0, shared_per_tensor=0.95),
+    Limit("_linear_cross_entropy_gradient_kernel", no_duplicates=True),
 ]
 
 

@@ -11,14 +11,12 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from kernels.compile_only.traffic import pointers
 from kernels.dispatch import triton_interpreted
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")
@@ -59,25 +57,6 @@ class Launch:
     @property
     def programs(self) -> int:
         return math.prod(self.grid)
-
-    @cached_property
-    def _traffic(self) -> tuple[set[int], set[int]]:
-        assert self.compiled is not None, "record with compile=True"
-        return pointers(self.compiled.asm["ttir"])
-
-    @property
-    def reads(self) -> tuple[Argument, ...]:
-        """Tensors that the compiled kernel loads from."""
-        return tuple(a for number, a in enumerate(self._tensors) if number in self._traffic[0])
-
-    @property
-    def writes(self) -> tuple[Argument, ...]:
-        """Tensors that the compiled kernel stores to."""
-        return tuple(a for number, a in enumerate(self._tensors) if number in self._traffic[1])
-
-    @property
-    def _tensors(self) -> tuple[Argument, ...]:
-        return tuple(a for a in self.arguments if a.is_tensor)
 
     @property
     def configuration(self) -> str:

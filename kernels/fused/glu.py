@@ -3,8 +3,10 @@
 Legend: B batch, L positions, D inner width, F hidden width, P products (1: plain, 2: gated, mixed), N = F rounded up
 to 16: rows of the hidden layer start at multiples of N, since F = 1365 would mean stores of 2 bytes.
 
-Backward computes the gradients of the products ("d_product") in one elementwise pass, or together with the products
-where they were not kept; d_x and d_weight are plain products and stay with the library.
+Backward of a plain relu is two products of our own that stop the gradient by the bits which forward kept: the gradient
+of the product before the relu exists nowhere. For the other activations and for two products it does ("d_product"),
+from one elementwise pass, or with the products where they were not kept; d_x and d_weight are then the library's
+products: a prologue that evaluates an activation costs more than the pass (docs/kernels/glu.md).
 """
 
 import math
@@ -18,11 +20,14 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels.compile_only import architecture, launches
 from kernels.dropout import Dropout, keep_scale
 from kernels.fused import tiles_glu as tiles
+from kernels.fused.attention_kernels import _sum_partials_kernel
+from kernels.fused.glu_gradients import _glu_dw_kernel, _glu_dx_kernel
 from kernels.fused.glu_kernels import _glu_backward_kernel, _glu_forward_kernel, _glu_recompute_kernel
-from kernels.fused.primitives import signed_threshold
+from kernels.fused.primitives import alignment, signed_threshold
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 COLUMN_UNIT = 16
+SUM_BLOCK = 1024
 
 
 def _padded(width: int) -> int:
@@ -76,15 +81,18 @@ def _forward(
     site: int,
     gate_p: float,
     gate_site: int,
-    save: bool,
+    save: str,
 ) -> tuple[Tensor, Tensor]:
-    """(hidden [B, L, F] with rows N apart, products [B L, P N] or [0]); see `glu`."""
+    """(hidden [B, L, F] with rows N apart, saved); save: "product" [B L, P N], "bits" int32 [F / 32, B L], "" [0]."""
     batch, length, _ = x.shape
     halves = 1 if kind == "plain" else 2
     width = weight.shape[0] // halves
     padded, rows = _padded(width), batch * length
     hidden = torch.empty((batch, length, padded), dtype=x.dtype, device=x.device)
-    product = torch.empty((rows, halves * padded) if save else (0,), dtype=x.dtype, device=x.device)
+    if save == "bits":
+        saved = torch.empty((-(-width // 32), rows), dtype=torch.int32, device=x.device)
+    else:
+        saved = torch.empty((rows, halves * padded) if save else (0,), dtype=x.dtype, device=x.device)
     if launches(x) and rows and width:
         tile = tiles.product_tile(architecture(x), halves == 2, 8 * x.element_size())
         grid = (triton.cdiv(rows, tile.m) * triton.cdiv(padded, tile.n),)
@@ -92,7 +100,7 @@ def _forward(
             x,
             weight,
             hidden,
-            product,
+            saved,
             rng,
             gate_rng,
             rows,
@@ -108,7 +116,7 @@ def _forward(
             **_dropouts(p, site, gate_p, gate_site),
             **tile.options(),
         )
-    return hidden[..., :width], product
+    return hidden[..., :width], saved
 
 
 def _backward(
@@ -127,7 +135,7 @@ def _backward(
     gate_site: int,
     source: str,
 ) -> Tensor:
-    """d_product [B L, P N]; source of the products: "product" or "hidden" (in `saved`), or "x"."""
+    """d_product [B L, P N]; source of the products: "product" (in `saved`) or "x"."""
     batch, length, width = d_hidden.shape
     halves = 1 if kind == "plain" else 2
     padded, rows = _padded(width), batch * length
@@ -164,7 +172,6 @@ def _backward(
             saved,
             *tensors,
             **common,
-            FROM_HIDDEN=source == "hidden",
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             num_warps=warps,
@@ -172,10 +179,56 @@ def _backward(
     return d_product
 
 
+def _rows(x: Tensor) -> Tensor:
+    """[B, L, n] as [B L, n] whose rows are contiguous: a view, or a copy of what has no such view."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _backward_relu(
+    d_hidden: Tensor, bits: Tensor, x: Tensor, weight: Tensor, p: float, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """(d_x, d_weight) of a plain relu from the bits of what it let through; empty where not needed."""
+    (rows, width), depth = (x.shape[0] * x.shape[1], d_hidden.shape[2]), x.shape[2]
+    d_x = torch.empty(x.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
+    d_weight = torch.empty(weight.shape if needs_weight else (0,), dtype=weight.dtype, device=x.device)
+    if not (rows and width and depth):
+        return d_x.zero_(), d_weight.zero_()
+    if not launches(x):
+        return d_x, d_weight
+    d_hidden, x, weight = _rows(d_hidden), _rows(x), _rows(weight)
+    arch, bits_of = architecture(x), 8 * x.element_size()
+    common = {"scale": keep_scale(p), "D": depth}
+    if needs_x:
+        tile = tiles.gradient_tile(arch, "dx", bits_of)
+        blocks = triton.cdiv(width, tile.k)
+        _glu_dx_kernel[(triton.cdiv(rows, tile.m) * triton.cdiv(depth, tile.n),)](
+            d_hidden, weight, bits, d_x, rows, width, blocks, d_hidden.stride(0), weight.stride(0), **common,
+            EVEN=width % tile.k == depth % tile.n == 0, ALIGN=alignment(d_hidden.stride(0), weight.stride(0)),
+            **tile.options(),
+        )  # fmt: skip
+    if needs_weight:
+        tile = tiles.gradient_tile(arch, "dw", bits_of)
+        programs = triton.cdiv(width, tile.m) * triton.cdiv(depth, tile.n)
+        splits, share = tiles.splits(programs, rows, tile.k)
+        # also of one split: another dtype would be another program for each number of rows
+        parts = torch.empty((splits, *weight.shape), dtype=torch.float32, device=x.device)
+        _glu_dw_kernel[(programs * splits,)](
+            d_hidden, x, bits, parts, rows, width, share, d_hidden.stride(0), x.stride(0), **common,
+            EVEN=width % tile.m == depth % tile.n == 0, ALIGN=alignment(d_hidden.stride(0), x.stride(0)),
+            **tile.options(),
+        )  # fmt: skip
+        count = d_weight.numel()
+        _sum_partials_kernel[(triton.cdiv(count, SUM_BLOCK),)](parts, d_weight, count, splits, BLOCK=SUM_BLOCK)
+    return d_x, d_weight
+
+
 _forward_op = torch.library.custom_op("march::glu", _forward, mutates_args=())
 _forward_op.register_fake(_forward)
 _backward_op = torch.library.custom_op("march::glu_backward", _backward, mutates_args=())
 _backward_op.register_fake(_backward)
+_relu_op = torch.library.custom_op("march::glu_relu_backward", _backward_relu, mutates_args=())
+_relu_op.register_fake(_backward_relu)
 
 
 @register_flop_formula(torch.ops.march.glu)
@@ -188,15 +241,18 @@ def _backward_flops(d_shape: Any, saved: Any, x_shape: Any, weight_shape: Any, *
     return 2 * math.prod(x_shape) * weight_shape[0] if arguments[-1] == "x" else 0
 
 
+@register_flop_formula(torch.ops.march.glu_relu_backward)
+def _relu_flops(d_shape: Any, bits: Any, x_shape: Any, weight_shape: Any, *arguments: Any, **_: Any) -> int:
+    return 2 * math.prod(x_shape) * weight_shape[0] * sum(arguments[1:3])
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, weight, rng, gate_rng, *settings, save = inputs
-    hidden, product = output
+    _, saved = output
     ctx.settings = settings
-    kind, activation = settings[:2]
-    ctx.source = "product" if save else "hidden" if kind == "plain" and activation == "relu" else "x"
-    saved = {"product": product, "hidden": hidden, "x": None}[ctx.source]
-    ctx.save_for_backward(x, weight, rng, gate_rng, saved)
-    ctx.mark_non_differentiable(product)
+    ctx.source = save or "x"
+    ctx.save_for_backward(x, weight, rng, gate_rng, saved if save else None)
+    ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
 
 
@@ -205,6 +261,11 @@ def _differentiate(ctx: Any, d_hidden: Tensor | None, _: Tensor | None) -> tuple
     unused = (None,) * 10
     if d_hidden is None:
         return None, None, *unused
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    if ctx.source == "bits":
+        p = ctx.settings[3]
+        d_x, d_weight = _relu_op(d_hidden, saved, x, weight, p, needs_x, needs_weight)
+        return d_x if needs_x else None, d_weight if needs_weight else None, *unused
     if saved is None:
         saved = x.new_empty(0)
     d_product = _backward_op(d_hidden, saved, x, weight, rng, gate_rng, *ctx.settings, ctx.source)
@@ -212,12 +273,12 @@ def _differentiate(ctx: Any, d_hidden: Tensor | None, _: Tensor | None) -> tuple
     width = weight.shape[0] // halves
     padded, depth = _padded(width), weight.shape[1]
     d_x = d_weight = None
-    if ctx.needs_input_grad[0]:
+    if needs_x:
         if padded != width:
             # columns beyond F are zero in d_product, so any finite rows would do; a copy of 3 MB at F 1365
             weight = torch.nn.functional.pad(weight.view(halves, width, depth), (0, 0, 0, padded - width)).flatten(0, 1)
         d_x = (d_product @ weight).view(x.shape)
-    if ctx.needs_input_grad[1]:
+    if needs_weight:
         d_weight = d_product.T @ x.reshape(-1, depth)
         if padded != width:
             d_weight = d_weight.view(halves, padded, depth)[:, :width].reshape(-1, depth)
@@ -240,13 +301,15 @@ def glu(
 ) -> Tensor:
     """Contract in kernels.api.glu. float16, bfloat16 or float32, else ValueError.
 
-    Keeps for backward x, weight and the products [B L, P N]; with `recompute` none of the products, which backward
-    then computes again. A plain relu keeps its output instead in both cases. The result is a view of rows N apart.
+    Keeps for backward x, weight and the products [B L, P N], of a plain relu one bit an element instead; with
+    `recompute` neither, and backward computes the products again. The result is a view of rows N apart.
     """
     if x.dtype not in DTYPES:
         raise ValueError(f"glu: expected float16, bfloat16 or float32, got {x.dtype}; use impl='torch' or 'reference'")
     differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    save = differentiable and not recompute and not (kind == "plain" and activation == "relu")
+    save = ""
+    if differentiable and not recompute:
+        save = "bits" if kind == "plain" and activation == "relu" else "product"
     hidden, _ = _forward_op(
         x,
         weight,

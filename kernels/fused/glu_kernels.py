@@ -207,7 +207,7 @@ def _glu_forward_kernel(
     x_ptr,
     w_ptr,
     hidden_ptr,
-    product_ptr,
+    saved_ptr,
     rng_ptr,
     gate_rng_ptr,
     M,
@@ -240,12 +240,17 @@ def _glu_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """hidden [M, N] of x and w; with SAVE also the products [M, P N]. Columns from F to N repeat the last one.
+    """hidden [M, N] of x and w. Columns from F to N repeat the last one.
+
+    SAVE: "product" also the products [M, P N]; "bits" one bit an element of where hidden is positive, 32 columns a
+    word, [F / 32, M]; "" neither.
 
     Programs that share rows of x are neighbours: x is read from memory once, the weights stay in the L2.
     """
     PAIR: tl.constexpr = KIND != "plain"
-    PARTS: tl.constexpr = BLOCK_N // PART_N if BLOCK_N > PART_N else 1
+    # a word of bits is made from one part
+    WIDTH: tl.constexpr = 32 if SAVE == "bits" else PART_N
+    PARTS: tl.constexpr = BLOCK_N // WIDTH if BLOCK_N > WIDTH else 1
     tiles_n = tl.cdiv(N, BLOCK_N)
     rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     left = tl.program_id(0) % tiles_n * BLOCK_N
@@ -271,12 +276,12 @@ def _glu_forward_kernel(
         BLOCK_K,
     )
     rows64 = rows.to(tl.int64)[:, None]
-    if SAVE:
+    if SAVE == "product":
         inside = (rows < M)[:, None] & (columns < N)[None, :]
-        product_ptrs = product_ptr + rows64 * (N * 2 if PAIR else N) + columns[None, :]
-        tl.store(product_ptrs, first.to(product_ptr.dtype.element_ty), mask=inside)
+        product_ptrs = saved_ptr + rows64 * (N * 2 if PAIR else N) + columns[None, :]
+        tl.store(product_ptrs, first.to(saved_ptr.dtype.element_ty), mask=inside)
         if PAIR:
-            tl.store(product_ptrs + N, second.to(product_ptr.dtype.element_ty), mask=inside)
+            tl.store(product_ptrs + N, second.to(saved_ptr.dtype.element_ty), mask=inside)
     keys = _row_keys(rng_ptr, site, rows, L, DROPOUT)
     gate_keys = _row_keys(gate_rng_ptr, gate_site, rows, L, GATE_DROPOUT)
     dropout = (rng_ptr, site, threshold, scale, keys)
@@ -296,6 +301,12 @@ def _glu_forward_kernel(
             DROPOUT,
             GATE_DROPOUT,
         )
+        if SAVE == "bits":
+            positive = (hidden > 0.0) & (columns < F)[None, :]
+            word = tl.sum(tl.where(positive, 1 << tl.arange(0, WIDTH)[None, :], 0), axis=1)
+            number = left // 32 + part
+            out = saved_ptr + number.to(tl.int64) * M + rows
+            tl.store(out, word, mask=rows < tl.where(number * 32 < F, M, 0))
         inside = (rows < M)[:, None] & (columns < N)[None, :]
         tl.store(hidden_ptr + rows64 * N + columns[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=inside)
 
@@ -326,15 +337,10 @@ def _glu_backward_kernel(
     ACTIVATION: tl.constexpr,
     DROPOUT: tl.constexpr,
     GATE_DROPOUT: tl.constexpr,
-    FROM_HIDDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """d_product [M, P N] of d_hidden [B, L, F] and what forward saved; columns from F to N become zero.
-
-    saved: the products [M, P N], or with FROM_HIDDEN the hidden layer [M, N] of a plain relu, which is positive exactly
-    where the product was positive and kept.
-    """
+    """d_product [M, P N] of d_hidden [B, L, F] and the saved products [M, P N]; columns from F to N become zero."""
     PAIR: tl.constexpr = KIND != "plain"
     tiles_n = tl.cdiv(N, BLOCK_N)
     rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -349,27 +355,23 @@ def _glu_backward_kernel(
     real = (rows < M)[:, None] & (columns < F)[None, :]
     d_ptrs = d_hidden_ptr + d_rows[:, None] + (columns * stride_df)[None, :]
     d_hidden = tl.load(d_ptrs, mask=real, other=0.0).to(tl.float32)
-    if FROM_HIDDEN:
-        d_first = tl.where(first > 0.0, d_hidden * scale, 0.0)
-        d_second = d_first
-    else:
-        keys = _row_keys(rng_ptr, site, rows, L, DROPOUT)
-        gate_keys = _row_keys(gate_rng_ptr, gate_site, rows, L, GATE_DROPOUT)
-        dropout = (rng_ptr, site, threshold, scale, keys)
-        gate_dropout = (gate_rng_ptr, gate_site, gate_threshold, gate_scale, gate_keys)
-        d_first, d_second = _gradients(
-            first,
-            second,
-            d_hidden,
-            dropout,
-            gate_dropout,
-            factor,
-            columns,
-            KIND,
-            ACTIVATION,
-            DROPOUT,
-            GATE_DROPOUT,
-        )
+    keys = _row_keys(rng_ptr, site, rows, L, DROPOUT)
+    gate_keys = _row_keys(gate_rng_ptr, gate_site, rows, L, GATE_DROPOUT)
+    dropout = (rng_ptr, site, threshold, scale, keys)
+    gate_dropout = (gate_rng_ptr, gate_site, gate_threshold, gate_scale, gate_keys)
+    d_first, d_second = _gradients(
+        first,
+        second,
+        d_hidden,
+        dropout,
+        gate_dropout,
+        factor,
+        columns,
+        KIND,
+        ACTIVATION,
+        DROPOUT,
+        GATE_DROPOUT,
+    )
     tl.store(d_product_ptr + here, d_first.to(d_product_ptr.dtype.element_ty), mask=inside)
     if PAIR:
         tl.store(d_product_ptr + N + here, d_second.to(d_product_ptr.dtype.element_ty), mask=inside)

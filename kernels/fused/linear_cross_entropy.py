@@ -1,4 +1,4 @@
-"""Mean cross entropy of the logits (h scale) E^T; at most 200 MB of them exist at a time, in backward.
+"""Mean cross entropy of the logits (h scale) E^T, which are never held.
 
     s = scale h E^T        lse = log sum_v exp(s_v)        loss = sum over valid tokens (lse - s_label) / count
     G = exp(s - lse) - onehot(label), 0 in rows of ignored tokens      c = d_loss scale / count
@@ -6,13 +6,17 @@
 
 Forward is one product that keeps its logits in registers: a program walks a share (a split) of the vocabulary for a
 tile of tokens with a running maximum and sum, in units of log 2, and writes three numbers a token; a second kernel
-joins the splits in their order, a third adds up the tokens'. Logits are never rounded to 16 bits. Backward walks the
-vocabulary in chunks: one product writes G, then the library's products read it twice. A chunk of columns has all
-tokens, so its rows of dE are complete, accumulated in float32 inside one product and rounded once; dh is accumulated in
-float32 over the chunks. c is applied to the float32 results by a kernel that reads d_loss and count on the device: G
-itself stays in [-1, 1], where float16 does not underflow, and nothing waits for the device.
+joins the splits in their order, a third adds up the tokens'. Logits are never rounded to 16 bits.
 
-Why four products (forward, G, dh, dE) and not three with the gradients made in forward: docs/kernels.
+Backward has two forms (LOGITS, docs/kernels):
+"recompute": two kernels make s again in registers, one for dh and one for dE (linear_cross_entropy_gradients.py): five
+products in all, and no byte of G. Rows of at most 1 KiB, 512 features of 16 bits: more do not fit shared memory.
+"chunks": one product writes G of a chunk of the vocabulary, at most 200 MB, the library's products read it twice: four
+products. A chunk has all tokens, so its rows of dE are complete, accumulated in float32 inside one product and rounded
+once; dh is accumulated in float32 over the chunks.
+c is applied to float32 results on the device, from d_loss and count: G itself stays in [-1, 1], where float16 does not
+underflow, and nothing waits for the device.
+
 Saved: h, E, labels, lse, 1 / count. T tokens, D features, V vocabulary.
 """
 
@@ -26,6 +30,7 @@ from torch import Tensor
 
 from kernels.compile_only.record import architecture, launches
 from kernels.fused import tiles_rows
+from kernels.fused.linear_cross_entropy_gradients import _linear_cross_entropy_gradient_kernel
 from kernels.fused.primitives import aligned, alignment
 
 # G of a chunk of the vocabulary: [T, columns] in the dtype of h
@@ -34,6 +39,10 @@ CHUNK_BYTES = 200_000_000
 # of h and 8 of E, is 3 MB at D 512 in bf16 and stays in the L2; E is read once a group, 7 times at 13,184 tokens.
 SPLITS, GROUP = 8, 32
 GROUP_BACKWARD = 16
+LOGITS = ("recompute", "chunks")
+# "recompute": bytes of a row of h and E. Shares of the vocabulary for dh, whose partial sums are float32 [3, T, D]: 206
+# tiles of tokens on 64 SMs, one each, leave a fifth of the last round idle; 618 leave 3%.
+RECOMPUTE_ROW, RECOMPUTE_SPLITS = 1024, 3
 JOIN_TOKENS, MEAN_TOKENS, SCALE_ELEMENTS = 64, 1024, 4096
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 
@@ -229,12 +238,17 @@ def _linear_cross_entropy_dlogits_kernel(
 
 
 # elements is specialised, unlike other lengths: where 16 divides it the mask lets accesses be 16 bytes wide
-@triton.jit
-def _linear_cross_entropy_scale_kernel(x_ptr, out_ptr, d_loss_ptr, inverse_ptr, scale, elements, BLOCK: tl.constexpr):
-    """out = x scale d_loss / count, flat, in out's dtype."""
+@triton.jit(do_not_specialize=["parts"])
+def _linear_cross_entropy_scale_kernel(
+    x_ptr, out_ptr, d_loss_ptr, inverse_ptr, scale, parts, elements, BLOCK: tl.constexpr
+):
+    """out = (x[0] + x[1] + ..., in this order) scale d_loss / count, flat, in out's dtype."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     factor = tl.load(d_loss_ptr).to(tl.float32) * tl.load(inverse_ptr) * scale
-    x = tl.load(x_ptr + offs, mask=offs < elements, other=0.0)
+    x = tl.zeros([BLOCK], tl.float32)
+    for _ in range(parts):
+        x += tl.load(x_ptr + offs, mask=offs < elements, other=0.0)
+        x_ptr += elements
     tl.store(out_ptr + offs, (x * factor).to(out_ptr.dtype.element_ty), mask=offs < elements)
 
 
@@ -267,9 +281,12 @@ def _product(a: Tensor, b: Tensor, acc: Tensor | None = None) -> Tensor:
 
 
 def _forward(
-    h: Tensor, weight: Tensor, labels: Tensor, scale: float, ignore_index: int
+    h: Tensor, weight: Tensor, labels: Tensor, scale: float, ignore_index: int, logits: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(mean loss [], loss of each token [B, L], lse in units of log 2 [T], 1 / count [1]), all float32."""
+    """(mean loss [], loss of each token [B, L], lse in units of log 2 [T], 1 / count [1]), all float32.
+
+    logits: the form of backward, one of LOGITS.
+    """
     tokens, width, vocabulary = labels.numel(), h.shape[-1], weight.shape[0]
 
     def allocate(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -325,32 +342,43 @@ def _forward(
 
 
 def _scaled(x: Tensor, out: Tensor, d_loss: Tensor, inverse: Tensor, scale: float) -> None:
-    _linear_cross_entropy_scale_kernel[(triton.cdiv(x.numel(), SCALE_ELEMENTS),)](
-        x, out, d_loss, inverse, scale, x.numel(), BLOCK=SCALE_ELEMENTS, num_warps=8
+    """out = the sum of x [parts, ...] times scale d_loss / count."""
+    _linear_cross_entropy_scale_kernel[(triton.cdiv(out.numel(), SCALE_ELEMENTS),)](
+        x, out, d_loss, inverse, scale, x.numel() // out.numel(), out.numel(), BLOCK=SCALE_ELEMENTS, num_warps=8
     )
 
 
-def _backward(
-    d_loss: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    inverse: Tensor,
-    scale: float,
-    ignore_index: int,
-    needs_h: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    """(dh [B, L, D], dE [V, D]); empty where not needed."""
-    tokens, width, vocabulary = labels.numel(), h.shape[-1], weight.shape[0]
-    dh = torch.empty(h.shape if needs_h else (0,), dtype=h.dtype, device=h.device)
-    dw = torch.empty(weight.shape if needs_weight else (0,), dtype=weight.dtype, device=h.device)
-    if tokens == 0:
-        return dh, dw.zero_()
-    if not launches(h):
-        return dh, dw
-    h, weight, labels = _matrix(h), _matrix(weight), labels.contiguous()
+def _recomputed(
+    d_loss: Tensor, h: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, inverse: Tensor,
+    scale: float, ignore_index: int, dh: Tensor, dw: Tensor,
+) -> None:  # fmt: skip
+    """Writes dh and dw, where they are not empty; no logits in memory."""
+    width = h.shape[1]
+    first, second = tiles_rows.parts_of(width)
+    for tokens, own, other, out in ((True, h, weight, dh), (False, weight, h, dw)):
+        if not out.numel():
+            continue
+        tile = tiles_rows.product_tile(architecture(h), "gradient", 8 * h.element_size())
+        rows, others = own.shape[0], other.shape[0]
+        splits = min(RECOMPUTE_SPLITS, triton.cdiv(others, tile.n)) if tokens else 1
+        share = triton.cdiv(triton.cdiv(others, splits), tile.n) * tile.n
+        splits = triton.cdiv(others, share)
+        parts = out if splits == 1 else torch.empty((splits, rows, width), dtype=torch.float32, device=h.device)
+        _linear_cross_entropy_gradient_kernel[(triton.cdiv(rows, tile.m) * splits,)](
+            own, other, lse, labels, d_loss, inverse, parts, rows, others, share, own.stride(0), other.stride(0),
+            scale, scale * LOG2E, ignore_index, TOKENS=tokens, FINAL=splits == 1, D=width, D0=first, D1=second,
+            ALIGN=alignment(width, own.stride(0), other.stride(0)), **tile.options(without="k"),
+        )  # fmt: skip
+        if splits > 1:
+            _scaled(parts, out, d_loss, inverse, scale)
+
+
+def _chunked(
+    d_loss: Tensor, h: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, inverse: Tensor,
+    scale: float, ignore_index: int, dh: Tensor, dw: Tensor,
+) -> None:  # fmt: skip
+    """Writes dh and dw, where they are not empty, from chunks of G."""
+    (tokens, width), vocabulary = h.shape, weight.shape[0]
     tile = tiles_rows.product_tile(architecture(h), "dlogits", 8 * h.element_size())
     # whole tiles in a row of G, which is stored without a mask of columns
     columns = chunk_columns(tokens, vocabulary, h.element_size(), max(128, tile.n))
@@ -379,12 +407,36 @@ def _backward(
             GROUP=GROUP_BACKWARD,
             **tile.options(),
         )
-        if needs_h:
+        if dh.numel():
             wide_dh = _product(g[:, :count], rows, wide_dh)
-        if needs_weight:
+        if dw.numel():
             _scaled(_product(g[:, :count].T, h), dw[first : first + count], d_loss, inverse, scale)
     if wide_dh is not None:
         _scaled(wide_dh, dh, d_loss, inverse, scale)
+
+
+def _backward(
+    d_loss: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    inverse: Tensor,
+    scale: float,
+    ignore_index: int,
+    logits: str,
+    needs_h: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dh [B, L, D], dE [V, D]); empty where not needed. logits: one of LOGITS."""
+    dh = torch.empty(h.shape if needs_h else (0,), dtype=h.dtype, device=h.device)
+    dw = torch.empty(weight.shape if needs_weight else (0,), dtype=weight.dtype, device=h.device)
+    if labels.numel() == 0:
+        return dh, dw.zero_()
+    if not launches(h):
+        return dh, dw
+    form = _recomputed if logits == "recompute" else _chunked
+    form(d_loss, _matrix(h), _matrix(weight), labels.contiguous(), lse, inverse, scale, ignore_index, dh, dw)
     return dh, dw
 
 
@@ -395,26 +447,30 @@ _backward_op.register_fake(_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    h, weight, labels, scale, ignore_index = inputs
+    h, weight, labels, scale, ignore_index, logits = inputs
     _, per_token, lse, inverse = output
     ctx.mark_non_differentiable(per_token, lse, inverse)
     ctx.save_for_backward(h, weight, labels, lse, inverse)
-    ctx.settings = scale, ignore_index
+    ctx.settings = scale, ignore_index, logits
 
 
 def _autograd_backward(ctx: Any, d_loss: Tensor, *_: Any):
     needs_h, needs_weight = ctx.needs_input_grad[:2]
     dh, dw = _backward_op(d_loss, *ctx.saved_tensors, *ctx.settings, needs_h, needs_weight)
-    return dh if needs_h else None, dw if needs_weight else None, None, None, None
+    return dh if needs_h else None, dw if needs_weight else None, None, None, None, None
 
 
 _forward_op.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 def linear_cross_entropy(
-    h: Tensor, weight: Tensor, labels: Tensor, *, scale: float, ignore_index: int
+    h: Tensor, weight: Tensor, labels: Tensor, *, scale: float, ignore_index: int, logits: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Contract in kernels.api.linear_cross_entropy. float16, bfloat16, float32; at least one word."""
+    """Contract in kernels.api.linear_cross_entropy. float16, bfloat16, float32; at least one word.
+
+    logits: how backward gets them, "recompute" or "chunks"; "auto" is "recompute" for 16 bits up to 512 features, where
+    it fits, else "chunks".
+    """
     if h.dtype == torch.float64:
         raise ValueError(
             "linear_cross_entropy: expected float16, bfloat16 or float32 for impl='triton', got torch.float64; "
@@ -422,5 +478,13 @@ def linear_cross_entropy(
         )
     if weight.shape[0] == 0:
         raise ValueError("linear_cross_entropy: expected a vocabulary of at least 1, got 0; give weight [V, D]")
-    loss, per_token, _, _ = _forward_op(h, weight, labels, scale, ignore_index)
+    row = h.shape[-1] * h.element_size()
+    if logits == "auto":
+        logits = "recompute" if row <= RECOMPUTE_ROW and h.element_size() == 2 else "chunks"
+    if logits not in LOGITS or (logits == "recompute" and row > RECOMPUTE_ROW):
+        raise ValueError(
+            f"linear_cross_entropy: expected logits 'auto', 'chunks', or 'recompute' for rows of at most "
+            f"{RECOMPUTE_ROW} bytes, got {logits!r} for {row}; use 'auto'"
+        )
+    loss, per_token, _, _ = _forward_op(h, weight, labels, scale, ignore_index, logits)
     return loss, per_token

@@ -34,6 +34,20 @@ _TF32X3: dict[tuple[bool, int], Tile] = {
     (False, 32): Tile(64, 64, 32, 4, 2, "tf32x3"),
     (True, 32): Tile(64, 32, 32, 4, 2, "tf32x3"),
 }
+# a plain relu's gradients: (product, bits). Blocks of the hidden dimension are whole words of 32 bits: k of dx, m of dw
+_GRADIENT: dict[tuple[str, int], Tile] = {
+    ("dx", 16): Tile(128, 128, 64, 4, 2),
+    ("dw", 16): Tile(128, 128, 64, 4, 2),
+    ("dx", 32): Tile(64, 128, 32, 4, 2),
+    ("dw", 32): Tile(64, 128, 16, 4, 3),
+}
+_GRADIENT_TF32X3: dict[tuple[str, int], Tile] = {
+    ("dx", 32): Tile(64, 64, 32, 4, 2, "tf32x3"),
+    ("dw", 32): Tile(64, 64, 16, 4, 2, "tf32x3"),
+}
+# programs of dw that run at a time, two on each of 64 SMs: fewer tiles split the rows. From the shape alone, never from
+# the device: the partial sums are as many everywhere
+PROGRAMS = 128
 # architecture -> its own choices; what is not named takes the default
 TABLE: dict[str, dict[tuple[bool, int], Tile]] = {"sm_80": _TF32X3, "sm_90": _TF32X3}
 
@@ -45,3 +59,16 @@ def product_tile(arch: str, pair: bool, bits: int) -> Tile:
     """Configuration of the kernels with products."""
     key = (pair, bits)
     return TABLE.get(arch, {}).get(key) or _DEFAULT[key]
+
+
+def gradient_tile(arch: str, product: str, bits: int) -> Tile:
+    """Configuration of a plain relu's gradients, product dx or dw."""
+    key = (product, bits)
+    return (_GRADIENT_TF32X3.get(key) if arch in TABLE else None) or _GRADIENT[key]
+
+
+def splits(programs: int, rows: int, block: int) -> tuple[int, int]:
+    """(splits of the rows, rows of a split): a multiple of `block` each, for `programs` programs a split."""
+    wanted = max(1, min(PROGRAMS // programs, rows // (16 * block)))
+    share = -(-rows // (wanted * block)) * block
+    return -(-rows // share), share

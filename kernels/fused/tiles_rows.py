@@ -26,9 +26,11 @@ class ProductTile:
     stages: int
     precision: str = "ieee"
 
-    def options(self) -> dict[str, object]:
-        """As keyword arguments of a launch."""
+    def options(self, without: str = "") -> dict[str, object]:
+        """As keyword arguments of a launch; `without` "k" where all features are in a tile."""
         blocks = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "PRECISION": self.precision}
+        if without:
+            del blocks[f"BLOCK_{without.upper()}"]
         return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
 
 
@@ -65,6 +67,9 @@ def programs(rows: int, tile: RowTile) -> int:
 _DEFAULT: dict[tuple[str, int], ProductTile] = {
     ("forward", 16): ProductTile(64, 128, 64, 4, 3),
     ("dlogits", 16): ProductTile(128, 128, 32, 4, 4),
+    # own rows, other rows; features are in one tile, as wide as `parts_of` says
+    ("gradient", 16): ProductTile(64, 32, 512, 8, 2),
+    ("gradient", 32): ProductTile(32, 32, 256, 4, 2),
     ("forward", 32): ProductTile(64, 128, 16, 4, 3),
     ("dlogits", 32): ProductTile(64, 128, 16, 4, 3),
 }
@@ -72,14 +77,23 @@ _DEFAULT: dict[tuple[str, int], ProductTile] = {
 _TF32X3: dict[tuple[str, int], ProductTile] = {
     ("forward", 32): ProductTile(64, 64, 32, 4, 2, "tf32x3"),
     ("dlogits", 32): ProductTile(64, 64, 32, 4, 2, "tf32x3"),
+    ("gradient", 32): ProductTile(32, 32, 256, 4, 2, "tf32x3"),
 }
 # architecture -> its own choices; what is not named takes the default
 TABLE: dict[str, dict[tuple[str, int], ProductTile]] = {"sm_80": _TF32X3, "sm_90": _TF32X3}
 
 
 def product_tile(arch: str, kernel: str, bits: int) -> ProductTile:
-    """Configuration of linear_cross_entropy's products. kernel: forward or dlogits."""
+    """Configuration of linear_cross_entropy's products. kernel: forward, dlogits or gradient."""
     found = measured.tile(arch, f"linear_cross_entropy.{kernel}.{bits}")
     if found is not None:
         return ProductTile(**found)
     return TABLE.get(arch, {}).get((kernel, bits)) or _DEFAULT[kernel, bits]
+
+
+def parts_of(width: int) -> tuple[int, int]:
+    """Powers of two that cover a row of up to 512 features, the first at most 256, the second 0 where one is enough:
+    380 features cost 384, not 512."""
+    if width <= 256:
+        return max(16, 1 << (width - 1).bit_length()), 0
+    return 256, max(16, 1 << (width - 257).bit_length())

@@ -177,16 +177,16 @@ def _dkdv(kernel: Kernel) -> dict[str, int]:
     return reads(programs(), lambda tile: rows if tile[0] == "rows_ptr" else size(tile))
 
 
+def _extents(extent: int, block: int) -> Callable[[int], int]:
+    """Of each block of a dimension how much exists."""
+    return lambda number: max(0, min(block, extent - number * block))
+
+
 def _matrix_tiles(kernel: Kernel, a: str, b: str, rows: int, columns: int, block_m: int, block_n: int):
     """Size of a tile row of a and of a tile column of b."""
     width = kernel.shape(a)[-1] * kernel.element_size(a)
-    extents = {a: (rows, block_m), b: (columns, block_n)}
-
-    def size(tile: Tile) -> int:
-        extent, block = extents[tile[0]]
-        return max(0, min(block, extent - tile[1] * block)) * width
-
-    return size
+    extents = {a: _extents(rows, block_m), b: _extents(columns, block_n)}
+    return lambda tile: extents[tile[0]](tile[1]) * width
 
 
 def _glu(kernel: Kernel) -> dict[str, int]:
@@ -200,6 +200,82 @@ def _glu(kernel: Kernel) -> dict[str, int]:
         for pid in range(cdiv(rows, kernel["BLOCK_M"]) * tiles_n)
     )
     return reads(programs, lambda tile: one(tile) * (halves if tile[0] == "w_ptr" else 1))
+
+
+def _glu_dx(kernel: Kernel) -> dict[str, int]:
+    """Row-major tiles of dx, which walk the hidden columns together."""
+    blocks, block, size = kernel["blocks"], kernel["BLOCK_K"], kernel.element_size("w_ptr")
+    tiles_n = cdiv(kernel["D"], kernel["BLOCK_N"])
+    rows = _extents(kernel["M"], kernel["BLOCK_M"])
+    inner, columns = _extents(kernel["F"], block), _extents(kernel["D"], kernel["BLOCK_N"])
+
+    def bytes_of(tile: Tile) -> int:
+        outer, step = divmod(tile[1], blocks)
+        if tile[0] == "bits_ptr":
+            return rows(outer) * (block // 32) * 4
+        return (rows if tile[0] == "d_ptr" else columns)(outer) * inner(step) * size
+
+    programs = (
+        [
+            [(name, outer * blocks + step) for name, outer in zip(("bits_ptr", "d_ptr", "w_ptr"), at, strict=True)]
+            for step in range(blocks)
+        ]
+        for at in ((pid // tiles_n, pid // tiles_n, pid % tiles_n) for pid in range(kernel.launch.programs))
+    )
+    return reads(programs, bytes_of)
+
+
+def _glu_dw(kernel: Kernel) -> dict[str, int]:
+    """Tiles of dw, one split of the rows after the other; all tiles of a split walk its rows together."""
+    block, share, size = kernel["BLOCK_K"], kernel["share"], kernel.element_size("x_ptr")
+    tiles_n = cdiv(kernel["D"], kernel["BLOCK_N"])
+    tiles = cdiv(kernel["F"], kernel["BLOCK_M"]) * tiles_n
+    rows, words = _extents(kernel["M"], block), _extents(cdiv(kernel["F"], 32), kernel["BLOCK_M"] // 32)
+    hidden, columns = _extents(kernel["F"], kernel["BLOCK_M"]), _extents(kernel["D"], kernel["BLOCK_N"])
+    blocks = cdiv(kernel["M"], block)
+
+    def bytes_of(tile: Tile) -> int:
+        outer, step = divmod(tile[1], blocks)
+        if tile[0] == "bits_ptr":
+            return words(outer) * rows(step) * 4
+        return (hidden if tile[0] == "d_ptr" else columns)(outer) * rows(step) * size
+
+    def programs() -> Iterator[Program]:
+        for pid in range(kernel.launch.programs):
+            split, (m, n) = pid // tiles, divmod(pid % tiles, tiles_n)
+            steps = range(split * share // block, min(blocks, (split + 1) * share // block))
+            yield [
+                [("bits_ptr", m * blocks + step), ("d_ptr", m * blocks + step), ("x_ptr", n * blocks + step)]
+                for step in steps
+            ]
+
+    return reads(programs(), bytes_of)
+
+
+def _cross_entropy_gradient(kernel: Kernel) -> dict[str, int]:
+    """A program loads its own rows and walks a share of the other ones; neighbours have the same share."""
+    own, other = kernel["own_rows"], kernel["other_rows"]
+    block, share = kernel["BLOCK_N"], kernel["share"]
+    tiles = cdiv(own, kernel["BLOCK_M"])
+    width = kernel["D"] * kernel.element_size("own_ptr")
+    rows = {"own_ptr": _extents(own, kernel["BLOCK_M"]), "other_ptr": _extents(other, block)}
+    per_token = {"lse_ptr": 4, "labels_ptr": 8}
+    statistics = rows["own_ptr" if kernel["TOKENS"] else "other_ptr"]
+
+    def bytes_of(tile: Tile) -> int:
+        if tile[0] in per_token:
+            return statistics(tile[1]) * per_token[tile[0]]
+        return rows[tile[0]](tile[1]) * width
+
+    def programs() -> Iterator[Program]:
+        for pid in range(kernel.launch.programs):
+            split, row = divmod(pid, tiles)
+            walked = range(split * share // block, cdiv(min(other, (split + 1) * share), block))
+            first = [("own_ptr", row), *((name, row) for name in per_token if kernel["TOKENS"])]
+            beside = [] if kernel["TOKENS"] else list(per_token)
+            yield [first, *([("other_ptr", step), *((name, step) for name in beside)] for step in walked)]
+
+    return reads(programs(), bytes_of)
 
 
 def _cross_entropy_forward(kernel: Kernel) -> dict[str, int]:
@@ -262,6 +338,8 @@ ACCESS: dict[str, tuple[tuple[str, ...], Access | None]] = {
     "_glu_forward_kernel": (("rng_ptr", "gate_rng_ptr"), _glu),
     "_glu_backward_kernel": (("saved_ptr", "d_hidden_ptr", "rng_ptr", "gate_rng_ptr"), None),
     "_glu_recompute_kernel": (("d_hidden_ptr", "rng_ptr", "gate_rng_ptr"), _glu),
+    "_glu_dx_kernel": ((), _glu_dx),
+    "_glu_dw_kernel": ((), _glu_dw),
     "_residual_norm_fwd_kernel": (("x_ptr", "s_ptr", "gain_ptr", "rng_ptr"), None),
     "_residual_norm_bwd_kernel": (("dy_ptr", "dz_ptr", "y_ptr", "rstd_ptr", "gain_ptr", "rng_ptr"), None),
     "_sum_rows_kernel": (("partial_ptr",), None),
@@ -269,6 +347,7 @@ ACCESS: dict[str, tuple[tuple[str, ...], Access | None]] = {
     "_linear_cross_entropy_join_kernel": (("top_ptr", "total_ptr", "target_ptr", "labels_ptr"), None),
     "_linear_cross_entropy_mean_kernel": (("sum_ptr", "count_ptr"), None),
     "_linear_cross_entropy_dlogits_kernel": (("labels_ptr", "lse_ptr"), _cross_entropy_backward),
+    "_linear_cross_entropy_gradient_kernel": (("d_loss_ptr", "inverse_ptr"), _cross_entropy_gradient),
     "_linear_cross_entropy_scale_kernel": (("x_ptr", "d_loss_ptr", "inverse_ptr"), None),
     "_embedding_fwd_kernel": (("ids_ptr", "rng_ptr", "rng_t_ptr"), _embedding),
     "_embedding_table_bwd_kernel": (("d_out_ptr", "order_ptr", "start_ptr", "rng_ptr"), None),

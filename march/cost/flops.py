@@ -46,6 +46,10 @@ FORMULAS: dict[str, Callable[[Kernel], int]] = {
     "_attention_bwd_dkdv_kernel": _dkdv,
     "_glu_forward_kernel": _glu,
     "_glu_recompute_kernel": _glu,
+    "_glu_dx_kernel": lambda k: 2 * k["M"] * k["F"] * k["D"],
+    "_glu_dw_kernel": lambda k: 2 * k["M"] * k["F"] * k["D"],
+    # logits again, the gradient
+    "_linear_cross_entropy_gradient_kernel": lambda k: 4 * k["own_rows"] * k["other_rows"] * k["D"],
     "_linear_cross_entropy_fwd_kernel": lambda k: 2 * k["tokens"] * k["vocabulary"] * k["width"],
     "_linear_cross_entropy_dlogits_kernel": lambda k: 2 * k["tokens"] * k["columns"] * k["width"],
 }

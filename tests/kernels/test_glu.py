@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels.dropout import Dropout, dropout_state, keep_scale, stream_keep_mask
+from kernels.fused import tiles_glu
 
 HALVES = {"plain": 1, "gated": 2, "mixed": 2}
 ACTIVATIONS = ("relu", "gelu", "silu", "sigmoid", "identity")
@@ -144,6 +145,41 @@ def test_micro_batches_see_the_masks_of_the_whole(form):
     torch.testing.assert_close(whole, parts)
 
 
+@pytest.mark.parametrize(("length", "width"), [(700, 85), (1, 31), (530, 40)])
+def test_the_gradient_of_the_weight_in_several_splits(length, width):
+    """Rows in shares of whole blocks, the last one cut, added in order: `tiles_glu.splits` from the shape alone."""
+    inputs = _inputs("plain", 3, length, 16, width)
+    tile = tiles_glu.gradient_tile("sm_86", "dw", 32)
+    splits, share = tiles_glu.splits(-(-width // tile.m), 3 * length, tile.k)
+    assert (splits > 1) == (length > 1)
+    assert (splits - 1) * share < 3 * length <= splits * share
+    check("glu", inputs, {**FORMS["plain relu"], "dropout": _dropout(2)})
+
+
+@pytest.mark.parametrize("name", ["x", "weight"])
+def test_only_the_gradient_that_is_asked_for(name):
+    """And a second backward gives the same bits: nothing saved is written to."""
+    x, weight = _float("plain")
+    settings = {**FORMS["plain relu"], "dropout": Dropout(0.25, dropout_state(42, 3, 5, device=DEVICE), 2)}
+    both = torch.autograd.grad(kernels.glu(x, weight, impl="triton", **settings).sum(), [x, weight])
+    wanted = {"x": x, "weight": weight}[name]
+    other = weight if name == "x" else x
+    hidden = kernels.glu(*(t if t is wanted else other.detach() for t in (x, weight)), impl="triton", **settings).sum()
+    for _ in range(2):
+        (got,) = torch.autograd.grad(hidden, [wanted], retain_graph=True)
+        assert torch.equal(got, both[name == "weight"])
+
+
+def test_an_underflow_keeps_its_gradient():
+    """What the relu lets through is decided in float32: a hidden element that float16 rounds to 0 has its gradient."""
+    x = torch.full((1, 1, 8), 2.0**-13, dtype=torch.float16, device=DEVICE, requires_grad=True)
+    weight = torch.full((16, 8), 2.0**-15, dtype=torch.float16, device=DEVICE)
+    hidden = kernels.glu(x, weight, kind="plain", activation="relu", impl="triton")
+    assert not hidden.any()
+    (got,) = torch.autograd.grad(hidden, [x], torch.ones_like(hidden))
+    assert torch.equal(got, torch.full_like(got, 16 * 2.0**-15))
+
+
 def _saved_bytes(form, **extra):
     """Bytes kept for backward beyond x and weight, and the hidden layer."""
     x, weight = _float(FORMS[form]["kind"])
@@ -163,23 +199,30 @@ def _saved_bytes(form, **extra):
 
 def test_what_is_saved():
     rows, padded = 2 * 9, 96
-    assert _saved_bytes("plain relu") == (0, 4 * rows * padded)
+    # a bit an element, in words of 32 columns
+    assert _saved_bytes("plain relu") == (4 * rows * 3, 0)
     assert _saved_bytes("plain gelu") == (4 * rows * padded, 0)
     assert _saved_bytes("gated relu") == (4 * rows * 2 * padded, 0)
-    for form in ("plain gelu", "gated relu", "mixed"):
+    for form in ("plain relu", "plain gelu", "gated relu", "mixed"):
         assert _saved_bytes(form, recompute=True) == (0, 0)
 
 
 def test_flops_are_those_of_the_products():
     """2 M D rows forward, as much for each of d_x and d_weight, and again where recomputed."""
     rows, depth = 2 * 9, 40
-    for form, width, recompute, passes in (("gated relu", 96, False, 1), ("gated relu", 96, True, 2)):
+    for form, recompute, passes in (
+        ("gated relu", False, 1),
+        ("gated relu", True, 2),
+        ("plain relu", False, 1),
+        ("plain relu", True, 2),
+    ):
+        width = 96 * HALVES[FORMS[form]["kind"]]
         x = torch.empty(2, 9, depth, device="meta", requires_grad=True)
-        weight = torch.empty(2 * width, depth, device="meta", requires_grad=True)
+        weight = torch.empty(width, depth, device="meta", requires_grad=True)
         with FlopCounterMode(display=False) as counter:
             hidden = kernels.glu(x, weight, impl="triton", recompute=recompute, **FORMS[form])
             hidden.backward(torch.empty_like(hidden))
-        assert counter.get_total_flops() == (passes + 2) * 2 * rows * depth * 2 * width
+        assert counter.get_total_flops() == (passes + 2) * 2 * rows * depth * width
 
 
 def test_rows_of_the_hidden_layer_are_aligned():
@@ -192,7 +235,7 @@ def test_rows_of_the_hidden_layer_are_aligned():
 def test_no_products_are_written_in_evaluation():
     x, weight = _float("gated")
     with torch.no_grad():
-        _, product = torch.ops.march.glu(x, weight, None, None, "gated", "relu", 1.0, 0.0, 0, 0.0, 0, False)
+        _, product = torch.ops.march.glu(x, weight, None, None, "gated", "relu", 1.0, 0.0, 0, 0.0, 0, "")
     assert product.numel() == 0
 
 
@@ -206,13 +249,19 @@ def test_registered_operators_are_consistent():
     """Schema, fake implementation (shapes and strides), autograd registration, as torch checks them."""
     x, weight = _float("gated")
     rng = dropout_state(1, 2, 3, device=DEVICE)
-    arguments = (x, weight, rng, None, "gated", "silu", 1.0, 0.25, 4, 0.0, 0, True)
+    arguments = (x, weight, rng, None, "gated", "silu", 1.0, 0.25, 4, 0.0, 0, "product")
     torch.library.opcheck(torch.ops.march.glu.default, arguments, test_utils=("test_schema", "test_faketensor"))
     with torch.no_grad():
         hidden, product = torch.ops.march.glu(*arguments)
         backward = (hidden, product, x, weight, rng, None, "gated", "silu", 1.0, 0.25, 4, 0.0, 0, "product")
         torch.library.opcheck(
             torch.ops.march.glu_backward.default, backward, test_utils=("test_schema", "test_faketensor")
+        )
+        x, weight = _float("plain")
+        hidden, bits = torch.ops.march.glu(x, weight, rng, None, "plain", "relu", 1.0, 0.25, 4, 0.0, 0, "bits")
+        backward = (hidden, bits, x, weight, 0.25, True, True)
+        torch.library.opcheck(
+            torch.ops.march.glu_relu_backward.default, backward, test_utils=("test_schema", "test_faketensor")
         )
 
 

@@ -12,19 +12,88 @@ from kernels.fused import measured
 inputs_of = cases.linear_cross_entropy_inputs
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("batch", "length", "width", "vocabulary"),
-    [(1, 1, 8, 1), (2, 5, 40, 7), (1, 63, 64, 130), (3, 50, 33, 1100), (2, 3, 380, 257)],
-)
-def test_shapes(batch, length, width, vocabulary, dtype):
-    check("linear_cross_entropy", inputs_of(batch, length, width, vocabulary), {"scale": width**-0.5}, dtype)
+SHAPES = [(1, 1, 8, 1), (2, 5, 40, 7), (1, 63, 64, 130), (3, 50, 33, 1100), (2, 3, 380, 257), (1, 70, 512, 100)]
+# "recompute" holds rows of 1 KiB: of float32 up to 256 features
+CASES = [
+    (shape, logits, dtype)
+    for shape in SHAPES
+    for logits in fused.LOGITS
+    for dtype in DTYPES
+    if logits == "chunks" or shape[2] * dtype.itemsize <= fused.RECOMPUTE_ROW
+]
+
+
+@pytest.mark.parametrize(("shape", "logits", "dtype"), CASES, ids=str)
+def test_shapes(shape, logits, dtype):
+    settings = {"scale": shape[2] ** -0.5, "logits": logits}
+    check("linear_cross_entropy", inputs_of(*shape), settings, dtype)
+
+
+def test_the_form_of_backward_follows_from_width_and_type(monkeypatch):
+    """The stated rule, and no other: 16 bits and up to 512 features in registers, the rest in chunks."""
+    forms = []
+    monkeypatch.setattr(fused, "_forward_op", lambda *arguments: forms.append(arguments[-1]) or (None,) * 4)
+    for dtype, width in ((torch.float16, 512), (torch.bfloat16, 8), (torch.float16, 520), (torch.float32, 8)):
+        fused.linear_cross_entropy(
+            torch.empty(1, 1, width, dtype=dtype), torch.empty(2, width), None, scale=1.0, ignore_index=-100
+        )
+    assert forms == ["recompute", "recompute", "chunks", "chunks"]
+    with pytest.raises(ValueError, match="at most 1024 bytes, got 'recompute' for 1040"):
+        fused.linear_cross_entropy(
+            torch.empty(1, 1, 520, dtype=torch.float16), torch.empty(2, 520), None, scale=1.0, ignore_index=-100,
+            logits="recompute",
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="got 'all'"):
+        kernels.linear_cross_entropy(**_on_device(), logits="all", impl="triton")
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_splits_of_the_vocabulary(monkeypatch, splits):
+    """More than one tile a split, and a last split that is shorter."""
+    monkeypatch.setattr(fused, "RECOMPUTE_SPLITS", splits)
+    check("linear_cross_entropy", inputs_of(2, 40, 24, 200), {"scale": 0.3, "logits": "recompute"})
+
+
+@pytest.mark.parametrize("logits", fused.LOGITS)
+def test_a_second_backward_gives_the_same_bits(logits):
+    inputs = _on_device()
+    leaves = [inputs[n].clone().requires_grad_() for n in ("h", "weight")]
+    loss = kernels.linear_cross_entropy(*leaves, inputs["labels"], scale=0.3, logits=logits, impl="triton")
+    first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_rounding_of_the_gradient_in_bfloat16():
+    """G in bf16 against float64, by plain torch: the interpreter's bf16 is wrong, so the formula stands in for the
+    kernel, whose steps it repeats. No worse than the same-dtype formula, which rounds the logits as well."""
+    inputs = inputs_of(2, 40, 64, 300)
+    h, weight, labels = inputs["h"].flatten(0, 1), inputs["weight"], inputs["labels"].flatten()
+    low_h, low_weight = h.bfloat16(), weight.bfloat16()
+    exact_h, exact_weight = low_h.double(), low_weight.double()
+    valid = (labels != -100).double()[:, None]
+    onehot = torch.nn.functional.one_hot(labels.clamp(min=0), 300).double()
+
+    def gradient(s, rounded):
+        return rounded((torch.softmax(s, 1) - onehot.to(s.dtype)) * valid.to(s.dtype))
+
+    exact = gradient(exact_h @ exact_weight.T, lambda g: g)
+    wide = (low_h.float() @ low_weight.float().T).float()
+    kernel = gradient(wide, lambda g: g.bfloat16().float())
+    formula = gradient((low_h @ low_weight.T), lambda g: g).float()
+    for product, operand in ((lambda g, x: g @ x, low_weight), (lambda g, x: g.T @ x, low_h)):
+        want = product(exact, operand.double())
+        ours, theirs = ((product(g, operand.float()).bfloat16().double() - want).abs().max() for g in (kernel, formula))
+        assert 0 < ours <= 2 * theirs + 1e-5
+
+
+def test_a_wider_row_than_fits_goes_in_chunks():
+    check("linear_cross_entropy", inputs_of(1, 5, 520, 40), {"scale": 0.04}, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_several_chunks_of_the_vocabulary(monkeypatch, dtype):
     monkeypatch.setattr(fused, "CHUNK_BYTES", 1)
-    check("linear_cross_entropy", inputs_of(2, 9, 24, 300), {"scale": 0.3}, dtype)
+    check("linear_cross_entropy", inputs_of(2, 9, 24, 300), {"scale": 0.3, "logits": "chunks"}, dtype)
 
 
 @pytest.mark.parametrize("n", [32, 256])
@@ -33,7 +102,7 @@ def test_tiles_of_another_width(monkeypatch, n):
     monkeypatch.setattr(fused, "CHUNK_BYTES", 1)
     tile = {"m": 32, "n": n, "k": 16, "warps": 4, "stages": 2}
     with measured.trying("linear_cross_entropy.dlogits.32", tile):
-        check("linear_cross_entropy", inputs_of(2, 9, 24, 300), {"scale": 0.3})
+        check("linear_cross_entropy", inputs_of(2, 9, 24, 300), {"scale": 0.3, "logits": "chunks"})
 
 
 def test_chunks_are_even_and_bounded():
@@ -51,30 +120,35 @@ def test_chunks_are_even_and_bounded():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("width", "vocabulary"), [(512, 3000), (448, 1500), (380, 2049), (1024, 1000), (1, 5)])
 def test_larger(width, vocabulary, dtype):
+    # 16 bits up to 512 features recompute, the others take chunks
     check("linear_cross_entropy", inputs_of(3, 87, width, vocabulary), {"scale": width**-0.5}, dtype)
 
 
+@pytest.mark.parametrize("logits", fused.LOGITS)
 @pytest.mark.parametrize("layout", ["guarded", "transposed", "strided"])
-def test_layouts(layout):
-    check("linear_cross_entropy", inputs_of(2, 6, 24, 9), {"scale": 0.2}, layout=layout)
+def test_layouts(layout, logits):
+    check("linear_cross_entropy", inputs_of(2, 6, 24, 9), {"scale": 0.2, "logits": logits}, layout=layout)
 
 
-def test_all_labels_ignored():
+@pytest.mark.parametrize("logits", fused.LOGITS)
+def test_all_labels_ignored(logits):
     inputs = inputs_of(2, 3, 16, 9)
     inputs["labels"].fill_(-100)
-    result = check("linear_cross_entropy", inputs, {"scale": 1.0})
+    result = check("linear_cross_entropy", inputs, {"scale": 1.0, "logits": logits})
     assert result.outputs["loss"].item() == 0.0
 
 
-def test_another_ignored_index():
+@pytest.mark.parametrize("logits", fused.LOGITS)
+def test_another_ignored_index(logits):
     inputs = inputs_of(2, 9, 16, 9, ignored=0.0)
-    check("linear_cross_entropy", inputs, {"scale": 1.0, "ignore_index": 4})
+    check("linear_cross_entropy", inputs, {"scale": 1.0, "ignore_index": 4, "logits": logits})
 
 
-def test_large_logits():
+@pytest.mark.parametrize("logits", fused.LOGITS)
+def test_large_logits(logits):
     """Logits of some hundreds: the running maximum keeps the sums finite."""
     inputs = inputs_of(2, 9, 16, 300)
-    check("linear_cross_entropy", inputs, {"scale": 30.0})
+    check("linear_cross_entropy", inputs, {"scale": 30.0, "logits": logits})
 
 
 @pytest.mark.parametrize(("batch", "length"), [(0, 4), (2, 0)])
@@ -85,28 +159,31 @@ def test_empty(batch, length):
 CASE = (inputs_of(2, 6, 24, 40, ignored=0.3, seed=1), {"scale": 0.3})
 
 
+@pytest.mark.parametrize("logits", fused.LOGITS)
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("mutation", mutations("linear_cross_entropy", *CASE))
-def test_mutations_are_caught(mutation, dtype):
+def test_mutations_are_caught(mutation, dtype, logits):
     with pytest.raises(AssertionError, match="linear_cross_entropy"):
-        check("linear_cross_entropy", *CASE, dtype, mutate=mutation)
+        check("linear_cross_entropy", CASE[0], {**CASE[1], "logits": logits}, dtype, mutate=mutation)
 
 
 def _on_device(dtype=torch.float32):
     return {n: x.to(DEVICE, dtype if x.dtype.is_floating_point else None) for n, x in CASE[0].items()}
 
 
-def test_only_the_gradients_that_are_asked_for():
+@pytest.mark.parametrize("logits", fused.LOGITS)
+def test_only_the_gradients_that_are_asked_for(logits):
     inputs = _on_device()
     full = inputs | {n: inputs[n].clone().requires_grad_() for n in ("h", "weight")}
-    kernels.linear_cross_entropy(**full, scale=0.3, impl="triton").backward()
+    kernels.linear_cross_entropy(**full, scale=0.3, logits=logits, impl="triton").backward()
     for name in ("h", "weight"):
         one = inputs | {name: inputs[name].clone().requires_grad_()}
-        kernels.linear_cross_entropy(**one, scale=0.3, impl="triton").backward()
+        kernels.linear_cross_entropy(**one, scale=0.3, logits=logits, impl="triton").backward()
         assert torch.equal(one[name].grad, full[name].grad)
 
 
-def test_no_logits_are_held(monkeypatch):
+@pytest.mark.parametrize("logits", fused.LOGITS)
+def test_no_logits_are_held(monkeypatch, logits):
     """Neither what is saved nor any tensor of the two passes has tokens x vocabulary elements."""
     monkeypatch.setattr(fused, "CHUNK_BYTES", 1)
     inputs = {n: x.to(DEVICE, torch.float32 if n != "labels" else None) for n, x in inputs_of(2, 40, 8, 400).items()}
@@ -120,8 +197,9 @@ def test_no_logits_are_held(monkeypatch):
             return out
 
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x), Sizes():
-        kernels.linear_cross_entropy(**leaves, scale=0.3, impl="triton").backward()
-    assert max(sizes) < 80 * 400
+        kernels.linear_cross_entropy(**leaves, scale=0.3, logits=logits, impl="triton").backward()
+    # recomputed: nothing with an element for a token and a word, not even of a chunk
+    assert max(sizes) < (80 * 400 if logits == "chunks" else 400 * 8 + 1)
     assert sum(saved) < 80 * 8 + 400 * 8 + 3 * 80 + 2
 
 
@@ -156,4 +234,4 @@ def test_checkpointing_and_compile():
 def test_registered_operator():
     inputs = _on_device()
     h, weight = inputs["h"].requires_grad_(), inputs["weight"].requires_grad_()
-    torch.library.opcheck(fused._forward_op, (h, weight, inputs["labels"], 0.3, -100))
+    torch.library.opcheck(fused._forward_op, (h, weight, inputs["labels"], 0.3, -100, "recompute"))

@@ -143,13 +143,22 @@ def run(name: str) -> None:
                 recompute=recompute,
             )  # fmt: skip
             differentiate(hidden)
+        # rows of whole lines, so that tiles are too
+        x, weight = torch.randn(2, 136, 128, requires_grad=True), torch.randn(344, 128, requires_grad=True)
+        differentiate(
+            glu.glu(x, weight, kind="plain", activation="relu", factor=1.0, dropout=dropout(2), gate_dropout=None)
+        )
     elif name == "residual_norm":
         x, s, gain = torch.randn(4, 45, 64), torch.randn(4, 45, 64), torch.randn(64)
         differentiate(residual_norm.residual_norm(*leaves({"x": x, "s": s, "g": gain}), dropout=dropout(3), eps=1e-6))
     elif name == "linear_cross_entropy":
-        h, weight = torch.randn(2, 590, 64, requires_grad=True), torch.randn(700, 64, requires_grad=True)
-        labels = torch.randint(0, 700, (2, 590))
-        linear_cross_entropy.linear_cross_entropy(h, weight, labels, scale=1.0, ignore_index=-100)[0].backward()
+        h, weight = torch.randn(2, 592, 64, requires_grad=True), torch.randn(700, 64, requires_grad=True)
+        labels = torch.randint(0, 700, (2, 592))
+        for logits in linear_cross_entropy.LOGITS:
+            loss, _ = linear_cross_entropy.linear_cross_entropy(
+                h, weight, labels, scale=1.0, ignore_index=-100, logits=logits
+            )
+            loss.backward()
     elif name == "embedding":
         ids = torch.stack([torch.randperm(500)[:70] for _ in range(4)])
         tables = torch.randn(500, 64, requires_grad=True), torch.randn(80, 64, requires_grad=True)

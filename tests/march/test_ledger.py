@@ -50,7 +50,6 @@ def test_baseline_keeps_at_most_2_6_gib(baseline):
     assert 0.5 * GIB < baseline["saved"] <= 2.6 * GIB
 
 
-@pytest.mark.xfail(strict=True, reason="1.63 times the boundary: see docs/ledger.md for the operators responsible")
 def test_baseline_moves_at_most_1_3_times_the_boundary(baseline):
     assert baseline["dram_over_boundary"] <= 1.3
 
@@ -106,7 +105,8 @@ def test_flops_agree_with_the_portable_path(baseline):
     assert flops(baseline["rows"], ("attention",), "forward") == 64 * flops(theirs, ("attention",), "forward")
     assert 5 * flops(baseline["rows"], ("attention",), "backward") == 7 * 64 * flops(theirs, ("attention",), "backward")
     entropy = sum(flops(baseline["rows"], ("linear_cross_entropy",), phase) for phase in ("forward", "backward"))
-    assert 3 * entropy == 4 * 64 * flops(theirs, ("linear_cross_entropy",), "forward")
+    # and the fused cross entropy makes its logits three times: forward, for dh, for dE
+    assert 3 * entropy == 5 * 64 * flops(theirs, ("linear_cross_entropy",), "forward")
 
 
 def test_the_boundary_by_hand(baseline):

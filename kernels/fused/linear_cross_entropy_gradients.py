@@ -1,0 +1,147 @@
+"""Device code of linear_cross_entropy's gradients without logits in memory: programs make them again in registers.
+
+    dh = c G E        dE = c G^T h        G = exp(s - lse) - onehot(label)        (names: linear_cross_entropy.py)
+
+One kernel does both: a program owns a block of rows (tokens for dh, words for dE) and walks the rows of the other
+operand. A tile of those is loaded once and serves both products, s^T = other own^T and out += G other.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.fused.primitives import aligned
+
+
+@triton.jit
+def _columns(ptr, rows, stride, LEFT: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr):
+    """Columns [LEFT, LEFT + BLOCK) of `rows`, zero from D on."""
+    offs = LEFT + tl.arange(0, BLOCK)
+    ptrs = ptr + rows[:, None] * stride + offs[None, :]
+    if LEFT + BLOCK <= D:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=(offs < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _statistics(lse_ptr, labels_ptr, rows, valid, ignore_index):
+    """(lse, label) of tokens `rows`; infinite and no word's where ignored or not valid, so that G is 0 there."""
+    label = tl.load(labels_ptr + rows)
+    counts = valid & (label != ignore_index)
+    return tl.where(counts, tl.load(lse_ptr + rows), float("inf")), tl.where(counts, label, -1).to(tl.int32)
+
+
+@triton.jit
+def _store(ptr, acc, rows, end, LEFT: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr):
+    offs = LEFT + tl.arange(0, BLOCK)
+    ptrs = ptr + rows.to(tl.int64)[:, None] * D + offs[None, :]
+    tl.store(ptrs, acc.to(ptr.dtype.element_ty), mask=(rows < end)[:, None] & (offs < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["own_rows", "other_rows", "share", "ignore_index"])
+def _linear_cross_entropy_gradient_kernel(
+    own_ptr,
+    other_ptr,
+    lse_ptr,
+    labels_ptr,
+    d_loss_ptr,
+    inverse_ptr,
+    out_ptr,
+    own_rows,
+    other_rows,
+    share,
+    stride_own,
+    stride_other,
+    scale,
+    scale_log2,
+    ignore_index,
+    TOKENS: tl.constexpr,
+    FINAL: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """out [splits, own_rows, D]: the gradient of the own rows from `share` of the other ones. D in parts D0 and D1.
+
+    TOKENS: the own rows are tokens, the other ones words; else the reverse. FINAL: times d_loss scale / count.
+    s is transposed: products that feed one another get one layout from Triton, all warps along the columns, and the 64
+    own rows fill 8 warps, where 32 other rows leave half of them to compute the same. G goes through shared memory in
+    two halves, one after the other: own rows (64 KiB at D 512), other rows (32) and all of G (4) are 1 KiB too many.
+    """
+    HALF: tl.constexpr = BLOCK_M // 2
+    stride_own, stride_other = aligned(stride_own, ALIGN), aligned(stride_other, ALIGN)
+    tiles = tl.cdiv(own_rows, BLOCK_M)
+    top = tl.program_id(0) % tiles * BLOCK_M
+    split = tl.program_id(0) // tiles
+    rows_a = top + tl.arange(0, HALF)
+    rows_b = rows_a + HALF
+    # in this order the even columns of s^T are the first half of the rows: split without moving a value
+    order = tl.arange(0, BLOCK_M)
+    rows = top + order % 2 * HALF + order // 2
+    own_at = tl.minimum(rows, own_rows - 1).to(tl.int64)
+    own0 = _columns(own_ptr, own_at, stride_own, 0, D0, D)
+    if D1 > 0:
+        own1 = _columns(own_ptr, own_at, stride_own, D0, D1, D)
+    if TOKENS:
+        safe_a, safe_b = tl.minimum(rows_a, own_rows - 1), tl.minimum(rows_b, own_rows - 1)
+        lse_a, label_a = _statistics(lse_ptr, labels_ptr, safe_a, rows_a < own_rows, ignore_index)
+        lse_b, label_b = _statistics(lse_ptr, labels_ptr, safe_b, rows_b < own_rows, ignore_index)
+    a0 = tl.zeros([HALF, D0], tl.float32)
+    b0 = tl.zeros([HALF, D0], tl.float32)
+    if D1 > 0:
+        a1 = tl.zeros([HALF, D1], tl.float32)
+        b1 = tl.zeros([HALF, D1], tl.float32)
+    first = split * share
+    end = tl.minimum(first + share, other_rows)
+    offs_n = tl.arange(0, BLOCK_N)
+    other_ptr += first.to(tl.int64) * stride_other
+    for start in range(first, end, BLOCK_N):
+        # rows beyond the end repeat the last one; their G is 0
+        inside = offs_n < end - start
+        other_at = tl.minimum(offs_n, end - start - 1)
+        other0 = _columns(other_ptr, other_at, stride_other, 0, D0, D)
+        if D1 > 0:
+            other1 = _columns(other_ptr, other_at, stride_other, D0, D1, D)
+        s = tl.dot(other0, tl.trans(own0), input_precision=PRECISION)
+        if D1 > 0:
+            s = tl.dot(other1, tl.trans(own1), s, input_precision=PRECISION)
+        s_a, s_b = (s * scale_log2).reshape(BLOCK_N, HALF, 2).split()
+        if not TOKENS:
+            lse, label = _statistics(lse_ptr, labels_ptr, start + other_at, inside, ignore_index)
+        # the second half's softmax stands behind the first half's products, under which it can run
+        if TOKENS:
+            g = tl.exp2(s_a - lse_a[None, :])
+            g = tl.where((start + offs_n)[:, None] == label_a[None, :], g - 1.0, g)
+            g = tl.where(inside[:, None], g, 0.0)
+        else:
+            g = tl.exp2(s_a - lse[:, None])
+            g = tl.where(rows_a[None, :] == label[:, None], g - 1.0, g)
+        g = tl.trans(g.to(own0.dtype))
+        a0 = tl.dot(g, other0, a0, input_precision=PRECISION)
+        if D1 > 0:
+            a1 = tl.dot(g, other1, a1, input_precision=PRECISION)
+        if TOKENS:
+            g = tl.exp2(s_b - lse_b[None, :])
+            g = tl.where((start + offs_n)[:, None] == label_b[None, :], g - 1.0, g)
+            g = tl.where(inside[:, None], g, 0.0)
+        else:
+            g = tl.exp2(s_b - lse[:, None])
+            g = tl.where(rows_b[None, :] == label[:, None], g - 1.0, g)
+        g = tl.trans(g.to(own0.dtype))
+        b0 = tl.dot(g, other0, b0, input_precision=PRECISION)
+        if D1 > 0:
+            b1 = tl.dot(g, other1, b1, input_precision=PRECISION)
+        other_ptr += BLOCK_N * stride_other.to(tl.int64)
+    factor = 1.0
+    if FINAL:
+        factor = tl.load(d_loss_ptr).to(tl.float32) * tl.load(inverse_ptr) * scale
+    out_ptr += split.to(tl.int64) * own_rows * D
+    _store(out_ptr, a0 * factor, rows_a, own_rows, 0, D0, D)
+    _store(out_ptr, b0 * factor, rows_b, own_rows, 0, D0, D)
+    if D1 > 0:
+        _store(out_ptr, a1 * factor, rows_a, own_rows, D0, D1, D)
+        _store(out_ptr, b1 * factor, rows_b, own_rows, D0, D1, D)
