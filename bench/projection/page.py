@@ -1,0 +1,5 @@
+"""docs/projection.md."""
+
+
+def page(calibration, progress) -> str:
+    raise NotImplementedError
