@@ -163,7 +163,7 @@ def held_back(projection: Projection, calibration: Calibration) -> str:
         named = [f"{row['kernel']} ({row['operator']}, {row['phase']}) {1e3 * row['beyond']:.1f}" for row in excess]
         named += [f"{name} {1e3 * value:.1f}" for name, value in rest.items()]
         lines.append(
-            f"The aim of {AIM} s is {1e3 * (seconds - AIM):.1f} ms away. Milliseconds beyond useful FLOPs at 0.80 of the "
-            "peak: " + ", ".join(named) + "."
+            f"The aim of {AIM} s is {1e3 * (seconds - AIM):.1f} ms away. Milliseconds beyond useful FLOPs at 0.80 of "
+            "the peak: " + ", ".join(named) + "."
         )
     return "\n\n".join(lines)
