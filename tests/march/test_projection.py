@@ -1,5 +1,6 @@
 """The projection: its fit recovers what was planted, its counts follow the model, its command refuses what is wrong."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -278,7 +279,7 @@ def test_the_command_prints_and_saves_a_list(calibration, tmp_path, capsys):
 def test_every_table_says_that_it_is_a_projection(calibration, capsys):
     assert command.main(["--exp", "Baseline", "--impl", "eager", "--kernels"]) == 0
     tables = capsys.readouterr().out.split("\n\n")
-    for before, one in zip(tables, tables[1:], strict=False):
+    for before, one in itertools.pairwise(tables):
         if one.startswith("|"):
             assert before.startswith("Projection, not measured")
 
