@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         names = experiments.names() if given.exp == "all" else [experiments.get(n).name for n in given.exp.split(",")]
     except ConfigError as error:
-        parser.error(f"--exp: {error}")
+        parser.error(f"--exp: {error}; `python train.py --list` names them all, or give all")
 
     def progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
