@@ -175,7 +175,7 @@ def executed_share(launch: Launch) -> float:
     m, n = values.get("BLOCK_M"), values.get("BLOCK_N")
     if m is None or n is None:
         return 1.0
-    if "attention" in launch.kernel:
+    if {"Lq", "Lk"} <= set(values):
         queries, segments = values["Lq"], [(values["Lk"], bool(values.get("CAUSAL")))]
         if "Lo" in values:
             segments = [(values["Lk"], True), (values["Lo"], False)]

@@ -68,7 +68,8 @@ def _overlaps(progress: Callable[[str], None]) -> str:
     header = ("hidden of the shorter", "mean leave-one-out error", "tensor", "bandwidth", "fused Baseline s")
     return (
         f"{table.TITLE}. How much of a call's bytes hide behind its products, or the other way round, the runs cannot "
-        "tell either, within their noise; 100% is the model of this page.\n\n" + markdown(header, rows)
+        "tell either: they lean towards less, by less than their noise. 100%, the roofline, is the model here: the "
+        "loops of the fused kernels load the next tiles while they multiply.\n\n" + markdown(header, rows)
     )
 
 
