@@ -30,13 +30,18 @@ _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::badd
 
 @dataclass(frozen=True)
 class Product:
-    """A library product C[m, n] = A[m, k] B[k, n], `batch` times; bytes of an element of A and B."""
+    """A library product C[m, n] = A[m, k] B[k, n], `batch` times; bytes of an element of A and B.
+
+    alignment: bytes, up to 16, of which the starts of all rows of A and B are multiples. Below 16 a library cannot
+    load with its fast instructions.
+    """
 
     batch: int
     m: int
     n: int
     k: int
     element_size: int
+    alignment: int = 16
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,14 @@ def _product(name: str, arguments: tuple) -> Product | None:
         return None
     a, b = arguments[1:3] if "add" in name else arguments[:2]
     batch = a.shape[0] if a.dim() == 3 else 1
-    return Product(batch, a.shape[-2], b.shape[-1], a.shape[-1], a.element_size())
+    size = a.element_size()
+    return Product(batch, a.shape[-2], b.shape[-1], a.shape[-1], size, min(_alignment(a), _alignment(b)))
+
+
+def _alignment(x: Tensor) -> int:
+    """Bytes, up to 16, that divide every row's start; a row is what lies next to each other."""
+    steps = [n for size, n in zip(x.shape, x.stride(), strict=True) if n != 1 and size > 1]
+    return math.gcd(16, *(n * x.element_size() for n in (x.storage_offset(), *steps)))
 
 
 class Counter(TorchDispatchMode):

@@ -1,7 +1,7 @@
 """One training step's forward and backward on meta tensors, under a counter."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -53,18 +53,28 @@ def fused_operators(impl: kernels.Impl) -> list[str]:
 
 
 @contextlib.contextmanager
-def _launches(needed: bool) -> Iterator[list[Launch]]:
+def _launches(needed: bool, arch: str, compile: bool | Callable[[str], bool]) -> Iterator[list[Launch]]:
     if not needed:
         yield []
         return
-    with recording(ARCH, compile=False) as found:
+    with recording(arch, compile) as found:
         yield found
 
 
 def measure(
-    config: ModelConfig, encoder_length: int, decoder_length: int, micro_batch: int, impl: kernels.Impl, precision: str
+    config: ModelConfig,
+    encoder_length: int,
+    decoder_length: int,
+    micro_batch: int,
+    impl: kernels.Impl,
+    precision: str,
+    arch: str = ARCH,
+    compile: bool | Callable[[str], bool] = False,
 ) -> Measured:
-    """Counts of one micro-batch. RuntimeError with fused operators under TRITON_INTERPRET=1, where nothing launches."""
+    """Counts of one micro-batch. RuntimeError with fused operators under TRITON_INTERPRET=1, where nothing launches.
+
+    arch, compile: of the launches, as kernels.compile_only.recording takes them.
+    """
     fused = fused_operators(impl)
     # meta tensors are on no GPU: what "auto" takes there is said by name
     chosen = impl if impl != "auto" else {o: "triton" if o in fused else "torch" for o in OPERATORS}
@@ -72,7 +82,7 @@ def measure(
         model = Transformer(resolve(config), chosen).to(DTYPES[precision]).train()
     batch = inputs(config, encoder_length, decoder_length, micro_batch)
     saved: dict[int, tuple[str, int]] = {}
-    with _launches(bool(fused)) as launches, Counter(launches) as counter:
+    with _launches(bool(fused), arch, compile) as launches, Counter(launches) as counter:
         for parameter in model.parameters():
             counter.ignore(parameter)
         weights = set(counter.seen)

@@ -1,0 +1,129 @@
+"""Projected seconds of a training step: counted work, a data sheet, and efficiencies fitted to published eager runs.
+
+    python -m bench.projection --exp NAME[,NAME]|all --impl eager|triton [--device a5000] [--gpus 8] [--json]
+    python -m bench.projection --markdown > docs/projection.md        the whole page, every table of it
+
+A projection, never a measurement, and so called in every table, title and file name. 1024 sequences a step at 921 and
+206 positions; exchange and optimiser included. Counts are kept under build/projection/counts by a hash of the sources
+they follow from. --kernels: kernel by kernel. --fit: the fit and its leave-one-out errors alone.
+
+--json prints a list, one object for each experiment and implementation:
+    status              "projection, not measured"
+    experiment, impl    names; impl "eager" (the published runs' manner) or "triton" (the fused kernels)
+    device, gpus        key of march.cost.DEVICES; number
+    seconds, low, high  of a step; low to high holds 90% of what the fit's error implies
+    by_operator         {operator: seconds}, adds up to seconds. In eager also "host" and "evaluation"; in both
+                        "exchange" (gradients and weights), "optimizer", "gradient sums" (accumulation in float32)
+    published_seconds   of the published run (8 RTX A5000, evaluation included, as in eager seconds), or null
+    arithmetic_seconds  its FLOPs at the data sheet's peak
+    micro_batch, micro_batches, precision, tflop, dram_bytes    of a step on one GPU
+--save [FILE] writes the same list to a file with "projection" in its name, by default
+build/projection/projection_DEVICE_GPUS.json.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.projection import page, table
+from bench.projection.collect import IMPLEMENTATIONS, ROOT
+from bench.projection.model import EXCHANGE_BANDWIDTH
+from bench.projection.predecessor import GPUS, SEQUENCES
+from bench.projection.project import calibrate, project
+from march import experiments
+from march.config import ConfigError
+from march.cost.devices import DEVICES
+
+
+def _choices(parser: argparse.ArgumentParser, flag: str, text: str, known: Sequence[str]) -> list[str]:
+    """Parts of `text` between commas, each of `known`; a usage error otherwise."""
+    chosen = text.split(",")
+    for one in chosen:
+        if one not in known:
+            parser.error(f"{flag}: expected one of {', '.join(known)}, got {one!r}; choose from these")
+    return chosen
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.projection", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--exp", default="Baseline", help="an experiment's name; several with commas; or 'all'")
+    parser.add_argument("--impl", default="eager,triton", help="eager, triton, or both with a comma (both)")
+    parser.add_argument("--device", default="a5000", help=f"one of {', '.join(DEVICES)} (a5000)")
+    parser.add_argument("--gpus", type=int, default=GPUS, metavar="N", help=f"devices in one node ({GPUS})")
+    parser.add_argument(
+        "--micro-batch", type=int, metavar="N", help="sequences; by default the published run's, 64 fused"
+    )
+    parser.add_argument(
+        "--exchange",
+        type=float,
+        default=EXCHANGE_BANDWIDTH / 1e9,
+        metavar="GB/S",
+        help="bus bandwidth between the GPUs",
+    )
+    parser.add_argument("--kernels", action="store_true", help="also kernel by kernel")
+    parser.add_argument("--fit", action="store_true", help="the fitted efficiencies and the leave-one-out errors alone")
+    parser.add_argument("--markdown", action="store_true", help="docs/projection.md, whole, on standard output")
+    parser.add_argument(
+        "--json", action="store_true", help="a JSON list on standard output; see the module's docstring"
+    )
+    parser.add_argument(
+        "--save", nargs="?", const="", metavar="FILE", help="write that list to a *projection*.json file"
+    )
+    given = parser.parse_args(arguments)
+    device = _choices(parser, "--device", given.device, list(DEVICES))[0]
+    impls = _choices(parser, "--impl", given.impl, IMPLEMENTATIONS)
+    if not 1 <= given.gpus <= SEQUENCES:
+        parser.error(
+            f"--gpus: expected 1 to {SEQUENCES}, got {given.gpus}; a step has {SEQUENCES} sequences to share out"
+        )
+    if given.micro_batch is not None and given.micro_batch < 1:
+        parser.error(f"--micro-batch: expected at least 1, got {given.micro_batch}; one sequence is the smallest")
+    if not given.exchange > 0:
+        parser.error(f"--exchange: expected GB/s above 0, got {given.exchange}; for example 12")
+    path = Path(given.save or ROOT / "build" / "projection" / f"projection_{device}_{given.gpus}.json")
+    if given.save and ("projection" not in path.name or path.suffix != ".json"):
+        parser.error(
+            f"--save: expected a name with 'projection' ending in .json, got {path.name!r}; it is no measurement"
+        )
+    try:
+        names = experiments.names() if given.exp == "all" else [experiments.get(n).name for n in given.exp.split(",")]
+    except ConfigError as error:
+        parser.error(f"--exp: {error}; `python train.py --list` names them all, or give all")
+
+    def progress(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    calibration = calibrate(progress)
+    if given.markdown:
+        print(page.page(calibration, progress))
+        return 0
+    if given.fit:
+        print(table.efficiencies(calibration) + "\n\n" + table.left_out(calibration))
+        return 0
+    found = [
+        project(name, impl, calibration, device, given.gpus, given.micro_batch, given.exchange * 1e9, progress)
+        for name in names
+        for impl in impls
+    ]
+    text = json.dumps([one.to_dict() for one in found], indent=1)
+    if given.save is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+        progress(f"wrote {path}")
+    if given.json:
+        print(text)
+        return 0
+    print(table.predictions(found))
+    if given.kernels or len(names) == 1:
+        for one in found:
+            print("\n" + table.operators(one))
+    if given.kernels:
+        for one in found:
+            print("\n" + table.kernels(one, calibration))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""The time model: seconds of every counted call from a data sheet and five efficiencies.
+
+A call takes the longer of its products and its bytes,
+
+    max(ideal / efficiency, bytes / (bandwidth efficiency * bandwidth)) + LAUNCH_SECONDS
+
+ideal: seconds of its tiles at the data sheet's peak. With `overlap` below 1, that share of the shorter one hides
+behind the longer and the rest is added: the runs cannot tell (docs/projection.md); 1 is reported, others beside it.
+
+Tiles are computed whole and whole rounds of them occupy the device: a library product takes the best of LIBRARY_TILES,
+a fused kernel its own. In a fused kernel's loop an HMMA holds its sub-core's tensor pipe for C cycles (16 on the
+A5000), s issue slots go with each, one a cycle, and w warps a sub-core take turns. With one warp, multiplying and the
+rest would follow each other, C + s - 1; with many the longer one hides the other; taken is max(C, s, C + (s - 1) / w).
+
+A step is its micro-batches one after the other, then the exchange of gradients, the optimiser, the exchange of
+weights (ZeRO 1); nothing is overlapped with anything.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from bench.projection.collect import Call, Counts, cdiv
+from bench.projection.predecessor import EVALUATION_SECONDS, SEQUENCES
+from march.cost.devices import Device
+from march.cost.ledger import optimizer_row
+
+# between two kernels of one stream on a full queue, start and drain included; the host runs ahead
+LAUNCH_SECONDS = 4e-6
+# bus bandwidth of NCCL's rings between 8 cards on PCIe 4.0 x16 (31.5 GB/s raw) without NVLink, over two sockets
+EXCHANGE_BANDWIDTH = 12e9
+LIBRARY_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
+SUB_CORES = 4
+
+# efficiencies, in the order of arrays
+NAMES = ("tensor", "unaligned", "fp32", "bandwidth", "host")
+TENSOR, UNALIGNED, FP32, BANDWIDTH, HOST = range(len(NAMES))
+
+
+@dataclass(frozen=True)
+class Efficiencies:
+    """Shares of the data sheet's figures. tensor: of products on tensor cores; unaligned: of library products whose
+    rows do not start at multiples of 16 bytes; fp32: of products on float32 units; bandwidth: of memory. host: seconds
+    a sequence of a micro-batch, once a step, of the eager runs (see docs/projection.md); not a share."""
+
+    tensor: float
+    unaligned: float
+    fp32: float
+    bandwidth: float
+    host: float
+
+    def array(self) -> np.ndarray:
+        return np.array([getattr(self, name) for name in NAMES])
+
+
+@dataclass(frozen=True)
+class Work:
+    """A micro-batch's calls as arrays, one entry a distinct call; and a step's rest.
+
+    kind: index of the efficiency that its products take. ideal: seconds at peak; moved: seconds at the full bandwidth;
+    both of one call. rest: seconds a step by name: (at full bandwidth, elsewhere).
+    """
+
+    operators: tuple[str, ...]
+    names: tuple[str, ...]
+    count: np.ndarray
+    kind: np.ndarray
+    ideal: np.ndarray
+    moved: np.ndarray
+    micro_batches: int
+    micro_batch: int
+    rest: Mapping[str, tuple[float, float]]
+    eager: bool
+    overlap: float = 1.0
+
+    def calls(self, efficiencies: np.ndarray) -> np.ndarray:
+        """Seconds of each entry in a step."""
+        products, moved = self.ideal / efficiencies[self.kind], self.moved / efficiencies[BANDWIDTH]
+        busy = np.maximum(products, moved) + (1 - self.overlap) * np.minimum(products, moved)
+        return self.micro_batches * self.count * (busy + LAUNCH_SECONDS)
+
+    def others(self, efficiencies: np.ndarray) -> dict[str, float]:
+        """Seconds a step of what is no call."""
+        bandwidth = efficiencies[BANDWIDTH]
+        seconds = {name: float(moved / bandwidth + fixed) for name, (moved, fixed) in self.rest.items()}
+        if self.eager:
+            seconds["host"] = float(efficiencies[HOST] * self.micro_batch)
+        return seconds
+
+    def seconds(self, efficiencies: np.ndarray) -> float:
+        """Of a step."""
+        return float(self.calls(efficiencies).sum()) + sum(self.others(efficiencies).values())
+
+    def by_operator(self, efficiencies: np.ndarray) -> dict[str, float]:
+        """Seconds of a step by operator, longest first; they add up to `seconds`."""
+        found: dict[str, float] = {}
+        for operator, seconds in zip(self.operators, self.calls(efficiencies), strict=True):
+            found[operator] = found.get(operator, 0.0) + float(seconds)
+        found |= self.others(efficiencies)
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def rounds(tiles: int, sms: int) -> float:
+    """Time of `tiles` equal tiles over that of a device that is never idle. Fewer tiles than SMs are split."""
+    return cdiv(tiles, sms) * sms / tiles if tiles >= sms else 1.0
+
+
+def library_flops(call: Call, sms: int) -> float:
+    """FLOPs of a library product's tiles, with idle SMs of the last round, for the tile where that is least."""
+    product = call.product
+    assert product is not None
+    sizes = []
+    for m, n in LIBRARY_TILES:
+        tiles = product.batch * cdiv(product.m, m) * cdiv(product.n, n)
+        sizes.append(2 * tiles * m * n * product.k * rounds(tiles, sms))
+    return min(sizes)
+
+
+def ideal_seconds(call: Call, device: Device) -> tuple[int, float]:
+    """(index of the efficiency, seconds at peak) of one call."""
+    if call.product is not None:
+        flops = library_flops(call, device.sms)
+        if call.product.element_size == 4:
+            return FP32, flops / device.fp32
+        return (TENSOR if call.product.alignment >= 16 else UNALIGNED), flops / device.bf16
+    if call.compiled is None:
+        return TENSOR, 0.0
+    compiled = call.compiled
+    flops = call.executed * rounds(compiled.programs, device.sms)
+    if compiled.precision == "fp32":
+        return FP32, flops / device.fp32
+    # three products in tf32, whose rate is half of bf16's
+    passes = 6 if compiled.precision == "tf32x3" else 1
+    cycles, slots = device.hmma_cycles, compiled.slots
+    warps = max(1.0, compiled.warps / SUB_CORES)
+    held = max(cycles, slots, cycles + max(0.0, slots - 1) / warps) if passes == 1 else cycles
+    return TENSOR, flops * passes * held / cycles / device.bf16
+
+
+def exchange_seconds(counts: Counts, gpus: int, bandwidth: float) -> float:
+    """Gradients summed and scattered, weights gathered: (n - 1) / n of each through the bus. march sends gradients in
+    float32 (march.training.engine), the published runs are taken to have sent them in their precision."""
+    weight = 2 if counts.precision == "bf16" else 4
+    gradient = weight if counts.impl == "eager" else 4
+    return (gpus - 1) / gpus * counts.parameters * (gradient + weight) / bandwidth
+
+
+def micro_batches(gpus: int, micro_batch: int) -> int:
+    """Of a step on each GPU."""
+    return cdiv(SEQUENCES, gpus * micro_batch)
+
+
+def work(
+    counts: Counts, device: Device, gpus: int = 8, exchange: float = EXCHANGE_BANDWIDTH, overlap: float = 1.0
+) -> Work:
+    """A step of 1024 sequences on `gpus` devices."""
+    ideal = [ideal_seconds(call, device) for call in counts.calls]
+    steps = micro_batches(gpus, counts.micro_batch)
+    # a gradient in the working precision is read and added to its float32 sum
+    gradient = 2 if counts.precision == "bf16" else 4
+    rest = {
+        "gradient sums": (steps * counts.parameters * (gradient + 8) / device.bandwidth, 0.0),
+        "optimizer": (optimizer_row(counts.parameters, counts.precision).dram / gpus / device.bandwidth, 0.0),
+        "exchange": (0.0, exchange_seconds(counts, gpus, exchange)),
+    }
+    if counts.impl == "eager":
+        rest["evaluation"] = (0.0, EVALUATION_SECONDS)
+    return Work(
+        tuple(call.operator for call in counts.calls),
+        tuple(call.name for call in counts.calls),
+        np.array([call.count for call in counts.calls], float),
+        np.array([kind for kind, _ in ideal], int),
+        np.array([seconds for _, seconds in ideal]),
+        np.array([call.read + call.written for call in counts.calls]) / device.bandwidth,
+        steps,
+        counts.micro_batch,
+        rest,
+        counts.impl == "eager",
+        overlap,
+    )

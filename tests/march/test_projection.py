@@ -1,0 +1,320 @@
+"""The projection: its fit recovers what was planted, its counts follow the model, its command refuses what is wrong."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.projection import __main__ as command
+from bench.projection import collect
+from bench.projection.collect import Call, Compiled, Counts
+from bench.projection.fit import NOISE, PRIORS, fit, leave_one_out, mean_error
+from bench.projection.model import FP32, NAMES, TENSOR, UNALIGNED, Efficiencies, ideal_seconds, rounds, work
+from bench.projection.predecessor import HALVED_EXPERIMENTS, micro_batch, published_seconds
+from bench.projection.project import calibrate, guess_error, kernels_of, project
+from march import experiments
+from march.cost.counter import Product
+from march.cost.devices import DEVICES
+
+ROOT = Path(__file__).resolve().parents[2]
+A5000 = DEVICES["a5000"]
+PLANTED = Efficiencies(tensor=0.62, unaligned=0.31, fp32=0.5, bandwidth=0.66, host=0.003)
+WIDE = {name: replace(prior, spread=50.0) for name, prior in PRIORS.items()}
+
+
+def product_call(m: int, n: int, k: int, element_size: int = 2, alignment: int = 16, count: int = 1) -> Call:
+    product = Product(1, m, n, k, element_size, alignment)
+    moved = element_size * (m * k + k * n)
+    return Call("forward", "p", "aten::mm", count, 2 * m * n * k, moved, element_size * m * n, product)
+
+
+def counts(calls: list[Call], micro: int = 64, precision: str = "bf16", impl: str = "eager") -> Counts:
+    return Counts("made up", impl, "", precision, micro, 36_000_000, tuple(calls))
+
+
+def made_up_works() -> dict:
+    """Steps in which each efficiency matters somewhere."""
+    rng = np.random.default_rng(0)
+    works = {}
+    for i in range(12):
+        fp32 = i == 3
+        calls = [
+            product_call(58944, 2048, 2048, 4 if fp32 else 2, 16, int(rng.integers(20, 80))),
+            product_call(58944, 2048, 2048, 4 if fp32 else 2, 2, int(rng.integers(5, 60))),
+            Call("forward", "e", "aten::add", int(rng.integers(10, 60)), 0, 10**9, 10**9),
+        ]
+        works[str(i)] = work(counts(calls, 32 if i % 3 else 64, "fp32" if fp32 else "bf16"), A5000)
+    return works
+
+
+def test_the_fit_recovers_planted_efficiencies():
+    works = made_up_works()
+    seconds = {name: one.seconds(PLANTED.array()) for name, one in works.items()}
+    found = fit(works, seconds, WIDE)
+    np.testing.assert_allclose(found.efficiencies.array(), PLANTED.array(), rtol=1e-3)
+    assert mean_error([row.error for row in leave_one_out(works, seconds, WIDE) if row.name != "3"]) < 1e-3
+
+
+def test_the_fit_stays_within_its_bounds():
+    works = made_up_works()
+    for factor in (0.1, 20.0):
+        seconds = {name: factor * one.seconds(PLANTED.array()) for name, one in works.items()}
+        found = fit(works, seconds, WIDE).efficiencies
+        for name in NAMES:
+            assert PRIORS[name].low * (1 - 1e-9) <= getattr(found, name) <= PRIORS[name].high * (1 + 1e-9)
+    assert PRIORS["tensor"].high == PRIORS["unaligned"].high == PRIORS["fp32"].high == 0.80
+    assert PRIORS["bandwidth"].high == 0.85
+
+
+def test_the_priors_decide_where_the_runs_cannot():
+    """No run has unaligned products: their efficiency is what was expected of it."""
+    only = work(counts([product_call(58944, 2048, 2048, count=40)]), A5000)
+    found = fit({"a": only}, {"a": only.seconds(PLANTED.array())})
+    assert found.efficiencies.unaligned == pytest.approx(PRIORS["unaligned"].expected)
+
+
+def test_a_run_that_is_off_is_seen_when_left_out():
+    works = made_up_works()
+    seconds = {name: one.seconds(PLANTED.array()) for name, one in works.items()}
+    seconds["5"] *= 1.5
+    rows = {row.name: row for row in leave_one_out(works, seconds)}
+    assert rows["5"].error == pytest.approx(1 / 1.5 - 1, abs=0.05)
+    assert abs(rows["7"].error) < 0.1
+    guess = np.median([value for name, value in seconds.items() if name != "7"])
+    assert rows["7"].guess == pytest.approx(guess)
+
+
+# ---------------------------------------------------------------- the time of a call
+
+
+def test_more_bandwidth_is_never_slower_and_faster_where_bytes_decide():
+    steps = counts([product_call(58944, 512, 512, count=30), Call("forward", "e", "aten::add", 50, 0, 10**9, 10**9)])
+    slow, fast = (work(steps, replace(A5000, bandwidth=b)).calls(PLANTED.array()) for b in (5e11, 1e12))
+    assert (fast <= slow).all()
+    assert fast[1] == pytest.approx(slow[1] / 2, rel=1e-3)
+
+
+def test_overlap_adds_the_shorter_part():
+    steps = counts([product_call(58944, 2048, 512)])
+    times = [float(work(steps, A5000, overlap=x).calls(PLANTED.array())[0]) for x in (1.0, 0.5, 0.0)]
+    assert times[0] < times[1] < times[2]
+    assert times[1] == pytest.approx((times[0] + times[2]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (product_call(4096, 4096, 512), TENSOR),
+        (product_call(4096, 4096, 512, alignment=2), UNALIGNED),
+        (product_call(4096, 4096, 512, element_size=4, alignment=4), FP32),
+    ],
+)
+def test_products_take_the_efficiency_of_their_kind(call, kind):
+    found, seconds = ideal_seconds(call, A5000)
+    assert found == kind
+    peak = A5000.fp32 if kind == FP32 else A5000.bf16
+    assert seconds == pytest.approx(call.flops / peak, rel=0.05)
+
+
+def test_tiles_are_whole_and_rounds_are_full():
+    assert rounds(64, 64) == rounds(128, 64) == rounds(3, 64) == 1
+    assert rounds(65, 64) == pytest.approx(128 / 65)
+    narrow, wide = (ideal_seconds(product_call(8192, n, 512), A5000)[1] for n in (8, 64))
+    assert narrow == wide
+
+
+def fused(slots: float, warps: int, precision: str = "bf16", programs: int = 6400) -> float:
+    flops = 10**12
+    compiled = Compiled(slots, programs, warps, precision)
+    call = Call("forward", "attention", "k", 1, flops, 0, 0, compiled=compiled, executed=flops)
+    return ideal_seconds(call, A5000)[1] * A5000.bf16 / flops
+
+
+def test_issue_slots_and_warps_bound_a_fused_loop():
+    assert fused(1, 8) == 1
+    assert fused(9, 4) == pytest.approx((16 + 8) / 16)
+    assert fused(9, 16) == pytest.approx((16 + 2) / 16)
+    assert fused(33, 32) == pytest.approx(33 / 16)
+    assert fused(9, 16, programs=6401) == pytest.approx(18 / 16 * 6464 / 6401)
+    assert fused(9, 16, "tf32x3") == 6
+
+
+def test_the_exchange_grows_with_the_gpus_and_is_none_alone():
+    calls = [product_call(4096, 4096, 512)]
+    alone, two, eight = (work(counts(calls, 1), A5000, gpus).others(PLANTED.array())["exchange"] for gpus in (1, 2, 8))
+    assert alone == 0
+    assert eight / two == pytest.approx((7 / 8) / (1 / 2))
+    # float32 gradients in the fused step, bf16 in the eager one; weights in bf16
+    fused_step = work(counts(calls, 1, impl="triton"), A5000, 8).others(PLANTED.array())
+    assert fused_step["exchange"] / eight == pytest.approx(6 / 4)
+    assert "host" not in fused_step
+    assert "evaluation" not in fused_step
+
+
+# ---------------------------------------------------------------- counts
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    """Counts of these tests are kept apart."""
+    path = tmp_path_factory.mktemp("projection")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MARCH_PROJECTION_CACHE", str(path))
+        yield path
+
+
+def small(name: str, micro: int = 2) -> Counts:
+    return collect.collect(name, "eager", micro, lengths=(33, 18))
+
+
+def total(found: Counts, operator: str, field: str) -> int:
+    return sum(call.count * getattr(call, field) for call in found.calls if call.operator == operator)
+
+
+def test_eager_counts_are_the_models_products():
+    found = small("Baseline")
+    scores = 2 * 8 * (3 * 33 * 33 + 3 * 18 * 18 + 3 * 18 * 33)
+    last = 2 * 8 * 33 * 33  # the last encoder block's have no backward
+    assert total(found, "attention products", "flops") == 2 * 64 * (2 * scores + 4 * (scores - last))
+    assert sum(call.count for call in found.calls if call.operator == "softmax") == 9 + 8
+    assert all(call.product.alignment == 16 for call in found.calls if call.operator == "linear products")
+    # rows of 33 keys in bf16 start at multiples of 2 bytes, of 18 at multiples of 4
+    assert {call.product.alignment for call in found.calls if call.operator == "attention products"} == {2, 4, 16}
+
+
+def test_eager_dropout_is_the_one_of_cuda():
+    names = {call.name for call in small("Baseline").calls}
+    assert {"aten::native_dropout", "aten::native_dropout_backward"} <= names
+    assert "aten::bernoulli_" not in names
+
+
+def test_the_bank_has_no_mask_and_heads_drive_the_scores():
+    def masks(name: str) -> int:
+        return sum(call.count for call in small(name).calls if call.operator == "mask" and call.phase == "forward")
+
+    assert masks("Baseline") == masks("Database") == 9
+    assert 2 * total(small("LessHeadsMoreQKVDim"), "softmax", "read") == total(small("Baseline"), "softmax", "read")
+
+
+def test_counts_are_read_again_until_a_source_changes(monkeypatch):
+    first = small("APEUnitVariance")
+    monkeypatch.setattr(collect, "eager_calls", lambda *_: pytest.fail("counted again"))
+    assert small("APEUnitVariance") == first
+    monkeypatch.setattr(collect, "sources_hash", lambda _: "other")
+    with pytest.raises(pytest.fail.Exception, match="counted again"):
+        small("APEUnitVariance")
+
+
+def test_what_cannot_be_counted_is_refused():
+    with pytest.raises(ValueError, match="expected eager or triton, got 'torch'"):
+        collect.collect("Baseline", "torch", 2)
+
+
+def test_micro_batches_are_the_published_ones():
+    assert {name for name in experiments.names() if micro_batch(name) == 32} >= HALVED_EXPERIMENTS
+    assert micro_batch("Baseline") == micro_batch("Database", "triton") == 64
+    assert micro_batch("MoreHeadsLessQKVDimLessLayersControlled") == 32
+
+
+# ---------------------------------------------------------------- the published runs
+
+
+@pytest.fixture(scope="module")
+def calibration(folder):
+    return calibrate()
+
+
+def test_left_out_runs_are_closer_than_a_constant_guess(calibration):
+    assert len(calibration.left_out) == len(published_seconds()) == 12
+    error = mean_error([row.error for row in calibration.left_out])
+    assert error < 0.5 * guess_error(calibration)
+    narrow = [row for row in calibration.left_out if row.name != "BaselineFP32"]
+    assert mean_error([row.error for row in narrow]) < 0.5 * mean_error([row.guess_error for row in narrow])
+    assert error < NOISE
+
+
+@pytest.mark.parametrize(
+    "name", ["UnifiedAttention", "LessHeadsMoreQKVDim", "DatabaseFromLayers", "Database", "BaselineFP32"]
+)
+def test_large_differences_have_their_direction_and_half_their_size(calibration, name):
+    fitted, published = calibration.fit.seconds, calibration.published
+    ratio = (fitted[name] - fitted["Baseline"]) / (published[name] - published["Baseline"])
+    assert 0.5 <= ratio <= 2
+
+
+def test_a_projection_adds_up(calibration):
+    one = project("Baseline", "eager", calibration)
+    assert sum(one.by_operator.values()) == pytest.approx(one.seconds)
+    calls = sum(row["seconds"] for row in kernels_of(one, calibration))
+    assert calls + sum(one.work.others(calibration.fit.efficiencies.array()).values()) == pytest.approx(one.seconds)
+    assert one.low < one.seconds < one.high
+    assert one.arithmetic < one.seconds
+    assert one.published == 0.9262
+    faster = project("Baseline", "eager", calibration, "a100")
+    assert faster.seconds < one.seconds
+    assert faster.published is None
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_prints_and_saves_a_list(calibration, tmp_path, capsys):
+    path = tmp_path / "some_projection.json"
+    assert command.main(["--exp", "baseline,Database", "--impl", "eager", "--json", "--save", str(path)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads(path.read_text())
+    assert [row["experiment"] for row in found] == ["Baseline", "Database"]
+    for row in found:
+        assert row["status"] == "projection, not measured"
+        assert sum(row["by_operator"].values()) == pytest.approx(row["seconds"])
+        assert {"impl", "device", "gpus", "low", "high", "published_seconds"} <= set(row)
+
+
+def test_every_table_says_that_it_is_a_projection(calibration, capsys):
+    assert command.main(["--exp", "Baseline", "--impl", "eager", "--kernels"]) == 0
+    tables = capsys.readouterr().out.split("\n\n")
+    for before, one in itertools.pairwise(tables):
+        if one.startswith("|"):
+            assert before.startswith("Projection, not measured")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--device", "a500"], "expected one of a5000, a6000"),
+        (["--impl", "torch"], "expected one of eager, triton, got 'torch'"),
+        (["--exp", "Basline"], "did you mean Baseline"),
+        (["--gpus", "0"], "expected 1 to 1024, got 0"),
+        (["--exchange", "-1"], "expected GB/s above 0"),
+        (["--save", "seconds.json"], "expected a name with 'projection'"),
+    ],
+)
+def test_the_command_says_what_it_expected(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_fused_step_of_baseline(folder):
+    """Compiles the kernels with products, in a process whose Triton compiles."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.projection", "--impl", "triton", "--json"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    (row,) = json.loads(done.stdout)
+    assert row["arithmetic_seconds"] < row["seconds"] < 0.3
+    assert {"attention", "glu", "linear", "linear_cross_entropy", "exchange"} <= set(row["by_operator"])
