@@ -4,7 +4,12 @@ pyproject.toml disables benchmarks for `pytest`, so that the tests stay quick; h
 line disables them. Without a file named, results are saved under .benchmarks/, on Ctrl-C what was measured until then.
 """
 
+import os
 from collections.abc import Iterable
+
+# read when torch's OpenMP starts. On a machine with other work the default, spinning, turned steps of 0.8 s into 12 s
+# (docs/portable.md). Both sides of every ratio have it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 from pytest_benchmark.utils import get_tag

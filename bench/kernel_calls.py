@@ -70,7 +70,9 @@ def shape_name(call: Call) -> str:
     base = f"{d['batch']}x{d['length']} {d['width']}"
     if call.operator == "glu":
         what = kind["kind"] if kind["kind"] == "mixed" else f"{kind['kind']} {kind['activation']}"
-        extra = (" halved" if kind["factor"] == 0.5 else "") + (" two dropouts" if "gate_dropout" in call.dropouts else "")
+        extra = (" halved" if kind["factor"] == 0.5 else "") + (
+            " two dropouts" if "gate_dropout" in call.dropouts else ""
+        )
         return f"{base}->{d['hidden']} {what}{extra}"
     if call.operator == "residual_norm":
         return base + ("" if call.form == "both" else f" {call.form}")
@@ -131,7 +133,9 @@ def least_bytes(call: Call, direction: str, dtype: torch.dtype) -> int:
         statistics = 4 * call.dims["batch"] * call.dims["queries"] * call.dims["heads"]
     forward = sum(x.nbytes for x in given.values()) + outputs + statistics
     needed = NEEDED[call.operator]
-    again = sum(x.nbytes for n, x in given.items() if n in needed) + ("out" in needed) * _outputs(call)[0] * dtype.itemsize
+    again = (
+        sum(x.nbytes for n, x in given.items() if n in needed) + ("out" in needed) * _outputs(call)[0] * dtype.itemsize
+    )
     gradients = sum(x.nbytes for x in given.values() if x.dtype.is_floating_point)
     backward = again + outputs + gradients + statistics
     return {"forward": forward, "backward": backward, "both": forward + backward}[direction]

@@ -206,7 +206,9 @@ def _sdpa_unified(backend: str) -> Implementation:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=_p(dropout), scale=scale)
         return out.transpose(1, 2)
 
-    return Implementation(f"SDPA {backend.lower().removesuffix('_attention')}, joined", _backend(backend, unified_attention))
+    return Implementation(
+        f"SDPA {backend.lower().removesuffix('_attention')}, joined", _backend(backend, unified_attention)
+    )
 
 
 def _flex() -> Implementation:

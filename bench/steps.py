@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import kernels
 import march
 from bench import machine, rivals
 from bench.kernel_calls import Sizes
@@ -85,7 +84,9 @@ def loss_problem(name: str, experiment: str, sizes: Sizes) -> str:
             losses.append(loss_of(model, few, 1).item())
     got, expected = losses
     # a float32 model's products may be bfloat16 on a CPU
-    tolerance = TOLERANCE[torch.bfloat16 if experiments.configuration(experiment).precision == "bf16" else torch.float32]
+    tolerance = TOLERANCE[
+        torch.bfloat16 if experiments.configuration(experiment).precision == "bf16" else torch.float32
+    ]
     if abs(got - expected) <= tolerance * abs(expected):
         return ""
     return f"loss {got:.5f} without dropout, expected {expected:.5f} within {tolerance:g}"

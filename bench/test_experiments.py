@@ -62,7 +62,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def rounds(pytestconfig: pytest.Config) -> int:
-    return ROUNDS["smoke" if pytestconfig.getoption("--smoke") else "full" if pytestconfig.getoption("--full") else "default"]
+    return ROUNDS[
+        "smoke" if pytestconfig.getoption("--smoke") else "full" if pytestconfig.getoption("--full") else "default"
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +110,9 @@ def measure(benchmark, results, sizes, rounds, baseline: steps.Step, name: str, 
         "kept_bytes": step.kept_bytes(),
         "peak_bytes": samples.peak,
     }
-    benchmark.extra_info.update(row, suite="experiments", kind=machine.kind(), sizes=str(sizes), label=sizes.label, **info)
+    benchmark.extra_info.update(
+        row, suite="experiments", kind=machine.kind(), sizes=str(sizes), label=sizes.label, **info
+    )
     results.experiments.append(row)
 
 

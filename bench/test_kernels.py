@@ -45,7 +45,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     calls = kernel_calls.distinct(names, sizes)
     everything = len(kernel_calls.distinct(list(cases.EXPERIMENTS), sizes))
     if len(calls) < everything:
-        results.left_out.append(f"{everything - len(calls)} of {everything} operator shapes; timed: of {', '.join(names)}")
+        results.left_out.append(
+            f"{everything - len(calls)} of {everything} operator shapes; timed: of {', '.join(names)}"
+        )
     parameters, slow = [], set()
     for call, experiments in calls:
         for one in kernel_rivals.implementations(call.operator):
@@ -83,7 +85,7 @@ class Checks:
         return self.oracles[key]
 
     def verdict(self, call: Call, implementation: Implementation, dtype: torch.dtype) -> str:
-        """"" where it may be timed, else why not."""
+        """ "" where it may be timed, else why not."""
         key = (repr(call), implementation.name, dtype)
         if key not in self.verdicts:
             try:
@@ -91,7 +93,9 @@ class Checks:
                 problems = self.oracle(call, dtype, implementation.contract_dropout).problems(function)
                 if not implementation.contract_dropout and not problems:
                     Prepared(kernel_calls.with_batch(call, 1), function, dtype).function()  # it may take no dropout
-                self.verdicts[key] = "refused, it disagrees with the formula: " + "; ".join(problems) if problems else ""
+                self.verdicts[key] = (
+                    "refused, it disagrees with the formula: " + "; ".join(problems) if problems else ""
+                )
             except (ImplementationError, RuntimeError, NotImplementedError, ValueError, AssertionError) as error:
                 text = str(error).strip().splitlines() or [type(error).__name__]
                 self.verdicts[key] = f"does not do this: {text[0]}"
@@ -155,7 +159,9 @@ def share_of_peak(flops: int, size: int, seconds: float, dtype: torch.dtype) -> 
     return max(flops / peak, size / device.bandwidth) / seconds
 
 
-def time_call(benchmark, call: Call, implementation: Implementation, direction: str, dtype: torch.dtype, seconds: float):
+def time_call(
+    benchmark, call: Call, implementation: Implementation, direction: str, dtype: torch.dtype, seconds: float
+):
     """Times one direction and records it; returns its row."""
     prepared = Prepared(call, implementation.load(), dtype)
     kept = prepared.kept_bytes()
