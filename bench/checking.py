@@ -18,6 +18,9 @@ from kernels.startup import evaluate
 ERROR_FACTOR, ERROR_FLOOR = 2.0, 1e-5
 # what a result may be too large or too small by; float16 and bfloat16 rounding bends it by less than 1e-3
 SCALE_FLOOR = 3e-3
+# of a result with fewer values the formula's own error may be small by chance (a loss in bfloat16: 4e-5, another order
+# of sums 4e-4), so a quarter of the dtype's spacing is allowed
+FEW = 64
 
 Results = dict[str, Tensor]
 
@@ -55,6 +58,7 @@ class Oracle:
                 continue
             error = _error(got[name], exact)
             budget = ERROR_FACTOR * _error(self.plain[name], exact) + ERROR_FLOOR
+            budget += torch.finfo(self.dtype).eps / 4 if exact.numel() < FEW else 0.0
             if not error <= budget:
                 problems.append(f"{name}: error {error:.1e}, expected at most {budget:.1e}")
             scale = _scale(got[name], exact)

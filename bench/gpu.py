@@ -2,10 +2,10 @@
 
     python -m bench.gpu [--out gpu_report] [--only PART,...] [--again] [--quick] [--projection FILE.json ...]
 
-Kernel tests on the device, the first-start check, the tuner, `pytest bench/`, 20 steps of Baseline through `deepspeed`. A part that fails
-does not stop the others. The page is written anew after each; a part that held on this device and these sources is not
-run again unless --again says so, so an interrupted hour goes on. Without a GPU what can run does, on the CPU, and says
-so. Exit status 1 where a part failed, 130 after Ctrl-C.
+Kernel tests on the device, the first-start check, the tuner, `pytest bench/`, 20 steps of Baseline through `deepspeed`.
+A part that fails does not stop the others. The page is written anew after each; a part that held on this device and
+these sources is not run again unless --again says so, so an interrupted hour goes on. Without a GPU what can run does,
+on the CPU, and says so. Exit status 1 where a part failed, 130 after Ctrl-C.
 """
 
 import argparse
@@ -169,7 +169,7 @@ def benchmarks(given: Context) -> Outcome:
         return Outcome(FAILED, given.where, [*lines, str(error)], command=" ".join(command))
     lines.append(f"{len(measured.rows)} benchmarks in {results.name}; `python -m bench.report {results}` draws them")
     lines += [
-        f"refused: {row.get('operator') or row.get('experiment')} {row.get('shape', '')} {row['implementation']}: {row['reason']}"
+        " ".join(str(value) for value in row.values())
         for row in measured.run.get("without", [])
         if "refused" in row["reason"]
     ]
@@ -195,7 +195,8 @@ def training(given: Context) -> Outcome:
         seconds = sorted(row["seconds"] for row in rows[len(rows) // 2 :])
         lines = [
             f"{len(rows)} of {steps} steps, loss {rows[0]['loss']:.3f} to {rows[-1]['loss']:.3f}",
-            f"{seconds[len(seconds) // 2]:.3f} s a step (median of the later half), {rows[-1]['tokens_per_second']:.0f} tokens/s in the last",
+            f"{seconds[len(seconds) // 2]:.3f} s a step (median of the later half), "
+            f"{rows[-1]['tokens_per_second']:.0f} tokens/s in the last",
         ]
     falls = len(rows) == steps and (steps == 1 or rows[-1]["loss"] < rows[0]["loss"])
     if rows and not falls:
@@ -276,8 +277,8 @@ def beside_the_projection(given: Context, found: Sequence[Projection]) -> Sectio
             [one.experiment, f"{here:.0f}", f"{there:.0f} [{slow:.0f} .. {fast:.0f}]", f"{here / there:.2f}", verdict]
         )
     text = [
-        "Positions a second of one GPU. Measured: a micro-batch's forward, backward and AdamW. Projected: a step of 1024 "
-        "sequences, with gradient exchange where there are several GPUs."
+        "Positions a second of one GPU. Measured: a micro-batch's forward, backward and AdamW. Projected: a step of "
+        "1024 sequences, with gradient exchange where there are several GPUs."
     ]
     header = ["experiment", "measured", "projected", "measured over projected", ""]
     return Section(
@@ -318,9 +319,7 @@ def sections(given: Context, outcomes: Mapping[str, Outcome], found: Sequence[Pr
     text = [f"Holds: {', '.join(held) or 'nothing yet'}.", f"Does not hold: {', '.join(wrong) or 'nothing that ran'}."]
     text += [f"Skipped: {'; '.join(skipped)}."] if skipped else []
     if not given.cuda:
-        text.append(
-            "There is no GPU here: whatever holds, holds on the CPU or in the interpreter. Of a GPU this page says nothing."
-        )
+        text.append("There is no GPU here: whatever holds, holds on the CPU or in the interpreter, not on a GPU.")
     first = Section("What holds", "", text, ["part", "outcome", "where", "first line", "took"], rows)
     return [first, beside_the_projection(given, found), *shown]
 

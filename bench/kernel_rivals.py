@@ -136,7 +136,8 @@ def _stream(x: Tensor | None, s: Tensor | None, dropout: Dropout | None) -> Tens
 
 def eager_residual_norm(x, s, gain, *, dropout=None, eps=1e-6):
     y = _stream(x, s, dropout)
-    return y, y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps) * gain
+    # statistics in float32, as Hugging Face's T5 has them: in bfloat16 the check refuses it
+    return y, gain * (y * torch.rsqrt(y.float().pow(2).mean(-1, keepdim=True) + eps)).to(gain.dtype)
 
 
 def eager_linear_cross_entropy(h, weight, labels, *, scale=1.0):

@@ -3,8 +3,8 @@
     python -m bench.report [FILE.json] [--projection FILE.json ...] [--out DIR] [--exp NAME]
     python -m bench.report --compare A.json B.json [--threshold 5%] [--other-machine]
 
-FILE: what `pytest bench/ --benchmark-json` wrote; by default the newest under .benchmarks/. Exit status of --compare: 0,
-1 where a median became slower by more than the threshold, 2 where the files cannot be compared.
+FILE: what `pytest bench/ --benchmark-json` wrote; by default the newest under .benchmarks/. Exit status of --compare:
+0, 1 where a median became slower by more than the threshold, 2 where the files cannot be compared.
 """
 
 import argparse
@@ -16,7 +16,8 @@ from bench.report import page
 from bench.report.compare import compare, threshold
 from bench.report.counted import collect
 from bench.report.load import Benchmark, Projection, ReportError, benchmark, newest, projections
-from bench.report.sections import Sources, all_sections
+from bench.report.sections import all_sections
+from bench.report.sources import Sources
 from march import experiments
 from march.config import ConfigError
 
@@ -37,8 +38,8 @@ def build(
     sources = Sources(given, collect(names or counted_names(experiment)), found, out)
     intro = [
         f"Measured: {given.describe()}.",
-        "Every number says what it is: a GPU's or a CPU's time, a projection from counts, or a count of what a step would "
-        "do. Only times were measured." + ("" if found else " No projection was given, so none is shown."),
+        "Every number says what it is: a GPU's or a CPU's time, a projection from counts, or a count of what a step "
+        "would do. Only times were measured." + ("" if found else " No projection was given, so none is shown."),
     ]
     return page.write(out, "report", "What the experiments cost", intro, all_sections(sources, experiment))
 

@@ -66,8 +66,8 @@ def compare(a: Benchmark, b: Benchmark, limit: float, other_machine: bool) -> tu
     differing = differing_conditions(a, b)
     if differing and not other_machine:
         raise ReportError(
-            f"{a.path} and {b.path} were not measured under the same conditions ({'; '.join(differing)}): their times are of "
-            "different things; --other-machine compares them all the same"
+            f"{a.path} and {b.path} were not measured under the same conditions ({'; '.join(differing)}): their times "
+            "are of different things; --other-machine compares them all the same"
         )
     found = sorted(differences(a, b), key=lambda d: -d.change)
     slower = [d for d in found if d.change > limit]

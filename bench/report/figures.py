@@ -64,6 +64,11 @@ def colours(names: Sequence[str]) -> dict[str, str]:
     return {name: OPERATORS.get(name) or next(spare) for name in names}
 
 
+def short(value: float) -> str:
+    """Three digits, and all of a large number."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _legend_outside(axes: Any, handles: list[Any], columns: int = 1) -> None:
     axes.legend(
         handles=handles,
@@ -81,7 +86,9 @@ def roofline(
 ) -> None:
     """FLOP/s over FLOP a byte, both logarithmic. roof: (peak FLOP/s, bytes/s) of what `roof_name` says."""
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
+    unit, name = (1e12, "TFLOP/s") if max(point.rate for point in points) > 1e12 else (1e9, "GFLOP/s")
     with picture(path, title, subtitle, 5.2) as (_, (axes,)):
         used = colours(sorted({p.group for p in points}))
         intensities = [p.intensity for p in points]
@@ -91,12 +98,12 @@ def roofline(
             ridge = peak / bandwidth
             low, high = min(low, ridge / 3), max(high, ridge * 3)
             axes.plot(
-                [low, ridge, high], [low * bandwidth / 1e12, peak / 1e12, peak / 1e12], color=GUIDE, linewidth=1.4
+                [low, ridge, high], [low * bandwidth / unit, peak / unit, peak / unit], color=GUIDE, linewidth=1.4
             )
         for point in points:
             axes.plot(
                 point.intensity,
-                point.rate / 1e12,
+                point.rate / unit,
                 PHASES.get(point.phase, "o"),
                 color=used[point.group],
                 markersize=8,
@@ -107,10 +114,16 @@ def roofline(
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlim(low, high)
+        rates = [point.rate / unit for point in points]
+        top = max([*rates, *([roof[0] / unit] if roof else [])])
+        axes.set_ylim(min([*rates, top / 10]) / 1.8, top * 1.8)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("FLOP a byte")
-        axes.set_ylabel("TFLOP/s")
+        axes.set_ylabel(name)
         axes.grid(which="major", color=GRID, linewidth=0.8)
-        handles = [Line2D([], [], color=c, marker="o", linestyle="", label=name) for name, c in used.items()]
+        handles = [Line2D([], [], color=c, marker="o", linestyle="", label=group) for group, c in used.items()]
         phases = [phase for phase in PHASES if any(p.phase == phase for p in points)]
         handles += [Line2D([], [], color=GUIDE, marker=PHASES[p], linestyle="", label=p) for p in phases]
         if roof is not None:
@@ -143,7 +156,7 @@ def bars(
                 value = parts.get(part, 0.0)
                 axes.barh(i, value, left=left, color=used[part], height=0.72)
                 left += value
-            axes.annotate(f"{left:.3g}", (left, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+            axes.annotate(short(left), (left, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
         handles: list[Any] = [Patch(color=used[part], label=part) for part in order]
         if marks:
             for i, name in enumerate(rows):
@@ -153,7 +166,8 @@ def bars(
         axes.set_yticks(range(len(rows)), list(rows))
         axes.invert_yaxis()
         axes.set_xlabel(xlabel)
-        axes.margins(x=0.08, y=0.01)
+        axes.margins(y=0.01)
+        axes.set_xlim(0, 1.12 * max(max(sum(parts.values()) for parts in rows.values()), *(marks or {"": 0}).values()))
         axes.grid(axis="x", color=GRID, linewidth=0.8)
         _legend_outside(axes, handles)
 

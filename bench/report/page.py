@@ -19,7 +19,8 @@ a { color: #1a56b0; }
 .kind.counted { background: #f1f3f4; color: #3c4043; border-color: #dadce0; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; display: block; }
 .table { overflow: auto; max-height: 34rem; border: 1px solid #dadce0; border-radius: 6px; margin: .8rem 0; }
-table { border-collapse: separate; border-spacing: 0; font-size: .85rem; width: 100%; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0; font-size: .85rem; width: 100%;
+        font-variant-numeric: tabular-nums; }
 th, td { padding: .32rem .7rem; border-bottom: 1px solid #eceff1; white-space: nowrap; text-align: right; }
 th { position: sticky; top: 0; background: #f8f9fa; font-weight: 600; z-index: 1; border-bottom: 1px solid #dadce0; }
 th.text, td.text { text-align: left; } td.wide { white-space: normal; min-width: 22rem; }
@@ -50,7 +51,7 @@ class Section:
 
 def _numeric(rows: Sequence[Sequence[str]], column: int) -> bool:
     cells = [row[column] for row in rows if row[column] not in ("", "-")]
-    return bool(cells) and all(cell[0].isdigit() or cell[0] in "+-−" for cell in cells) and column > 0
+    return bool(cells) and all(cell[0].isdigit() or cell[0] in "+-" for cell in cells) and column > 0
 
 
 def markdown(title: str, intro: Sequence[str], sections: Sequence[Section]) -> str:
