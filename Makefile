@@ -10,13 +10,14 @@ ARGS ?=
 JOBS ?= 2
 TEST := $(RUN) OMP_NUM_THREADS=1 python -m pytest -n $(JOBS)
 
-.PHONY: help setup train test test-all compile-all check format clean
+.PHONY: help setup train test test-all compile-all gpu check format clean
 
 help:
 	@echo "make train [EXP=Baseline] [ARGS='--budget demo']   set up, then train an experiment"
 	@echo "make test                                          set up, then the tests that CI runs"
 	@echo "make test-all                                      the slow ones too"
 	@echo "make compile-all                                   every kernel for every GPU target, without a GPU"
+	@echo "make gpu                                           a GPU's first hour: what holds on it, on one page"
 	@echo "make check                                         ruff and mypy"
 
 # Installed anew when the requirements change. torch comes first and alone: resolved with the others, a newer CUDA
@@ -41,6 +42,10 @@ test-all: setup
 # every experiment's kernels for every target: hours on two cores the first time, kept in Triton's cache after that
 compile-all: setup
 	$(RUN) python -m bench.compiled --exp all --arch all
+
+# without a GPU: what of it can run on the CPU, half an hour on two cores
+gpu: setup
+	$(RUN) python -m bench.gpu $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -50,7 +50,7 @@ class Attention(nn.Module):
         if self.kind in ("self_attention", "unified_attention"):
             k, v = self.split(self.k(x)), self.split(self.v(x))
             if self.causal:
-                later = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
+                later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)[None, None]
                 if self.kind == "self_attention":
                     hidden = later
                 else:
@@ -109,7 +109,7 @@ class Stack(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, hidden: Tensor, memory: list[KeysValues], bank: KeysValues | None, decoder: bool):
-        nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+        nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=x.device)
         for module, norm, sublayer, i in zip(self.blocks, self.norms, self.kinds, self.index, strict=True):
             z = norm(x)
             if sublayer.kind == "feedforward":
@@ -262,5 +262,5 @@ class _Autocast(nn.Module):
         self.model = model
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16):
             return self.model(**inputs)

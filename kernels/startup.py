@@ -59,7 +59,7 @@ def cases_of(operator: str, device: torch.device, contract_dropout: bool = True)
     return inputs, {"combine": "average", "dropout": first, "position_dropout": second}
 
 
-def _evaluate(
+def evaluate(
     operator: str, function: Callable, inputs: Mapping[str, Any], kwargs: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Outputs and gradients by name, in float64 on the CPU."""
@@ -85,15 +85,23 @@ def _evaluate(
 
 
 def disagreements(
-    operator: str, function: Callable, device: torch.device, dtype: torch.dtype, contract_dropout: bool = True
+    operator: str,
+    function: Callable,
+    device: torch.device,
+    dtype: torch.dtype,
+    contract_dropout: bool = True,
+    case: tuple[dict, dict] | None = None,
 ) -> list[str]:
-    """What of `function`'s outputs and gradients is further from the float64 formula than its dtype explains."""
-    inputs, kwargs = cases_of(operator, device, contract_dropout)
+    """What of `function`'s outputs and gradients is further from the float64 formula than its dtype explains.
+
+    case: as `cases_of` gives it, for another shape than its own.
+    """
+    inputs, kwargs = case or cases_of(operator, device, contract_dropout)
     rounded = {n: x.to(dtype) if x is not None and x.dtype.is_floating_point else x for n, x in inputs.items()}
     formula = packed.resolve(operator, reference)
-    oracle = _evaluate(operator, formula, rounded, kwargs, torch.float64)
-    plain = _evaluate(operator, formula, rounded, kwargs, dtype)
-    got = _evaluate(operator, function, rounded, kwargs, dtype)
+    oracle = evaluate(operator, formula, rounded, kwargs, torch.float64)
+    plain = evaluate(operator, formula, rounded, kwargs, dtype)
+    got = evaluate(operator, function, rounded, kwargs, dtype)
     problems = []
     for name, expected in oracle.items():
         scale = max(expected.abs().max().item(), 1e-30)

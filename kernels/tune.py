@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ Fields = dict[str, Any]
 @dataclass(frozen=True)
 class Entry:
     """One entry of the tables. committed: its fields on an architecture; prepare: makes, on a device, a function that
-    runs the operator once, forward and backward, at the paper's shape."""
+    runs the operator once, forward and backward, at the paper's shape; case: what the tile is compared at, where the
+    check of the first start would not launch it."""
 
     name: str
     operator: str
@@ -43,6 +45,7 @@ class Entry:
     committed: Callable[[str], Fields]
     alternatives: tuple[Fields, ...]
     prepare: Callable[[torch.device], Callable[[], None]]
+    case: Callable[[torch.device], tuple[Fields, Fields]] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,77 @@ def entries() -> list[Entry]:
                 _run("linear_cross_entropy", dtype, loss, {"scale": 512**-0.5, "logits": logits}, []),
             )
         )
+    return [*found, *_attention_entries(), *_glu_entries()]
+
+
+def _attention_entries() -> list[Entry]:
+    """Encoder self-attention with dropout, in bfloat16, at the widths of most experiments."""
+    from kernels.fused import tiles_attention
+
+    shapes = [(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2), (32, 128, 8, 2)]
+
+    def case(width: int, device: torch.device) -> tuple[Fields, Fields]:
+        _, kwargs = startup.cases_of("attention", device)
+        # longer than the widest tile, and no multiple of it
+        return cases.attention_inputs(2, 150, 150, 2, width, device=device), kwargs | {"key_lengths": None}
+
+    found = []
+    for width in (32, 64, 128):
+        dims = {"batch": cases.MICRO_BATCH, "queries": cases.ENCODER_LENGTH, "keys": cases.ENCODER_LENGTH}
+        dims |= {"heads": 512 // width, "width": width}
+        for direction in ("forward", "dq", "dkdv"):
+
+            def committed(arch: str, direction: str = direction, width: int = width) -> Fields:
+                return asdict(tiles_attention.tile(direction, arch, width, width, False, True, 16))
+
+            found.append(
+                Entry(
+                    f"attention.{direction}.{width}.dropout.16",
+                    "attention",
+                    torch.bfloat16,
+                    committed,
+                    tuple(
+                        asdict(tiles_attention.Tile(*shape, registers))
+                        for shape in shapes
+                        for registers in ((0, 128) if shape[2] == 8 else (0, 168))
+                    ),
+                    _run("attention", torch.bfloat16, dims, {}, ["dropout"]),
+                    partial(case, width),
+                )
+            )
+    return found
+
+
+def _glu_entries() -> list[Entry]:
+    """The first products of Baseline's feedforward and of a gated one."""
+    from kernels.fused import tiles_glu
+
+    shapes = [(128, 128, 32, 4, 3), (128, 64, 32, 4, 3), (128, 128, 32, 8, 3), (64, 128, 32, 4, 4), (128, 64, 64, 4, 3)]
+    found = []
+    for name, kind, hidden in (("plain", "plain", 2048), ("pair", "gated", 1365)):
+        dims = {
+            "batch": cases.MICRO_BATCH,
+            "length": cases.ENCODER_LENGTH,
+            "width": 512,
+            "hidden": hidden,
+            "kind": kind,
+        }
+
+        def case(device: torch.device, kind: str = kind) -> tuple[Fields, Fields]:
+            _, kwargs = startup.cases_of("glu", device)
+            return cases.glu_inputs(2, 150, 64, 200, kind=kind, device=device), kwargs | {"kind": kind}
+
+        found.append(
+            Entry(
+                f"glu.{name}.16",
+                "glu",
+                torch.bfloat16,
+                lambda arch, pair=kind != "plain": asdict(tiles_glu.product_tile(arch, pair, 16)),  # type: ignore[misc]
+                tuple(asdict(tiles_glu.Tile(*shape)) for shape in shapes),
+                _run("glu", torch.bfloat16, dims, {"kind": kind, "activation": "relu"}, ["dropout"]),
+                case,
+            )
+        )
     return found
 
 
@@ -156,7 +230,8 @@ def measure(entry: Entry, fields: Fields, device: torch.device, timer: Callable[
     with measured.trying(entry.name, fields):
         try:
             function = implementation(entry.operator, "triton", device, entry.dtype)
-            problems = startup.disagreements(entry.operator, function, device, entry.dtype)
+            case = {"case": entry.case(device)} if entry.case else {}
+            problems = startup.disagreements(entry.operator, function, device, entry.dtype, **case)
             if problems:
                 return Measurement(fields, None, "disagrees with the reference: " + "; ".join(problems))
             return Measurement(fields, timer(entry.prepare(device)))

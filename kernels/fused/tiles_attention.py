@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from kernels.fused import measured
+
 MAX_HEAD_DIM = 512
 
 
@@ -142,4 +144,5 @@ def tile(direction: str, arch: str, width: int, value_width: int, causal: bool, 
     """
     widest = max(sum(parts_of(direction, n, bits)) for n in (width, value_width))
     table = TABLES_32[direction.removesuffix("_extra")] if bits == 32 else TABLES[direction][dropout]
-    return next(found for limit, found in table if widest <= limit)
+    found = measured.tile(arch, f"attention.{direction}.{widest}.{'dropout' if dropout else 'plain'}.{bits}")
+    return Tile(**found) if found is not None else next(tile for limit, tile in table if widest <= limit)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from kernels.fused import measured
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -57,6 +59,9 @@ ELEMENTWISE = (16, 256, 4)
 
 def product_tile(arch: str, pair: bool, bits: int) -> Tile:
     """Configuration of the kernels with products."""
+    found = measured.tile(arch, f"glu.{'pair' if pair else 'plain'}.{bits}")
+    if found is not None:
+        return Tile(**found)
     key = (pair, bits)
     return TABLE.get(arch, {}).get(key) or _DEFAULT[key]
 

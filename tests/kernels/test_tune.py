@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels import tune
-from kernels.fused import measured, tiles_rows
+from kernels.fused import measured, tiles_attention, tiles_glu, tiles_rows
 
 CPU = torch.device("cpu")
 
@@ -112,6 +112,35 @@ def test_every_entry_has_its_committed_tile_and_valid_alternatives():
         assert entry.committed("sm_86")
         assert len(entry.alternatives) >= 3
         assert all(set(fields) == set(entry.committed("sm_86")) for fields in entry.alternatives)
+
+
+def test_what_is_tuned_is_what_a_launch_reads():
+    """Each name is one that its table looks up, at the width or kind that it names."""
+    lookups = {
+        "attention": lambda e: tiles_attention.tile(e[1], "sm_86", int(e[2]), int(e[2]), False, e[3] == "dropout", 16),
+        "glu": lambda e: tiles_glu.product_tile("sm_86", e[1] == "pair", int(e[2])),
+    }
+    names = [entry.name for entry in tune.entries() if entry.operator in lookups]
+    assert len(names) == 11
+    for name in names:
+        parts = name.split(".")
+        before = lookups[parts[0]](parts)
+        changed = asdict(before) | {"warps": 16}
+        with measured.trying(name, changed):
+            assert asdict(lookups[parts[0]](parts)) == changed
+        assert lookups[parts[0]](parts) == before
+
+
+@pytest.mark.parametrize("name", ["attention.dkdv.32.dropout.16", "glu.plain.16"])
+def test_a_tile_is_compared_where_it_is_launched(name, monkeypatch):
+    """The check's own shape reaches the entry's tile, not another width's or kind's."""
+    entry = next(one for one in tune.entries() if one.name == name)
+    asked = []
+    true = measured.tile
+    monkeypatch.setattr(measured, "tile", lambda arch, wanted: asked.append(wanted) or true(arch, wanted))
+    # bfloat16 is wrong in the interpreter: what is launched is looked at, not the verdict
+    tune.measure(entry, entry.committed("sm_86"), CPU, lambda run: 1.0)
+    assert name in asked
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

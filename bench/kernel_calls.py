@@ -1,0 +1,141 @@
+"""The operator calls that `pytest bench/` times: what they compute, what they move at least, how they are named."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import cases
+from kernels.cases import Call
+from kernels.dropout import Dropout, dropout_state
+from march.cost.boundary import NEEDED
+
+DIRECTIONS = ("forward", "backward", "both")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sequences and positions of a step. label: what they are beside the paper's."""
+
+    label: str
+    batch: int
+    encoder: int
+    decoder: int
+    vocabulary: int = cases.VOCABULARY
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * (self.encoder + self.decoder)
+
+    def __str__(self) -> str:
+        text = f"batch {self.batch}, {self.encoder}/{self.decoder} positions"
+        return text + ("" if self.vocabulary == cases.VOCABULARY else f", vocabulary {self.vocabulary}")
+
+
+PAPER = Sizes("the paper's shapes", cases.MICRO_BATCH, cases.ENCODER_LENGTH, cases.DECODER_LENGTH)
+# a quarter of the positions, a 32nd of the batch: Baseline's step takes half a second on two cores
+REDUCED = Sizes("reduced for a CPU", 2, 231, 52)
+SMOKE = Sizes("smoke: too small to mean anything", 1, 24, 10, 500)
+
+
+def distinct(names: Sequence[str], sizes: Sizes) -> list[tuple[Call, dict[str, int]]]:
+    """Each call once, with how often a forward pass of each experiment makes it. Without key lengths: training's
+    sequences are packed and have no padding."""
+    found: dict[str, tuple[Call, dict[str, int]]] = {}
+    for name in names:
+        for call in cases.calls(
+            name, batch=sizes.batch, encoder=sizes.encoder, decoder=sizes.decoder, vocabulary=sizes.vocabulary
+        ):
+            one = replace(call, count=1, padded=False)
+            counts = found.setdefault(repr(one), (one, {}))[1]
+            counts[name] = counts.get(name, 0) + call.count
+    return list(found.values())
+
+
+def with_batch(call: Call, batch: int) -> Call:
+    """The same call of fewer sequences."""
+    return replace(call, dims=call.dims | {"batch": batch})
+
+
+def shape_name(call: Call) -> str:
+    """Short and unique among the calls of one set of sizes: "64x921x921 8x64 causal"."""
+    d, kind = call.dims, call.kwargs
+    if call.operator in ("attention", "unified_attention"):
+        keys = d["keys"] if "keys" in d else f"{d['queries']}+{d['other']}"
+        bank = " shared keys" if d.get("key_batch") == 1 else ""
+        causal = " causal" if kind.get("causal") else ""
+        return f"{d['batch']}x{d['queries']}x{keys} {d['heads']}x{d['width']}{bank}{causal}"
+    base = f"{d['batch']}x{d['length']} {d['width']}"
+    if call.operator == "glu":
+        what = kind["kind"] if kind["kind"] == "mixed" else f"{kind['kind']} {kind['activation']}"
+        extra = (" halved" if kind["factor"] == 0.5 else "") + (
+            " two dropouts" if "gate_dropout" in call.dropouts else ""
+        )
+        return f"{base}->{d['hidden']} {what}{extra}"
+    if call.operator == "residual_norm":
+        return base + ("" if call.form == "both" else f" {call.form}")
+    return f"{base} V{d['vocabulary']}" + (f" {kind['combine']}" if call.operator == "embedding" else "")
+
+
+def arguments(call: Call, device: torch.device, dropout: bool = True) -> dict[str, Any]:
+    """Everything of a call but its tensors; dropout False leaves every mask out."""
+    rng = dropout_state(42, 1, 0, device)
+    drops = {name: Dropout(p, rng, site) for site, (name, p) in enumerate(call.dropouts.items())} if dropout else {}
+    return dict(call.kwargs) | drops
+
+
+# ---------------------------------------------------------------- what a call computes and moves
+
+
+def flops(call: Call, direction: str) -> int:
+    """FLOPs of the products that the formula needs, two for each multiply-add. Scores that a causal mask hides are
+    left out; so is whatever an implementation computes again, but for attention's scores in backward."""
+    d = call.dims
+    if call.operator in ("attention", "unified_attention"):
+        own = d["queries"] * (d["queries"] + 1) // 2
+        pairs = own + d["queries"] * d["other"] if "other" in d else d["queries"] * d["keys"]
+        if call.kwargs.get("causal"):
+            pairs = own
+        scores, value = d["batch"] * d["heads"] * pairs, d.get("value_width") or d["width"]
+        forward, backward = 2 * scores * (d["width"] + value), 2 * scores * (3 * d["width"] + 2 * value)
+    elif call.operator == "glu":
+        rows = d["hidden"] * (1 if call.kwargs["kind"] == "plain" else 2)
+        forward = 2 * d["batch"] * d["length"] * d["width"] * rows
+        backward = 2 * forward
+    elif call.operator == "linear_cross_entropy":
+        forward = 2 * d["batch"] * d["length"] * d["width"] * d["vocabulary"]
+        backward = 2 * forward
+    else:
+        forward = backward = 0
+    return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+
+
+def _outputs(call: Call) -> list[int]:
+    """Elements of each output that is new memory."""
+    d = call.dims
+    if call.operator in ("attention", "unified_attention"):
+        return [d["batch"] * d["queries"] * d["heads"] * (d.get("value_width") or d["width"])]
+    if call.operator == "linear_cross_entropy":
+        return [1]
+    stream = d["batch"] * d["length"] * (d["hidden"] if call.operator == "glu" else d["width"])
+    return [stream, stream] if call.operator == "residual_norm" and call.form != "norm alone" else [stream]
+
+
+def least_bytes(call: Call, direction: str, dtype: torch.dtype) -> int:
+    """Bytes at the operator's boundary, each tensor read or written once: the ledger's definition (docs/ledger.md)."""
+    inputs = call.inputs(dtype=dtype, device="meta")
+    given: dict[str, Tensor] = {n: x for n, x in inputs.items() if x is not None}
+    outputs = sum(_outputs(call)) * dtype.itemsize
+    statistics = 0
+    if call.operator in ("attention", "unified_attention"):
+        statistics = 4 * call.dims["batch"] * call.dims["queries"] * call.dims["heads"]
+    forward = sum(x.nbytes for x in given.values()) + outputs + statistics
+    needed = NEEDED[call.operator]
+    again = (
+        sum(x.nbytes for n, x in given.items() if n in needed) + ("out" in needed) * _outputs(call)[0] * dtype.itemsize
+    )
+    gradients = sum(x.nbytes for x in given.values() if x.dtype.is_floating_point)
+    backward = again + outputs + gradients + statistics
+    return {"forward": forward, "backward": backward, "both": forward + backward}[direction]

@@ -1,0 +1,1 @@
+"""One page from what was measured, counted and projected; and two measurements compared."""
