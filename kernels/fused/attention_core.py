@@ -149,13 +149,14 @@ def masked_scores(
     s, start, offs_m, offs_n, key_end, mask_ptr, EDGE: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr
 ):
     """Scores [M, N] with -inf where query offs_m must not see key start + offs_n. EDGE: the block may leave the
-    valid region; one comparison an element serves the causal limit and the end of the keys. mask_ptr: 0 or -inf a key;
-    one addition an element, where bytes would cost a comparison, a select and their conversion."""
+    valid region; one comparison an element serves the causal limit and the end of the keys. mask_ptr: 0 a real key,
+    -inf a masked one and those beyond the last; one addition an element, where bytes would cost a comparison, a select
+    and their conversion."""
     if EDGE:
         if CAUSAL:
             last = tl.minimum(offs_m, key_end - 1) - start
             s = tl.where(offs_n[None, :] <= last[:, None], s, float("-inf"))
-        else:
+        elif not HAS_MASK:
             s = tl.where((offs_n < key_end - start)[None, :], s, float("-inf"))
     if HAS_MASK:
         s += tl.load(mask_ptr + start + offs_n)[None, :]

@@ -108,12 +108,13 @@ DK: Table = dict.fromkeys(
 DV: Table = dict.fromkeys(
     (False, True), ((192, Tile(16, 64, 4, 2)), (384, Tile(32, 32, 4, 1)), (512, Tile(16, 32, 4, 1)))
 )
-# Two segments, or a key mask, hold more pointers: under the cap of 128 registers three spill, of 168 none.
+# Two segments, or a key mask, hold more pointers: under the cap of 128 registers three spill. dQ has none under 168;
+# forward with both spills one there, and none at 8 resident warps.
 EXTRA = (64, Tile(64, 32, 4, 2, 168))
 EXTRA_128 = ((112, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 1)))
 FORWARD_EXTRA: Table = {
     False: ((32, Tile(64, 64, 4, 2)), *EXTRA_128, *FORWARD[False][2:]),
-    True: (FORWARD[True][0], EXTRA, *EXTRA_128, *FORWARD[True][3:]),
+    True: (FORWARD[True][0], (64, Tile(128, 32, 8, 2)), *EXTRA_128, *FORWARD[True][3:]),
 }
 DQ_EXTRA: Table = {False: (EXTRA, *DQ[False][1:]), True: (EXTRA, (128, Tile(128, 16, 8, 2)), *DQ[True][2:])}
 TABLES = {
@@ -128,13 +129,19 @@ TABLES = {
 
 # float32, with dropout or without: no spills and no repeated product up to 128, above what fits 99 KiB and spills
 # least; a block of 8 is padded to 16 in the product
+# ptxas by itself stops at 128 or 168 registers and spills for the sake of a third or fourth block: the caps allow more
+NARROW_32 = ((16, Tile(64, 32, 4, 1, 168)), (32, Tile(64, 32, 4, 1, 255)))
+WIDE_32 = ((256, Tile(16, 16, 4, 1)), (512, Tile(8, 16, 4, 1)))
 TABLES_32 = {
-    "forward": ((64, Tile(32, 32, 4, 1)), (128, Tile(16, 32, 4, 1)), (512, Tile(16, 16, 4, 1))),
-    "dq": ((64, Tile(32, 32, 4, 1)), (128, Tile(16, 32, 4, 2)), (256, Tile(16, 16, 4, 1)), (512, Tile(8, 16, 4, 1))),
-    "dkdv": ((64, Tile(32, 16, 4, 1)),),
+    "forward": (*NARROW_32, (64, Tile(32, 32, 4, 1)), (128, Tile(16, 32, 4, 1)), (512, Tile(16, 16, 4, 1))),
+    "dq": (*NARROW_32, (64, Tile(32, 32, 4, 1)), (128, Tile(16, 32, 4, 2)), *WIDE_32),
+    # masked columns and a key mask together spill two registers at 32 x 32
+    "dq_extra": (*NARROW_32, (64, Tile(16, 32, 4, 1)), (128, Tile(16, 32, 4, 2)), *WIDE_32),
+    "dkdv": ((16, Tile(32, 64, 4, 1)), (64, Tile(32, 16, 4, 1))),
     "dk": ((128, Tile(32, 16, 4, 1)), (256, Tile(16, 16, 4, 1)), (512, Tile(16, 8, 4, 1))),
     "dv": ((128, Tile(32, 16, 4, 1)), (512, Tile(16, 16, 4, 1))),
 }
+TABLES_32["forward_extra"] = TABLES_32["forward"]
 
 
 def tile(direction: str, arch: str, width: int, value_width: int, causal: bool, dropout: bool, bits: int) -> Tile:
@@ -143,6 +150,6 @@ def tile(direction: str, arch: str, width: int, value_width: int, causal: bool, 
     arch and causal choose nothing yet: tiles of sm_86 serve every architecture and mask.
     """
     widest = max(sum(parts_of(direction, n, bits)) for n in (width, value_width))
-    table = TABLES_32[direction.removesuffix("_extra")] if bits == 32 else TABLES[direction][dropout]
+    table = TABLES_32[direction] if bits == 32 else TABLES[direction][dropout]
     found = measured.tile(arch, f"attention.{direction}.{widest}.{'dropout' if dropout else 'plain'}.{bits}")
     return Tile(**found) if found is not None else next(tile for limit, tile in table if widest <= limit)

@@ -8,7 +8,7 @@ import kernels
 from kernels.dropout import Dropout, dropout_state, keep_mask, keep_scale
 from kernels.fused import attention as fused
 from kernels.fused import tiles_attention
-from kernels.fused.tiles_attention import Tile, head_dim_class
+from kernels.fused.tiles_attention import Tile
 
 
 def _randn(*shape, seed=0):
@@ -227,37 +227,6 @@ def test_mutations_are_caught(small_tiles, mutation):
 
 def test_the_mutated_case_itself_passes(small_tiles):
     check("attention", *MUTATED, cancelling=("q", "k"))
-
-
-def test_every_head_width_has_a_class_and_tiles():
-    for width in range(1, 513):
-        _check_class(width)
-    for width in (0, 513):
-        with pytest.raises(ValueError, match=f"from 1 to 512, got {width}"):
-            head_dim_class(width)
-
-
-def _check_class(width):
-    parts = head_dim_class(width)
-    used = [part for part in parts if part]
-    assert all(part >= 16 and part & (part - 1) == 0 for part in used)
-    assert used == sorted(used, reverse=True)
-    assert list(parts) == used + [0] * (3 - len(used))
-    # only the last part may be cut
-    assert 0 <= sum(parts) - width < max(used[-1], 16)
-    assert sum(parts) - width <= max(15, width // 4)
-    for direction in ("forward", "dq", "forward_extra", "dq_extra", *tiles_attention.key_directions(width, width)):
-        for bits in (16, 32):
-            for p in (False, True):
-                assert tiles_attention.tile(direction, "sm_86", width, width, False, p, bits).warps in (1, 2, 4, 8)
-
-
-def test_head_width_classes_of_the_experiments():
-    assert [head_dim_class(k) for k in (32, 64, 128)] == [(32, 0, 0), (64, 0, 0), (128, 0, 0)]
-    assert head_dim_class(112) == (64, 32, 16)
-    assert head_dim_class(190) == (128, 64, 0)
-    assert head_dim_class(380) == (256, 128, 0)
-    assert head_dim_class(256) == (128, 128, 0)
 
 
 def _sweep(width, causal, dtype):

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from kernels.fused.tiles_attention import head_dim_class
-
 ROOT = Path(__file__).parents[2]
 PAPER = [(64, 921, 921)]
 CROSS = [(64, 206, 921)]
@@ -96,21 +94,3 @@ EXPERIMENTS = [
 @pytest.mark.parametrize("case", EXPERIMENTS, ids=lambda case: "-".join(str(x) for x in case.values()))
 def test_every_experiment_compiles_within_the_limits(case, arch):
     _assert_passes(compiled(case | {"arch": arch}))
-
-
-def _ends():
-    """The narrowest and the widest head of every class."""
-    classes = {}
-    for width in range(1, 513):
-        classes.setdefault(head_dim_class(width), []).append(width)
-    return [width for widths in classes.values() for width in (widths[0], widths[-1])]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("width", _ends())
-def test_every_head_width_fits_the_shared_memory_of_sm_86(width, dtype):
-    case = {"width": width, "dtype": dtype, "dropout": True, "padding": "lengths", "sizes": PAPER}
-    rows = compiled(case)
-    assert not [row["failures"] for row in rows if row["shared"] > 101_376 or row["blocks_per_sm"] == 0]
-    assert not any(row["atomics"] for row in rows)

@@ -1,0 +1,113 @@
+"""The classes of head widths and their tiles: the whole table, and what each class compiles to at both its ends."""
+
+import pytest
+from test_attention_compiled import PAPER, compiled
+
+from kernels.fused import tiles_attention
+from kernels.fused.tiles_attention import head_dim_class, key_directions, parts_of
+
+# last width of a class: parts in forward, in dQ, in dK and dV (one kernel, or "+": two)
+CLASSES = {
+    16: {
+        16: ((16,), (16,), (16,)),
+        32: ((32,), (32,), (32,)),
+        48: ((32, 16), (32, 16), (64,)),
+        64: ((64,), (64,), (64,)),
+        80: ((64, 16), (64, 16), (128,)),
+        96: ((64, 32), (64, 32), (128,)),
+        112: ((64, 32, 16), (64, 32, 16), (128,)),
+        128: ((128,), (128,), (128,)),
+        144: ((128, 16), (128, 64), ("+", 128, 64)),
+        160: ((128, 32), (128, 64), ("+", 128, 64)),
+        176: ((128, 32, 16), (128, 64), ("+", 128, 64)),
+        192: ((128, 64), (128, 64), ("+", 128, 64)),
+        208: ((128, 64, 16), (128, 128), ("+", 128, 128)),
+        224: ((128, 64, 32), (128, 128), ("+", 128, 128)),
+        256: ((128, 128), (128, 128), ("+", 128, 128)),
+        320: ((256, 64), (256, 64), ("+", 256, 64)),
+        384: ((256, 128), (256, 128), ("+", 256, 128)),
+        448: ((256, 128, 64), (256, 128, 64), ("+", 256, 128, 64)),
+        512: ((512,), (512,), ("+", 512)),
+    }
+}
+# float32 differs up to 128
+CLASSES[32] = {
+    16: ((16,), (16,), (16,)),
+    32: ((32,), (32,), (32,)),
+    64: ((64,), (64,), (64,)),
+    128: ((128,), (128,), ("+", 128)),
+} | {last: parts for last, parts in CLASSES[16].items() if last > 128}
+
+
+def _class_of(width, bits):
+    def parts(direction):
+        return tuple(part for part in parts_of(direction, width, bits) if part)
+
+    directions = key_directions(width, width, bits)
+    keys = {("+" if len(directions) == 2 else "", *parts(direction)) for direction in directions}
+    assert len(keys) == 1
+    return parts("forward"), parts("dq"), tuple(part for part in keys.pop() if part)
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_every_head_width_maps_to_its_class(bits):
+    for width in range(1, 513):
+        last = next(last for last in CLASSES[bits] if width <= last)
+        assert _class_of(width, bits) == CLASSES[bits][last], width
+    for width in (0, 513):
+        with pytest.raises(ValueError, match=f"from 1 to 512, got {width}"):
+            head_dim_class(width)
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_parts_cover_every_width_and_every_width_has_tiles(bits):
+    for width in range(1, 513):
+        for direction in ("forward", "dq", "forward_extra", "dq_extra", *key_directions(width, width, bits)):
+            parts = parts_of(direction, width, bits)
+            used = [part for part in parts if part]
+            assert all(part >= 16 and part & (part - 1) == 0 for part in used)
+            assert used == sorted(used, reverse=True)
+            assert list(parts) == used + [0] * (3 - len(used))
+            # only the last part may be cut: loads of the others are not masked
+            assert 0 <= sum(parts) - width < max(used[-1], 16)
+            for p in (False, True):
+                assert tiles_attention.tile(direction, "sm_86", width, width, False, p, bits).warps in (4, 8)
+
+
+def _ends(bits):
+    lasts = list(CLASSES[bits])
+    return [(bits, width) for first, last in zip([0, *lasts], lasts, strict=False) for width in (first + 1, last)]
+
+
+VARIANTS = [
+    {"dropout": True, "padding": "lengths"},
+    {"padding": "lengths"},
+    {"dropout": True, "causal": True},
+    {"dropout": True, "padding": "mask"},
+    {"padding": "mask"},
+    {"operator": "unified_attention", "dropout": True, "padding": "lengths"},
+    {"operator": "unified_attention", "dropout": True, "padding": "mask"},
+    {"operator": "unified_attention", "padding": "mask"},
+    {"dropout": True, "bank": True},
+]
+
+
+def _judge(bits, width, variants):
+    case = {"width": width, "dtype": "bfloat16" if bits == 16 else "float32", "sizes": PAPER}
+    rows = compiled(*(case | variant for variant in variants))
+    assert not [row["failures"] for row in rows if row["shared"] > 101_376 or row["blocks_per_sm"] == 0]
+    assert not any(row["atomics"] for row in rows)
+    failures = [f"{row['kernel']} {row['configuration']}: {row['failures']}" for row in rows if row["failures"]]
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "width"), _ends(16) + _ends(32))
+def test_every_class_keeps_the_limits_at_both_ends(bits, width):
+    """Shared memory and no atomics everywhere; up to 128 no spills, no repeated products, resident warps."""
+    _judge(bits, width, VARIANTS)
+
+
+@pytest.mark.parametrize(("bits", "width"), [(16, 48), (16, 96), (16, 512), (32, 64), (32, 512)])
+def test_classes_with_most_shared_memory_or_registers_keep_the_limits(bits, width):
+    _judge(bits, width, VARIANTS[:1])
