@@ -279,6 +279,24 @@ def test_saves_packed_inputs_output_and_log_sum_exp_only(form):
 
 
 @pytest.mark.parametrize(
+    ("width", "dtype", "impl", "wanted"),
+    [
+        (190, torch.bfloat16, "triton", 192),
+        (380, torch.bfloat16, "triton", 384),
+        (190, torch.float32, "triton", 192),
+        (380, torch.float32, "triton", 380),
+        (64, torch.bfloat16, "triton", 64),
+        (23, torch.bfloat16, "triton", 23),
+        (190, torch.bfloat16, "torch", 190),
+        (190, torch.bfloat16, "auto", 190),  # of a CPU: torch
+        (190, torch.bfloat16, {"attention": "torch", "unified_attention": "triton"}, 192),
+    ],
+)
+def test_the_seam_says_which_head_width_it_wants(width, dtype, impl, wanted):
+    assert kernels.head_width(width, dtype, torch.device("cpu"), impl=impl) == wanted
+
+
+@pytest.mark.parametrize(
     ("form", "shapes", "message"),
     [
         ("self_attention", [(2, 5, 2, 4, 8)], r"qkv as \[B, L, 3, H, K\], got \[2, 5, 2, 4, 8\]"),

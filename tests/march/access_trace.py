@@ -23,7 +23,7 @@ from march.cost import cache
 LINE = 32
 ONCE_CAPACITY = 64 << 10
 
-traced: list[tuple[Launch, dict[str, tuple[int, int]], dict[int, list]]] = []
+traced: list[tuple[Launch, dict[str, torch.Tensor], dict[int, list]]] = []
 original_init = interpreter.GridExecutor._init_args_hst
 original_load = interpreter.InterpreterBuilder.create_masked_load
 
@@ -37,16 +37,19 @@ def init(self, args, kwargs):
     launch = Launch(
         self.fn.__name__, self.fn.__module__, "sm_86", grid, 4, 1, constants, tuple(_argument(n, v) for n, v in given)
     )
-    ranges = {
-        name: (
-            x.data_ptr(),
-            x.data_ptr() + (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))) * x.element_size(),
-        )
-        for name, x in given
-        if isinstance(x, torch.Tensor) and x.numel()
-    }
+    ranges = {name: x for name, x in given if isinstance(x, torch.Tensor) and x.numel()}
     traced.append((launch, ranges, {}))
     return host, host_kwargs
+
+
+def holds(x: torch.Tensor, address: int) -> bool:
+    """Whether an element of `x` is at `address`: tensors may be parts of one buffer, row by row."""
+    rest = (address - x.data_ptr()) // x.element_size()
+    inside = rest >= 0
+    for stride, n in sorted(zip(x.stride(), x.shape, strict=True), reverse=True):
+        inside = inside and (stride == 0 or rest // stride < n)
+        rest = rest % stride if stride else rest
+    return inside and rest == 0
 
 
 def load(self, ptrs, mask, other, *rest):
@@ -55,7 +58,7 @@ def load(self, ptrs, mask, other, *rest):
     loads = programs.setdefault(self.grid_idx[0], [])
     if addresses.size:
         first = int(ptrs.data[mask.data].min())
-        name = next((n for n, (start, end) in ranges.items() if start <= first < end), None)
+        name = next((n for n, x in ranges.items() if holds(x, first)), None)
         assert name is not None, f"{launch.kernel}: a load outside its arguments"
         loads.append((name, addresses))
     return original_load(self, ptrs, mask, other, *rest)
@@ -129,6 +132,11 @@ def run(name: str) -> None:
         q, k, v = leaves(cases.attention_inputs(2, 300, 200, 3, 16, **wide))
         mask = torch.ones(2, 200, dtype=torch.bool)
         differentiate(attention.attention(q, k, v, causal=False, key_mask=mask, **common))
+    elif name == "packed":
+        qkv, q = torch.randn(2, 200, 3, 2, 16, requires_grad=True), torch.randn(2, 40, 2, 16, requires_grad=True)
+        out, kv = attention.self_attention(qkv, causal=False, key_mask=None, **common)
+        read = attention.cross_attention(q, kv, causal=False, key_mask=None, **common)
+        differentiate((out, read))
     elif name == "shared":
         q, k, v = leaves(cases.attention_inputs(3, 150, 260, 2, 16, key_batch=1, key_heads=1, **wide))
         differentiate(attention.attention(q, k, v, causal=False, key_mask=None, **common))
@@ -169,6 +177,7 @@ def run(name: str) -> None:
 
 CAPACITIES = {
     "attention": (5, 20 << 10),
+    "packed": (5, 20 << 10),
     "shared": (5, 12 << 10),
     "unified": (5, 48 << 10),
     "glu": (4, 64 << 10),
