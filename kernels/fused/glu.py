@@ -219,7 +219,8 @@ def _backward_relu(
             **tile.options(),
         )  # fmt: skip
         count = d_weight.numel()
-        _sum_partials_kernel[(triton.cdiv(count, SUM_BLOCK),)](parts, d_weight, count, splits, BLOCK=SUM_BLOCK)
+        grid = (triton.cdiv(count, SUM_BLOCK),)
+        _sum_partials_kernel[grid](parts, d_weight, count, splits, count, count, BLOCK=SUM_BLOCK)
     return d_x, d_weight
 
 
