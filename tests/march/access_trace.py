@@ -57,6 +57,7 @@ def load(self, ptrs, mask, other, *rest):
         first = int(ptrs.data[mask.data].min())
         name = next((n for n, (start, end) in ranges.items() if start <= first < end), None)
         assert name is not None, f"{launch.kernel}: a load outside its arguments"
+        assert int(ptrs.data[mask.data].max()) < ranges[name][1], f"{launch.kernel}: a load beyond {name}"
         loads.append((name, addresses))
     return original_load(self, ptrs, mask, other, *rest)
 
