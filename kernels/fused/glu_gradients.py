@@ -56,12 +56,14 @@ def _glu_dx_kernel(
     bits_ptr += top
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for block in range(blocks):
-        words = tl.load(bits_ptr + word_offs)
         if EVEN:
+            words = tl.load(bits_ptr + word_offs)
             d = tl.load(d_ptr + d_offs)
             w = tl.load(w_ptr + w_offs)
         else:
             inside = offs_k < F - block * BLOCK_K
+            there = tl.arange(0, WORDS) * 32 < F - block * BLOCK_K
+            words = tl.load(bits_ptr + word_offs, mask=there[None, :], other=0)
             d = tl.load(d_ptr + d_offs, mask=inside[None, :], other=0.0)
             w = tl.load(w_ptr + w_offs, mask=inside[:, None] & (columns < D)[None, :], other=0.0)
         g = tl.where(_kept(words, BLOCK_K), d, 0.0)

@@ -43,6 +43,8 @@ LOGITS = ("recompute", "chunks")
 # "recompute": bytes of a row of h and E. Shares of the vocabulary for dh, whose partial sums are float32 [3, T, D]: 206
 # tiles of tokens on 64 SMs, one each, leave a fifth of the last round idle; 618 leave 3%.
 RECOMPUTE_ROW, RECOMPUTE_SPLITS = 1024, 3
+# bytes of an element up to which "auto" recomputes: in float32 it is correct, and spills 2,500 registers at D 256
+RECOMPUTE_ELEMENT = 2
 JOIN_TOKENS, MEAN_TOKENS, SCALE_ELEMENTS = 64, 1024, 4096
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 
@@ -480,7 +482,8 @@ def linear_cross_entropy(
         raise ValueError("linear_cross_entropy: expected a vocabulary of at least 1, got 0; give weight [V, D]")
     row = h.shape[-1] * h.element_size()
     if logits == "auto":
-        logits = "recompute" if row <= RECOMPUTE_ROW and h.element_size() == 2 else "chunks"
+        fits = row <= RECOMPUTE_ROW and h.element_size() <= RECOMPUTE_ELEMENT
+        logits = "recompute" if fits else "chunks"
     if logits not in LOGITS or (logits == "recompute" and row > RECOMPUTE_ROW):
         raise ValueError(
             f"linear_cross_entropy: expected logits 'auto', 'chunks', or 'recompute' for rows of at most "

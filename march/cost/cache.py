@@ -202,80 +202,76 @@ def _glu(kernel: Kernel) -> dict[str, int]:
     return reads(programs, lambda tile: one(tile) * (halves if tile[0] == "w_ptr" else 1))
 
 
+def _walked(blocks: int, sizes: Mapping[str, Callable[[int, int], int]]) -> Callable[[Tile], int]:
+    """Size of tiles that are numbered outer block * `blocks` + step."""
+    return lambda tile: sizes[tile[0]](*divmod(tile[1], blocks))
+
+
 def _glu_dx(kernel: Kernel) -> dict[str, int]:
     """Row-major tiles of dx, which walk the hidden columns together."""
-    blocks, block, size = kernel["blocks"], kernel["BLOCK_K"], kernel.element_size("w_ptr")
+    blocks, element = kernel["blocks"], kernel.element_size("w_ptr")
     tiles_n = cdiv(kernel["D"], kernel["BLOCK_N"])
-    rows = _extents(kernel["M"], kernel["BLOCK_M"])
-    inner, columns = _extents(kernel["F"], block), _extents(kernel["D"], kernel["BLOCK_N"])
+    rows, columns = _extents(kernel["M"], kernel["BLOCK_M"]), _extents(kernel["D"], kernel["BLOCK_N"])
+    inner = _extents(kernel["F"], kernel["BLOCK_K"])
+    sizes = {
+        "bits_ptr": lambda row, step: rows(row) * cdiv(inner(step), 32) * 4,
+        "d_ptr": lambda row, step: rows(row) * inner(step) * element,
+        "w_ptr": lambda column, step: columns(column) * inner(step) * element,
+    }
 
-    def bytes_of(tile: Tile) -> int:
-        outer, step = divmod(tile[1], blocks)
-        if tile[0] == "bits_ptr":
-            return rows(outer) * (block // 32) * 4
-        return (rows if tile[0] == "d_ptr" else columns)(outer) * inner(step) * size
+    def programs() -> Iterator[Program]:
+        for pid in range(kernel.launch.programs):
+            row, column = (number * blocks for number in divmod(pid, tiles_n))
+            yield [[("bits_ptr", row + i), ("d_ptr", row + i), ("w_ptr", column + i)] for i in range(blocks)]
 
-    programs = (
-        [
-            [(name, outer * blocks + step) for name, outer in zip(("bits_ptr", "d_ptr", "w_ptr"), at, strict=True)]
-            for step in range(blocks)
-        ]
-        for at in ((pid // tiles_n, pid // tiles_n, pid % tiles_n) for pid in range(kernel.launch.programs))
-    )
-    return reads(programs, bytes_of)
+    return reads(programs(), _walked(blocks, sizes))
 
 
 def _glu_dw(kernel: Kernel) -> dict[str, int]:
     """Tiles of dw, one split of the rows after the other; all tiles of a split walk its rows together."""
-    block, share, size = kernel["BLOCK_K"], kernel["share"], kernel.element_size("x_ptr")
-    tiles_n = cdiv(kernel["D"], kernel["BLOCK_N"])
+    block, share, element = kernel["BLOCK_K"], kernel["share"], kernel.element_size("x_ptr")
+    blocks, tiles_n = cdiv(kernel["M"], block), cdiv(kernel["D"], kernel["BLOCK_N"])
     tiles = cdiv(kernel["F"], kernel["BLOCK_M"]) * tiles_n
-    rows, words = _extents(kernel["M"], block), _extents(cdiv(kernel["F"], 32), kernel["BLOCK_M"] // 32)
-    hidden, columns = _extents(kernel["F"], kernel["BLOCK_M"]), _extents(kernel["D"], kernel["BLOCK_N"])
-    blocks = cdiv(kernel["M"], block)
-
-    def bytes_of(tile: Tile) -> int:
-        outer, step = divmod(tile[1], blocks)
-        if tile[0] == "bits_ptr":
-            return words(outer) * rows(step) * 4
-        return (hidden if tile[0] == "d_ptr" else columns)(outer) * rows(step) * size
+    rows, hidden = _extents(kernel["M"], block), _extents(kernel["F"], kernel["BLOCK_M"])
+    columns = _extents(kernel["D"], kernel["BLOCK_N"])
+    sizes = {
+        "bits_ptr": lambda row, step: rows(step) * cdiv(hidden(row), 32) * 4,
+        "d_ptr": lambda row, step: rows(step) * hidden(row) * element,
+        "x_ptr": lambda column, step: rows(step) * columns(column) * element,
+    }
 
     def programs() -> Iterator[Program]:
         for pid in range(kernel.launch.programs):
-            split, (m, n) = pid // tiles, divmod(pid % tiles, tiles_n)
+            split, tile = divmod(pid, tiles)
+            row, column = (number * blocks for number in divmod(tile, tiles_n))
             steps = range(split * share // block, min(blocks, (split + 1) * share // block))
-            yield [
-                [("bits_ptr", m * blocks + step), ("d_ptr", m * blocks + step), ("x_ptr", n * blocks + step)]
-                for step in steps
-            ]
+            yield [[("bits_ptr", row + i), ("d_ptr", row + i), ("x_ptr", column + i)] for i in steps]
 
-    return reads(programs(), bytes_of)
+    return reads(programs(), _walked(blocks, sizes))
 
 
 def _cross_entropy_gradient(kernel: Kernel) -> dict[str, int]:
     """A program loads its own rows and walks a share of the other ones; neighbours have the same share."""
-    own, other = kernel["own_rows"], kernel["other_rows"]
-    block, share = kernel["BLOCK_N"], kernel["share"]
-    tiles = cdiv(own, kernel["BLOCK_M"])
+    other, block, share = kernel["other_rows"], kernel["BLOCK_N"], kernel["share"]
+    tiles = cdiv(kernel["own_rows"], kernel["BLOCK_M"])
     width = kernel["D"] * kernel.element_size("own_ptr")
-    rows = {"own_ptr": _extents(own, kernel["BLOCK_M"]), "other_ptr": _extents(other, block)}
-    per_token = {"lse_ptr": 4, "labels_ptr": 8}
-    statistics = rows["own_ptr" if kernel["TOKENS"] else "other_ptr"]
-
-    def bytes_of(tile: Tile) -> int:
-        if tile[0] in per_token:
-            return statistics(tile[1]) * per_token[tile[0]]
-        return rows[tile[0]](tile[1]) * width
+    rows = {"own_ptr": _extents(kernel["own_rows"], kernel["BLOCK_M"]), "other_ptr": _extents(other, block)}
+    tokens = "own_ptr" if kernel["TOKENS"] else "other_ptr"
+    # operands that come together, with the bytes of a row
+    line = {"own_ptr": {"own_ptr": width}, "other_ptr": {"other_ptr": width}}
+    line[tokens] |= {"lse_ptr": 4, "labels_ptr": 8}
+    of = {name: (rows[operand], bytes) for operand, names in line.items() for name, bytes in names.items()}
 
     def programs() -> Iterator[Program]:
         for pid in range(kernel.launch.programs):
             split, row = divmod(pid, tiles)
             walked = range(split * share // block, cdiv(min(other, (split + 1) * share), block))
-            first = [("own_ptr", row), *((name, row) for name in per_token if kernel["TOKENS"])]
-            beside = [] if kernel["TOKENS"] else list(per_token)
-            yield [first, *([("other_ptr", step), *((name, step) for name in beside)] for step in walked)]
+            yield [
+                [(name, row) for name in line["own_ptr"]],
+                *([(name, step) for name in line["other_ptr"]] for step in walked),
+            ]
 
-    return reads(programs(), bytes_of)
+    return reads(programs(), lambda tile: of[tile[0]][0](tile[1]) * of[tile[0]][1])
 
 
 def _cross_entropy_forward(kernel: Kernel) -> dict[str, int]:

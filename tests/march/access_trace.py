@@ -60,6 +60,7 @@ def load(self, ptrs, mask, other, *rest):
         first = int(ptrs.data[mask.data].min())
         name = next((n for n, x in ranges.items() if holds(x, first)), None)
         assert name is not None, f"{launch.kernel}: a load outside its arguments"
+        assert int(ptrs.data[mask.data].max()) < ranges[name][1], f"{launch.kernel}: a load beyond {name}"
         loads.append((name, addresses))
     return original_load(self, ptrs, mask, other, *rest)
 
