@@ -30,7 +30,10 @@ from torch import Tensor
 
 from kernels.compile_only.record import architecture, launches
 from kernels.fused import tiles_rows
-from kernels.fused.linear_cross_entropy_gradients import _linear_cross_entropy_gradient_kernel
+from kernels.fused.linear_cross_entropy_gradients import (
+    _linear_cross_entropy_dh_kernel,
+    _linear_cross_entropy_gradient_kernel,
+)
 from kernels.fused.primitives import aligned, alignment
 
 # G of a chunk of the vocabulary: [T, columns] in the dtype of h
@@ -282,25 +285,24 @@ def _product(a: Tensor, b: Tensor, acc: Tensor | None = None) -> Tensor:
     return torch.mm(a, b) if acc is None else acc.addmm_(a, b)
 
 
-def _forward(
-    h: Tensor, weight: Tensor, labels: Tensor, scale: float, ignore_index: int, logits: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(mean loss [], loss of each token [B, L], lse in units of log 2 [T], 1 / count [1]), all float32.
+def _splits(words: int, block: int) -> tuple[int, int]:
+    """(number of shares of the vocabulary for dh, words of a share: whole blocks)."""
+    share = triton.cdiv(triton.cdiv(words, min(RECOMPUTE_SPLITS, triton.cdiv(words, block))), block) * block
+    return triton.cdiv(words, share), share
 
-    logits: the form of backward, one of LOGITS.
-    """
-    tokens, width, vocabulary = labels.numel(), h.shape[-1], weight.shape[0]
 
-    def allocate(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=h.device)
+def _gradient_options(h: Tensor, weight: Tensor, tile: tiles_rows.ProductTile) -> dict[str, object]:
+    width = h.shape[1]
+    first, second = tiles_rows.parts_of(width)
+    align = alignment(width, h.stride(0), weight.stride(0))
+    return {"D": width, "D0": first, "D1": second, "ALIGN": align, **tile.options(without="k")}
 
-    loss, per_token, lse, inverse = allocate(), allocate(*labels.shape), allocate(tokens), allocate(1)
-    if tokens == 0:
-        return loss.zero_(), per_token, lse, inverse.fill_(1.0)
-    if not launches(h):
-        return loss, per_token, lse, inverse
-    h, weight, labels = _matrix(h), _matrix(weight), labels.contiguous()
-    top, total, target = (allocate(SPLITS, tokens) for _ in range(3))
+
+def _launch_forward(
+    h: Tensor, weight: Tensor, labels: Tensor, top: Tensor, total: Tensor, target: Tensor, scale: float
+) -> None:
+    """The loss alone: writes three numbers [SPLITS, T] a token."""
+    (tokens, width), vocabulary = h.shape, weight.shape[0]
     tile = tiles_rows.product_tile(architecture(h), "forward", 8 * h.element_size())
     _linear_cross_entropy_fwd_kernel[(triton.cdiv(tokens, tile.m) * SPLITS,)](
         h,
@@ -321,6 +323,42 @@ def _forward(
         GROUP=GROUP,
         **tile.options(),
     )
+
+
+def _forward(
+    h: Tensor, weight: Tensor, labels: Tensor, scale: float, ignore_index: int, logits: str, with_dh: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(mean loss [], loss of each token [B, L], lse in units of log 2 [T], 1 / count [1]), all float32, and dh / c
+    [T, D] in the dtype of h where `with_dh`, else empty.
+
+    logits: the form of backward, one of LOGITS.
+    """
+    tokens, width, vocabulary = labels.numel(), h.shape[-1], weight.shape[0]
+
+    def allocate(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=h.device)
+
+    loss, per_token, lse, inverse = allocate(), allocate(*labels.shape), allocate(tokens), allocate(1)
+    dh = allocate(*((tokens, width) if with_dh else (0,)), dtype=h.dtype)
+    if tokens == 0:
+        return loss.zero_(), per_token, lse, inverse.fill_(1.0), dh
+    if not launches(h):
+        return loss, per_token, lse, inverse, dh
+    h, weight, labels = _matrix(h), _matrix(weight), labels.contiguous()
+    if with_dh:
+        tile = tiles_rows.product_tile(architecture(h), "gradient", 8 * h.element_size())
+        splits, share = _splits(vocabulary, tile.n)
+        top, total, target = (allocate(splits, tokens) for _ in range(3))
+        parts = allocate(splits, tokens, width)
+        _linear_cross_entropy_gradient_kernel[(triton.cdiv(tokens, tile.m) * splits,)](
+            h, weight, None, labels, None, None, parts, top, total, target, tokens, vocabulary, share,
+            h.stride(0), weight.stride(0), scale, scale * LOG2E, ignore_index,
+            TOKENS=True, **_gradient_options(h, weight, tile),
+        )  # fmt: skip
+    else:
+        splits = SPLITS
+        top, total, target = (allocate(splits, tokens) for _ in range(3))
+        _launch_forward(h, weight, labels, top, total, target, scale)
     blocks = triton.cdiv(tokens, JOIN_TOKENS)
     sums, counts = allocate(blocks), allocate(blocks, dtype=torch.int32)
     _linear_cross_entropy_join_kernel[(blocks,)](
@@ -335,12 +373,18 @@ def _forward(
         tokens,
         ignore_index,
         LN2=LN2,
-        SPLITS=SPLITS,
+        SPLITS=splits,
         BLOCK=JOIN_TOKENS,
         num_warps=2,
     )
     _linear_cross_entropy_mean_kernel[(1,)](sums, counts, loss, inverse, blocks, BLOCK=MEAN_TOKENS, num_warps=4)
-    return loss, per_token, lse, inverse
+    if with_dh:
+        tile = tiles_rows.row_tile(architecture(h), "stream", width)
+        _linear_cross_entropy_dh_kernel[(triton.cdiv(tokens, tile.rows),)](
+            parts, top, lse, labels, weight, dh, tokens, weight.stride(0), ignore_index,
+            SPLITS=splits, D=width, BLOCK_D=tile.block, ROWS=tile.rows, num_warps=tile.warps,
+        )  # fmt: skip
+    return loss, per_token, lse, inverse, dh
 
 
 def _scaled(x: Tensor, out: Tensor, d_loss: Tensor, inverse: Tensor, scale: float) -> None:
@@ -352,32 +396,24 @@ def _scaled(x: Tensor, out: Tensor, d_loss: Tensor, inverse: Tensor, scale: floa
 
 def _recomputed(
     d_loss: Tensor, h: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, inverse: Tensor,
-    scale: float, ignore_index: int, dh: Tensor, dw: Tensor,
+    scale: float, ignore_index: int, unscaled: Tensor, dh: Tensor, dw: Tensor,
 ) -> None:  # fmt: skip
-    """Writes dh and dw, where they are not empty; no logits in memory."""
-    width = h.shape[1]
-    first, second = tiles_rows.parts_of(width)
-    for tokens, own, other, out in ((True, h, weight, dh), (False, weight, h, dw)):
-        if not out.numel():
-            continue
+    """Writes dh and dw, where they are not empty; no logits in memory. unscaled: dh / c."""
+    if dh.numel():
+        _scaled(unscaled, dh, d_loss, inverse, scale)
+    if dw.numel():
+        tokens = h.shape[0]
         tile = tiles_rows.product_tile(architecture(h), "gradient", 8 * h.element_size())
-        rows, others = own.shape[0], other.shape[0]
-        splits = min(RECOMPUTE_SPLITS, triton.cdiv(others, tile.n)) if tokens else 1
-        share = triton.cdiv(triton.cdiv(others, splits), tile.n) * tile.n
-        splits = triton.cdiv(others, share)
-        parts = out if splits == 1 else torch.empty((splits, rows, width), dtype=torch.float32, device=h.device)
-        _linear_cross_entropy_gradient_kernel[(triton.cdiv(rows, tile.m) * splits,)](
-            own, other, lse, labels, d_loss, inverse, parts, rows, others, share, own.stride(0), other.stride(0),
-            scale, scale * LOG2E, ignore_index, TOKENS=tokens, FINAL=splits == 1, D=width, D0=first, D1=second,
-            ALIGN=alignment(width, own.stride(0), other.stride(0)), **tile.options(without="k"),
+        _linear_cross_entropy_gradient_kernel[(triton.cdiv(dw.shape[0], tile.m),)](
+            weight, h, lse, labels, d_loss, inverse, dw, None, None, None, dw.shape[0], tokens, tokens,
+            weight.stride(0), h.stride(0), scale, scale * LOG2E, ignore_index, TOKENS=False,
+            **_gradient_options(h, weight, tile),
         )  # fmt: skip
-        if splits > 1:
-            _scaled(parts, out, d_loss, inverse, scale)
 
 
 def _chunked(
     d_loss: Tensor, h: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, inverse: Tensor,
-    scale: float, ignore_index: int, dh: Tensor, dw: Tensor,
+    scale: float, ignore_index: int, _: Tensor, dh: Tensor, dw: Tensor,
 ) -> None:  # fmt: skip
     """Writes dh and dw, where they are not empty, from chunks of G."""
     (tokens, width), vocabulary = h.shape, weight.shape[0]
@@ -424,6 +460,7 @@ def _backward(
     labels: Tensor,
     lse: Tensor,
     inverse: Tensor,
+    unscaled: Tensor,
     scale: float,
     ignore_index: int,
     logits: str,
@@ -438,7 +475,8 @@ def _backward(
     if not launches(h):
         return dh, dw
     form = _recomputed if logits == "recompute" else _chunked
-    form(d_loss, _matrix(h), _matrix(weight), labels.contiguous(), lse, inverse, scale, ignore_index, dh, dw)
+    h, weight, labels = _matrix(h), _matrix(weight), labels.contiguous()
+    form(d_loss, h, weight, labels, lse, inverse, scale, ignore_index, unscaled, dh, dw)
     return dh, dw
 
 
@@ -449,17 +487,17 @@ _backward_op.register_fake(_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    h, weight, labels, scale, ignore_index, logits = inputs
-    _, per_token, lse, inverse = output
-    ctx.mark_non_differentiable(per_token, lse, inverse)
-    ctx.save_for_backward(h, weight, labels, lse, inverse)
+    h, weight, labels, scale, ignore_index, logits, _ = inputs
+    _, per_token, lse, inverse, unscaled = output
+    ctx.mark_non_differentiable(per_token, lse, inverse, unscaled)
+    ctx.save_for_backward(h, weight, labels, lse, inverse, unscaled)
     ctx.settings = scale, ignore_index, logits
 
 
 def _autograd_backward(ctx: Any, d_loss: Tensor, *_: Any):
     needs_h, needs_weight = ctx.needs_input_grad[:2]
     dh, dw = _backward_op(d_loss, *ctx.saved_tensors, *ctx.settings, needs_h, needs_weight)
-    return dh if needs_h else None, dw if needs_weight else None, None, None, None, None
+    return dh if needs_h else None, dw if needs_weight else None, None, None, None, None, None
 
 
 _forward_op.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -489,5 +527,6 @@ def linear_cross_entropy(
             f"linear_cross_entropy: expected logits 'auto', 'chunks', or 'recompute' for rows of at most "
             f"{RECOMPUTE_ROW} bytes, got {logits!r} for {row}; use 'auto'"
         )
-    loss, per_token, _, _ = _forward_op(h, weight, labels, scale, ignore_index, logits)
+    with_dh = logits == "recompute" and torch.is_grad_enabled() and h.requires_grad
+    loss, per_token, *_ = _forward_op(h, weight, labels, scale, ignore_index, logits, with_dh)
     return loss, per_token

@@ -1,9 +1,13 @@
-"""Device code of linear_cross_entropy's gradients without logits in memory: programs make them again in registers.
+"""Device code of linear_cross_entropy without logits in memory: programs make them in registers, twice in a step.
 
-    dh = c G E        dE = c G^T h        G = exp(s - lse) - onehot(label)        (names: linear_cross_entropy.py)
+    dh / c = softmax(s) E - E[label]        dE = c G^T h        (names: linear_cross_entropy.py)
+
+dh / c needs no logits of its own: softmax(s) E is attention over the words, whose keys and values are both E, so the
+pass that finds lse finds it too, with a running softmax. Four products in all, two in forward and two for dE.
+(Milakov and Gimelshein, 2018: the running softmax; Dao et al., 2022: with the product behind it.)
 
 One kernel does both: a program owns a block of rows (tokens for dh, words for dE) and walks the rows of the other
-operand. A tile of those is loaded once and serves both products, s^T = other own^T and out += G other.
+operand. A tile of those is loaded once and serves both products, s^T = other own^T and out += P other.
 """
 
 import triton
@@ -32,6 +36,24 @@ def _statistics(lse_ptr, labels_ptr, rows, valid, ignore_index):
 
 
 @triton.jit
+def _softmax(s, top, total, target, label, words, inside):
+    """One tile of the running softmax over words; s [words, tokens] in units of log 2: (2^(s - top) [words, tokens];
+    the new largest logit, sum, and label's logit of each token; 2^(old top - new top))."""
+    s = tl.where(inside[:, None], s, float("-inf"))
+    new = tl.maximum(top, tl.max(s, axis=0))
+    p = tl.exp2(s - new[None, :])
+    keep = tl.exp2(top - new)
+    target += tl.sum(tl.where(inside[:, None] & (words[:, None] == label[None, :]), s, 0.0), axis=0)
+    return p, new, total * keep + tl.sum(p, axis=0), target, keep
+
+
+@triton.jit
+def _store_row(ptr, a, b, rows_a, rows_b, end):
+    tl.store(ptr + rows_a, a, mask=rows_a < end)
+    tl.store(ptr + rows_b, b, mask=rows_b < end)
+
+
+@triton.jit
 def _store(ptr, acc, rows, end, LEFT: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr):
     offs = LEFT + tl.arange(0, BLOCK)
     ptrs = ptr + rows.to(tl.int64)[:, None] * D + offs[None, :]
@@ -47,6 +69,9 @@ def _linear_cross_entropy_gradient_kernel(
     d_loss_ptr,
     inverse_ptr,
     out_ptr,
+    top_ptr,
+    total_ptr,
+    target_ptr,
     own_rows,
     other_rows,
     share,
@@ -56,7 +81,6 @@ def _linear_cross_entropy_gradient_kernel(
     scale_log2,
     ignore_index,
     TOKENS: tl.constexpr,
-    FINAL: tl.constexpr,
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -65,9 +89,11 @@ def _linear_cross_entropy_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out [splits, own_rows, D]: the gradient of the own rows from `share` of the other ones. D in parts D0 and D1.
+    """Own rows are words: out [V, D] = dE. D in parts D0 and D1.
 
-    TOKENS: the own rows are tokens, the other ones words; else the reverse. FINAL: times d_loss scale / count.
+    TOKENS: own rows are tokens, and this is the forward pass. lse is not known yet: as in attention, out [splits, T, D]
+    is sum 2^(s - top) E over a share of the words, beside it the largest logit, the sum and the label's logit of each
+    token, [splits, T] each, in units of log 2.
     s is transposed: products that feed one another get one layout from Triton, all warps along the columns, and the 64
     own rows fill 8 warps, where 32 other rows leave half of them to compute the same. G goes through shared memory in
     two halves, one after the other: own rows (64 KiB at D 512), other rows (32) and all of G (4) are 1 KiB too many.
@@ -86,10 +112,15 @@ def _linear_cross_entropy_gradient_kernel(
     own0 = _columns(own_ptr, own_at, stride_own, 0, D0, D)
     if D1 > 0:
         own1 = _columns(own_ptr, own_at, stride_own, D0, D1, D)
+    safe_a, safe_b = tl.minimum(rows_a, own_rows - 1), tl.minimum(rows_b, own_rows - 1)
     if TOKENS:
-        safe_a, safe_b = tl.minimum(rows_a, own_rows - 1), tl.minimum(rows_b, own_rows - 1)
-        lse_a, label_a = _statistics(lse_ptr, labels_ptr, safe_a, rows_a < own_rows, ignore_index)
-        lse_b, label_b = _statistics(lse_ptr, labels_ptr, safe_b, rows_b < own_rows, ignore_index)
+        label_a, label_b = tl.load(labels_ptr + safe_a).to(tl.int32), tl.load(labels_ptr + safe_b).to(tl.int32)
+        top_a = tl.full([HALF], float("-inf"), tl.float32)
+        top_b = tl.full([HALF], float("-inf"), tl.float32)
+        total_a = tl.zeros([HALF], tl.float32)
+        total_b = tl.zeros([HALF], tl.float32)
+        target_a = tl.zeros([HALF], tl.float32)
+        target_b = tl.zeros([HALF], tl.float32)
     a0 = tl.zeros([HALF, D0], tl.float32)
     b0 = tl.zeros([HALF, D0], tl.float32)
     if D1 > 0:
@@ -114,9 +145,10 @@ def _linear_cross_entropy_gradient_kernel(
             lse, label = _statistics(lse_ptr, labels_ptr, start + other_at, inside, ignore_index)
         # the second half's softmax stands behind the first half's products, under which it can run
         if TOKENS:
-            g = tl.exp2(s_a - lse_a[None, :])
-            g = tl.where((start + offs_n)[:, None] == label_a[None, :], g - 1.0, g)
-            g = tl.where(inside[:, None], g, 0.0)
+            g, top_a, total_a, target_a, keep = _softmax(s_a, top_a, total_a, target_a, label_a, start + offs_n, inside)
+            a0 = a0 * keep[:, None]
+            if D1 > 0:
+                a1 = a1 * keep[:, None]
         else:
             g = tl.exp2(s_a - lse[:, None])
             g = tl.where(rows_a[None, :] == label[:, None], g - 1.0, g)
@@ -125,9 +157,10 @@ def _linear_cross_entropy_gradient_kernel(
         if D1 > 0:
             a1 = tl.dot(g, other1, a1, input_precision=PRECISION)
         if TOKENS:
-            g = tl.exp2(s_b - lse_b[None, :])
-            g = tl.where((start + offs_n)[:, None] == label_b[None, :], g - 1.0, g)
-            g = tl.where(inside[:, None], g, 0.0)
+            g, top_b, total_b, target_b, keep = _softmax(s_b, top_b, total_b, target_b, label_b, start + offs_n, inside)
+            b0 = b0 * keep[:, None]
+            if D1 > 0:
+                b1 = b1 * keep[:, None]
         else:
             g = tl.exp2(s_b - lse[:, None])
             g = tl.where(rows_b[None, :] == label[:, None], g - 1.0, g)
@@ -136,8 +169,13 @@ def _linear_cross_entropy_gradient_kernel(
         if D1 > 0:
             b1 = tl.dot(g, other1, b1, input_precision=PRECISION)
         other_ptr += BLOCK_N * stride_other.to(tl.int64)
-    factor = 1.0
-    if FINAL:
+    if TOKENS:
+        factor = 1.0
+        at = split * own_rows
+        _store_row(top_ptr + at, top_a, top_b, rows_a, rows_b, own_rows)
+        _store_row(total_ptr + at, total_a, total_b, rows_a, rows_b, own_rows)
+        _store_row(target_ptr + at, target_a, target_b, rows_a, rows_b, own_rows)
+    else:
         factor = tl.load(d_loss_ptr).to(tl.float32) * tl.load(inverse_ptr) * scale
     out_ptr += split.to(tl.int64) * own_rows * D
     _store(out_ptr, a0 * factor, rows_a, own_rows, 0, D0, D)
@@ -145,3 +183,39 @@ def _linear_cross_entropy_gradient_kernel(
     if D1 > 0:
         _store(out_ptr, a1 * factor, rows_a, own_rows, D0, D1, D)
         _store(out_ptr, b1 * factor, rows_b, own_rows, D0, D1, D)
+
+
+@triton.jit(do_not_specialize=["tokens", "ignore_index"])
+def _linear_cross_entropy_dh_kernel(
+    parts_ptr,
+    top_ptr,
+    lse_ptr,
+    labels_ptr,
+    w_ptr,
+    out_ptr,
+    tokens,
+    stride_w,
+    ignore_index,
+    SPLITS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """out = dh / c, from the splits in their order: sum of parts 2^(top - lse) - E[label]; 0 where ignored."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_D)
+    safe = tl.minimum(row, tokens - 1)
+    label = tl.load(labels_ptr + safe)
+    valid = label != ignore_index
+    word = tl.where(valid, label, 0)
+    mask = (row < tokens)[:, None] & (column < D)[None, :]
+    lse = tl.load(lse_ptr + safe)
+    offs = safe.to(tl.int64)[:, None] * D + column[None, :]
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for split in tl.static_range(SPLITS):
+        weight = tl.exp2(tl.load(top_ptr + split * tokens + safe) - lse)
+        acc += tl.load(parts_ptr + offs, mask=mask, other=0.0) * weight[:, None]
+        parts_ptr += tokens.to(tl.int64) * D
+    acc -= tl.load(w_ptr + word.to(tl.int64)[:, None] * stride_w + column[None, :], mask=mask, other=0.0)
+    acc = tl.where(valid[:, None], acc, 0.0)
+    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
