@@ -41,9 +41,9 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """A launch's compiled program. slots: issue slots of the main loop for each useful HMMA, 0 where it has none; issued:
-    HMMA issued for each useful one; programs: of the launch; warps: resident on an SM; precision: of its products, bf16,
-    fp32 or tf32x3."""
+    """A launch's compiled program. slots: issue slots of the main loop for each useful HMMA, 0 where it has none;
+    issued: HMMA issued for each useful one; programs: of the launch; warps: resident on an SM; precision: of its
+    products, bf16, fp32 or tf32x3."""
 
     slots: float
     issued: float
