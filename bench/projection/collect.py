@@ -42,9 +42,11 @@ SOURCES = {
 @dataclass(frozen=True)
 class Compiled:
     """A launch's compiled program. slots: issue slots of the main loop for each useful HMMA, 0 where it has none;
-    programs: of the launch; warps: resident on an SM; precision: of its products, bf16, fp32 or tf32x3."""
+    issued: HMMA issued for each useful one; programs: of the launch; warps: resident on an SM; precision: of its
+    products, bf16, fp32 or tf32x3."""
 
     slots: float
+    issued: float
     programs: int
     warps: int
     precision: str
@@ -199,10 +201,11 @@ def executed_share(launch: Launch) -> float:
 
 def _compiled(launch: Launch, precision: str) -> Compiled:
     row = report(launch)
-    slots = row.main_loop.issue_per_hmma if row.main_loop else 0.0
+    main = row.main_loop
+    slots, issued = (main.issue_per_hmma, main.hmma / main.useful_hmma) if main else (0.0, 1.0)
     if precision == "fp32":
         precision = "tf32x3" if "inputPrecision = tf32x3" in launch.compiled.asm["ttir"] else "fp32"
-    return Compiled(slots, launch.programs, row.warps_per_sm, precision)
+    return Compiled(slots, issued, launch.programs, row.warps_per_sm, precision)
 
 
 def fused_calls(name: str, micro_batch: int, arch: str, lengths: tuple[int, int]) -> tuple[Call, ...]:

@@ -11,6 +11,7 @@ Tiles are computed whole and whole rounds of them occupy the device: a library p
 a fused kernel its own. In a fused kernel's loop an HMMA holds its sub-core's tensor pipe for C cycles (16 on the
 A5000), s issue slots go with each, one a cycle, and w warps a sub-core take turns. With one warp, multiplying and the
 rest would follow each other, C + s - 1; with many the longer one hides the other; taken is max(C, s, C + (s - 1) / w).
+Products that a layout computes twice hold the pipe twice.
 
 A step is its micro-batches one after the other, then the exchange of gradients, the optimiser, the exchange of
 weights (ZeRO 1); nothing is overlapped with anything.
@@ -132,10 +133,10 @@ def ideal_seconds(call: Call, device: Device) -> tuple[int, float]:
         return FP32, flops / device.fp32
     # three products in tf32, whose rate is half of bf16's
     passes = 6 if compiled.precision == "tf32x3" else 1
-    cycles, slots = device.hmma_cycles, compiled.slots
+    cycles, slots = device.hmma_cycles * compiled.issued, compiled.slots
     warps = max(1.0, compiled.warps / SUB_CORES)
-    held = max(cycles, slots, cycles + max(0.0, slots - 1) / warps) if passes == 1 else cycles
-    return TENSOR, flops * passes * held / cycles / device.bf16
+    held = max(cycles, slots, cycles + max(0.0, slots - compiled.issued) / warps) if passes == 1 else cycles
+    return TENSOR, flops * passes * held / device.hmma_cycles / device.bf16
 
 
 def exchange_seconds(counts: Counts, gpus: int, bandwidth: float) -> float:

@@ -18,6 +18,7 @@ from bench.projection.fit import NOISE, PRIORS, fit, leave_one_out, mean_error
 from bench.projection.model import FP32, NAMES, TENSOR, UNALIGNED, Efficiencies, ideal_seconds, rounds, work
 from bench.projection.predecessor import HALVED_EXPERIMENTS, micro_batch, published_seconds
 from bench.projection.project import calibrate, guess_error, kernels_of, project
+from kernels.compile_only import Argument, Launch
 from march import experiments
 from march.cost.counter import Product
 from march.cost.devices import DEVICES
@@ -129,9 +130,9 @@ def test_tiles_are_whole_and_rounds_are_full():
     assert narrow == wide
 
 
-def fused(slots: float, warps: int, precision: str = "bf16", programs: int = 6400) -> float:
+def fused(slots: float, warps: int, precision: str = "bf16", programs: int = 6400, issued: float = 1.0) -> float:
     flops = 10**12
-    compiled = Compiled(slots, programs, warps, precision)
+    compiled = Compiled(slots, issued, programs, warps, precision)
     call = Call("forward", "attention", "k", 1, flops, 0, 0, compiled=compiled, executed=flops)
     return ideal_seconds(call, A5000)[1] * A5000.bf16 / flops
 
@@ -143,6 +144,21 @@ def test_issue_slots_and_warps_bound_a_fused_loop():
     assert fused(33, 32) == pytest.approx(33 / 16)
     assert fused(9, 16, programs=6401) == pytest.approx(18 / 16 * 6464 / 6401)
     assert fused(9, 16, "tf32x3") == 6
+    assert fused(10, 16, issued=2) == pytest.approx((32 + 2) / 16)
+
+
+def test_tiles_of_a_launch_are_whole_and_causal_blocks_skipped():
+    def share(kernel: str, sizes: dict[str, int], **constants: object) -> float:
+        arguments = tuple(Argument(name, "i32", value=value) for name, value in sizes.items())
+        constants |= {"BLOCK_M": 64, "BLOCK_N": 32}
+        return collect.executed_share(Launch(kernel, "m", "sm_86", (1, 1, 1), 4, 2, constants, arguments))
+
+    assert share("_attention_fwd_kernel", {"Lq": 65, "Lk": 33}, CAUSAL=False) == 128 * 64 / (65 * 33)
+    # rows of queries 0..63 reach two of four blocks of keys, 64..127 all
+    assert share("_attention_fwd_kernel", {"Lq": 128, "Lk": 128}, CAUSAL=True) == 6 / 8
+    assert share("_unified_attention_fwd_kernel", {"Lq": 128, "Lk": 128, "Lo": 64}) == (6 + 4) / (8 + 4)
+    assert share("_glu_forward_kernel", {"M": 64, "F": 40}) == 64 / 40
+    assert share("_linear_cross_entropy_fwd_kernel", {"tokens": 60, "vocabulary": 32}) == 64 / 60
 
 
 def test_the_exchange_grows_with_the_gpus_and_is_none_alone():
