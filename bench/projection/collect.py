@@ -190,6 +190,7 @@ def executed_share(launch: Launch) -> float:
     sizes = {
         "_glu": ("M", "F"),
         "_linear_cross_entropy_fwd": ("tokens", "vocabulary"),
+        "_linear_cross_entropy_gradient": ("own_rows", "other_rows"),
         "_linear_cross_entropy": ("tokens", "columns"),
     }
     rows, columns = next((names for start, names in sizes.items() if launch.kernel.startswith(start)), ("", ""))

@@ -159,6 +159,7 @@ def _linear_cross_entropy_join_kernel(
     ignore_index,
     LN2: tl.constexpr,
     SPLITS: tl.constexpr,
+    TARGETS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Joins the splits, in order: lse in units of log 2, the loss of each token, sum and count of this block's."""
@@ -173,6 +174,7 @@ def _linear_cross_entropy_join_kernel(
         # a split without columns has the sum 0 and the maximum -inf: it adds 0
         share = tl.load(top_ptr + split * tokens + row, mask=mask, other=0.0)
         total += tl.load(total_ptr + split * tokens + row, mask=mask, other=1.0) * tl.exp2(share - top)
+    for split in tl.static_range(TARGETS):
         target += tl.load(target_ptr + split * tokens + row, mask=mask, other=0.0)
     lse = top + tl.log2(total)
     valid = mask & (tl.load(labels_ptr + row, mask=mask, other=0) != ignore_index)
@@ -348,12 +350,17 @@ def _forward(
     if with_dh:
         tile = tiles_rows.product_tile(architecture(h), "gradient", 8 * h.element_size())
         splits, share = _splits(vocabulary, tile.n)
-        top, total, target = (allocate(splits, tokens) for _ in range(3))
+        top, total, target = allocate(splits, tokens), allocate(splits, tokens), allocate(1, tokens)
         parts = allocate(splits, tokens, width)
         _linear_cross_entropy_gradient_kernel[(triton.cdiv(tokens, tile.m) * splits,)](
-            h, weight, None, labels, None, None, parts, top, total, target, tokens, vocabulary, share,
+            h, weight, None, labels, None, None, parts, top, total, tokens, vocabulary, share,
             h.stride(0), weight.stride(0), scale, scale * LOG2E, ignore_index,
             TOKENS=True, **_gradient_options(h, weight, tile),
+        )  # fmt: skip
+        rows = tiles_rows.row_tile(architecture(h), "stream", width)
+        _linear_cross_entropy_dh_kernel[(triton.cdiv(tokens, rows.rows),)](
+            parts, top, total, h, weight, labels, dh, target, tokens, h.stride(0), weight.stride(0), scale * LOG2E,
+            ignore_index, SPLITS=splits, D=width, BLOCK_D=rows.block, ROWS=rows.rows, num_warps=rows.warps,
         )  # fmt: skip
     else:
         splits = SPLITS
@@ -374,16 +381,11 @@ def _forward(
         ignore_index,
         LN2=LN2,
         SPLITS=splits,
+        TARGETS=target.shape[0],
         BLOCK=JOIN_TOKENS,
         num_warps=2,
     )
     _linear_cross_entropy_mean_kernel[(1,)](sums, counts, loss, inverse, blocks, BLOCK=MEAN_TOKENS, num_warps=4)
-    if with_dh:
-        tile = tiles_rows.row_tile(architecture(h), "stream", width)
-        _linear_cross_entropy_dh_kernel[(triton.cdiv(tokens, tile.rows),)](
-            parts, top, lse, labels, weight, dh, tokens, weight.stride(0), ignore_index,
-            SPLITS=splits, D=width, BLOCK_D=tile.block, ROWS=tile.rows, num_warps=tile.warps,
-        )  # fmt: skip
     return loss, per_token, lse, inverse, dh
 
 
@@ -405,7 +407,7 @@ def _recomputed(
         tokens = h.shape[0]
         tile = tiles_rows.product_tile(architecture(h), "gradient", 8 * h.element_size())
         _linear_cross_entropy_gradient_kernel[(triton.cdiv(dw.shape[0], tile.m),)](
-            weight, h, lse, labels, d_loss, inverse, dw, None, None, None, dw.shape[0], tokens, tokens,
+            weight, h, lse, labels, d_loss, inverse, dw, None, None, dw.shape[0], tokens, tokens,
             weight.stride(0), h.stride(0), scale, scale * LOG2E, ignore_index, TOKENS=False,
             **_gradient_options(h, weight, tile),
         )  # fmt: skip

@@ -256,10 +256,10 @@ def _cross_entropy_gradient(kernel: Kernel) -> dict[str, int]:
     tiles = cdiv(kernel["own_rows"], kernel["BLOCK_M"])
     width = kernel["D"] * kernel.element_size("own_ptr")
     rows = {"own_ptr": _extents(kernel["own_rows"], kernel["BLOCK_M"]), "other_ptr": _extents(other, block)}
-    tokens = "own_ptr" if kernel["TOKENS"] else "other_ptr"
     # operands that come together, with the bytes of a row
     line = {"own_ptr": {"own_ptr": width}, "other_ptr": {"other_ptr": width}}
-    line[tokens] |= {"labels_ptr": 8} if kernel["TOKENS"] else {"lse_ptr": 4, "labels_ptr": 8}
+    if not kernel["TOKENS"]:
+        line["other_ptr"] |= {"lse_ptr": 4, "labels_ptr": 8}
     of = {name: (rows[operand], bytes) for operand, names in line.items() for name, bytes in names.items()}
 
     def programs() -> Iterator[Program]:
@@ -344,7 +344,10 @@ ACCESS: dict[str, tuple[tuple[str, ...], Access | None]] = {
     "_linear_cross_entropy_mean_kernel": (("sum_ptr", "count_ptr"), None),
     "_linear_cross_entropy_dlogits_kernel": (("labels_ptr", "lse_ptr"), _cross_entropy_backward),
     "_linear_cross_entropy_gradient_kernel": (("d_loss_ptr", "inverse_ptr"), _cross_entropy_gradient),
-    "_linear_cross_entropy_dh_kernel": (("parts_ptr", "top_ptr", "lse_ptr", "labels_ptr", "w_ptr"), None),
+    "_linear_cross_entropy_dh_kernel": (
+        ("parts_ptr", "top_ptr", "total_ptr", "h_ptr", "w_ptr", "labels_ptr"),
+        None,
+    ),
     "_linear_cross_entropy_scale_kernel": (("x_ptr", "d_loss_ptr", "inverse_ptr"), None),
     "_embedding_fwd_kernel": (("ids_ptr", "rng_ptr", "rng_t_ptr"), _embedding),
     "_embedding_table_bwd_kernel": (("d_out_ptr", "order_ptr", "start_ptr", "rng_ptr"), None),

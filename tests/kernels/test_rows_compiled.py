@@ -57,12 +57,13 @@ KERNELS = {
 }
 # of 16 bits and up to 512 features
 RECOMPUTED = "_linear_cross_entropy_gradient_kernel"
+JOINED = "_linear_cross_entropy_dh_kernel"
 
 
 def _rows(arch, dtype, widths=WIDTHS):
     rows = compiled(CODE, arch, dtype, ",".join(map(str, widths)))
     recomputes = dtype != "float32" and min(widths) <= 512
-    assert {row["kernel"] for row in rows} == KERNELS | ({RECOMPUTED} if recomputes else set())
+    assert {row["kernel"] for row in rows} == KERNELS | ({RECOMPUTED, JOINED} if recomputes else set())
     for row in rows:
         assert row["spills"] == 0, row
         assert row["atomics"] == 0, row
@@ -107,7 +108,7 @@ def test_the_products_of_the_cross_entropy(sm_86):
     }
     for row in products:
         # rows aligned to 8 bytes are copied 8 at a time
-        assert row["slots"] < (4 if row["width"] == 512 or row["kernel"] != RECOMPUTED else 4.3), row
+        assert row["slots"] < (4 if row["width"] == 512 or row["kernel"] != RECOMPUTED else 5.4), row
         assert row["ldsm"] > 0, row
         # a gradient's token statistics are 4 and 8 bytes each
         wide = {"128"} if row["width"] == 512 else {"64", "128"}
