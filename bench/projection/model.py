@@ -140,11 +140,10 @@ def ideal_seconds(call: Call, device: Device) -> tuple[int, float]:
 
 
 def exchange_seconds(counts: Counts, gpus: int, bandwidth: float) -> float:
-    """Gradients summed and scattered, weights gathered: (n - 1) / n of each through the bus. march sends gradients in
-    float32 (march.training.engine), the published runs are taken to have sent them in their precision."""
-    weight = 2 if counts.precision == "bf16" else 4
-    gradient = weight if counts.impl == "eager" else 4
-    return (gpus - 1) / gpus * counts.parameters * (gradient + weight) / bandwidth
+    """An all-reduce of the gradients, 2 (n - 1) / n of them through the bus, and weights gathered, (n - 1) / n, both in
+    the working precision: what DeepSpeed's ZeRO 1 sends with march's settings. Taken for the published runs too."""
+    element = 2 if counts.precision == "bf16" else 4
+    return (gpus - 1) / gpus * counts.parameters * (2 + 1) * element / bandwidth
 
 
 def micro_batches(gpus: int, micro_batch: int) -> int:
@@ -158,10 +157,12 @@ def work(
     """A step of 1024 sequences on `gpus` devices."""
     ideal = [ideal_seconds(call, device) for call in counts.calls]
     steps = micro_batches(gpus, counts.micro_batch)
-    # a gradient in the working precision is read and added to its float32 sum
+    # a gradient in the working precision is read and added to its float32 sum; what is sent is copied into one tensor,
+    # converted, and back again
     gradient = 2 if counts.precision == "bf16" else 4
+    sent = 16 + (12 if gradient == 2 else 0) if gpus > 1 else 0
     rest = {
-        "gradient sums": (steps * counts.parameters * (gradient + 8) / device.bandwidth, 0.0),
+        "gradient sums": (counts.parameters * (steps * (gradient + 8) + sent) / device.bandwidth, 0.0),
         "optimizer": (optimizer_row(counts.parameters, counts.precision).dram / gpus / device.bandwidth, 0.0),
         "exchange": (0.0, exchange_seconds(counts, gpus, exchange)),
     }

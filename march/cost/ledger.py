@@ -22,7 +22,10 @@ from march.cost.parameters import total_parameters
 LOGITS_BYTES = 200_000_000
 PHASES = ("forward", "backward", "optimizer")
 # Float32 tensors of an activation's size that are sums, not copies, and exist in no other precision.
-ACCUMULATORS = {("linear_cross_entropy", "backward"): "dh, summed over the chunks of the vocabulary"}
+ACCUMULATORS = {
+    ("linear_cross_entropy", "forward"): "dh, a share of the vocabulary each",
+    ("linear_cross_entropy", "backward"): "dh, summed over the chunks of the vocabulary",
+}
 
 
 @dataclass

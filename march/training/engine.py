@@ -87,7 +87,9 @@ def deepspeed_config(budget: Budget, precision: str, zero: int, micro_batch: int
         "zero_allow_untested_optimizer": True,
         # 36M parameters, 16 micro-steps on one GPU: bf16 accumulation would lose what bf16 sums lose
         "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
+        # the sum over processes in bf16 has the rounding of one addition; float32 would double a twentieth of the step
+        # on 8 GPUs without NVLink (docs/projection.md)
+        "communication_data_type": precision,
         "zero_optimization": {"stage": zero, "overlap_comm": False, "contiguous_gradients": True},
     }
     if precision == "bf16":
