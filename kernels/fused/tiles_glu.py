@@ -42,7 +42,8 @@ _GRADIENT: dict[tuple[str, int], Tile] = {
     ("dw", 32): Tile(64, 128, 16, 4, 3),
 }
 _GRADIENT_TF32X3: dict[tuple[str, int], Tile] = {
-    ("dx", 32): Tile(64, 64, 32, 4, 2, "tf32x3"),
+    # 64 x 64 spills 5 registers where rows are 380 and 1365 wide
+    ("dx", 32): Tile(64, 32, 32, 4, 2, "tf32x3"),
     ("dw", 32): Tile(64, 64, 16, 4, 2, "tf32x3"),
 }
 # rows aligned to less than 8 bytes are read 2 or 4 bytes at a time: 128 x 128 spills up to 154 registers there
