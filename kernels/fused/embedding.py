@@ -88,6 +88,31 @@ def _embedding_fwd_kernel(
         tl.store(out_ptr + row.to(tl.int64)[:, None] * D + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _dropped_rows(
+    d_out_ptr, sequence, position, valid, stride_ob, stride_ol, offs_d, column, rng_ptr, site, threshold, scale,
+    HAS_DROPOUT: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """d_out of positions (sequence, position) as one dropout lets it through, float32; zero where not valid."""
+    offs = sequence.to(tl.int64) * stride_ob + position.to(tl.int64) * stride_ol
+    mask = valid[:, None] & (offs_d < D)[None, :]
+    d = tl.load(d_out_ptr + offs[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_DROPOUT:
+        a, b = row_keys(rng_ptr, site, sequence, 0, position)
+        d = tl.where(keep(a[:, None], b[:, None], column[None, :], threshold), d * scale, 0.0)
+    return d
+
+
+@triton.jit
+def _store_sum(ptr, acc, row, offs_d, AVERAGE: tl.constexpr, D: tl.constexpr):
+    """Row `row` of a table's gradient from its partial sums."""
+    total = tl.sum(acc, axis=0)
+    if AVERAGE:
+        total *= 0.5
+    offs = tl.to_tensor(row).to(tl.int64) * D + offs_d
+    tl.store(ptr + offs, total.to(ptr.dtype.element_ty), mask=offs_d < D)
+
+
 @triton.jit(do_not_specialize=["vocabulary", "length", "site", "threshold"])
 def _embedding_table_bwd_kernel(
     d_out_ptr,
@@ -111,7 +136,7 @@ def _embedding_table_bwd_kernel(
 ):
     stride_ob, stride_ol = aligned(stride_ob, ALIGN), aligned(stride_ol, ALIGN)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
+    column = offs_d
     if HAS_DROPOUT:
         column = column_keys(rng_ptr, site, offs_d)
     for v in range(tl.program_id(0), vocabulary, tl.num_programs(0)):
@@ -122,18 +147,11 @@ def _embedding_table_bwd_kernel(
             valid = place < end
             token = tl.load(order_ptr + place, mask=valid, other=0)
             sequence, position = token // length, token % length
-            offs = sequence * stride_ob + position * stride_ol
-            mask = valid[:, None] & mask_d[None, :]
-            d = tl.load(d_out_ptr + offs[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-            if HAS_DROPOUT:
-                a, b = row_keys(rng_ptr, site, sequence, 0, position)
-                d = tl.where(keep(a[:, None], b[:, None], column[None, :], threshold), d * scale, 0.0)
-            acc += d
-        total = tl.sum(acc, axis=0)
-        if AVERAGE:
-            total *= 0.5
-        offs = tl.to_tensor(v).to(tl.int64) * D + offs_d
-        tl.store(d_table_ptr + offs, total.to(d_table_ptr.dtype.element_ty), mask=mask_d)
+            acc += _dropped_rows(
+                d_out_ptr, sequence, position, valid, stride_ob, stride_ol, offs_d, column,
+                rng_ptr, site, threshold, scale, HAS_DROPOUT, D,
+            )  # fmt: skip
+        _store_sum(d_table_ptr, acc, v, offs_d, AVERAGE, D)
 
 
 @triton.jit(do_not_specialize=["batch", "length", "site", "threshold"])
@@ -158,7 +176,7 @@ def _embedding_positions_bwd_kernel(
     position = tl.program_id(0)
     stride_ob, stride_ol = aligned(stride_ob, ALIGN), aligned(stride_ol, ALIGN)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
+    column = offs_d
     if HAS_DROPOUT:
         column = column_keys(rng_ptr, site, offs_d)
     acc = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
@@ -166,18 +184,11 @@ def _embedding_positions_bwd_kernel(
     for start in range(0, tl.where(position < length, batch, 0), ROWS):
         sequence = start + tl.arange(0, ROWS)
         valid = sequence < batch
-        mask = valid[:, None] & mask_d[None, :]
-        offs = sequence.to(tl.int64) * stride_ob + position.to(tl.int64) * stride_ol
-        d = tl.load(d_out_ptr + offs[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-        if HAS_DROPOUT:
-            a, b = row_keys(rng_ptr, site, sequence, 0, position)
-            d = tl.where(keep(a[:, None], b[:, None], column[None, :], threshold), d * scale, 0.0)
-        acc += d
-    total = tl.sum(acc, axis=0)
-    if AVERAGE:
-        total *= 0.5
-    offs = position.to(tl.int64) * D + offs_d
-    tl.store(d_positions_ptr + offs, total.to(d_positions_ptr.dtype.element_ty), mask=mask_d)
+        acc += _dropped_rows(
+            d_out_ptr, sequence, position, valid, stride_ob, stride_ol, offs_d, column,
+            rng_ptr, site, threshold, scale, HAS_DROPOUT, D,
+        )  # fmt: skip
+    _store_sum(d_positions_ptr, acc, position, offs_d, AVERAGE, D)
 
 
 # ---------------------------------------------------------------- launch

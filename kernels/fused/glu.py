@@ -200,22 +200,24 @@ def _backward_relu(
     arch, bits_of = architecture(x), 8 * x.element_size()
     common = {"scale": keep_scale(p), "D": depth}
     if needs_x:
-        tile = tiles.gradient_tile(arch, "dx", bits_of)
+        align = alignment(d_hidden.stride(0), weight.stride(0))
+        tile = tiles.gradient_tile(arch, "dx", bits_of, align)
         blocks = triton.cdiv(width, tile.k)
         _glu_dx_kernel[(triton.cdiv(rows, tile.m) * triton.cdiv(depth, tile.n),)](
             d_hidden, weight, bits, d_x, rows, width, blocks, d_hidden.stride(0), weight.stride(0), **common,
-            EVEN=width % tile.k == depth % tile.n == 0, ALIGN=alignment(d_hidden.stride(0), weight.stride(0)),
+            EVEN=width % tile.k == depth % tile.n == 0, ALIGN=align,
             **tile.options(),
         )  # fmt: skip
     if needs_weight:
-        tile = tiles.gradient_tile(arch, "dw", bits_of)
+        align = alignment(d_hidden.stride(0), x.stride(0))
+        tile = tiles.gradient_tile(arch, "dw", bits_of, align)
         programs = triton.cdiv(width, tile.m) * triton.cdiv(depth, tile.n)
         splits, share = tiles.splits(programs, rows, tile.k)
         # also of one split: another dtype would be another program for each number of rows
         parts = torch.empty((splits, *weight.shape), dtype=torch.float32, device=x.device)
         _glu_dw_kernel[(programs * splits,)](
             d_hidden, x, bits, parts, rows, width, share, d_hidden.stride(0), x.stride(0), **common,
-            EVEN=width % tile.m == depth % tile.n == 0, ALIGN=alignment(d_hidden.stride(0), x.stride(0)),
+            EVEN=width % tile.m == depth % tile.n == 0, ALIGN=align,
             **tile.options(),
         )  # fmt: skip
         count = d_weight.numel()

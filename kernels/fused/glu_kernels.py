@@ -145,33 +145,34 @@ def _gradients(
 
 
 @triton.jit
-def _products(
-    x_ptr,
-    w_ptr,
-    x_strides,
-    w_strides,
-    rows,
-    columns,
-    M,
-    L,
-    F,
-    inner_blocks,
-    D: tl.constexpr,
-    X_UNIT: tl.constexpr,
-    W_UNIT: tl.constexpr,
-    PAIR: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """x W^T of `rows` and `columns` in one pass over x: two accumulators, float32 [BLOCK_M, BLOCK_N].
+def _sites(
+    rng_ptr, site, threshold, scale, gate_rng_ptr, gate_site, gate_threshold, gate_scale, rows, L,
+    DROPOUT: tl.constexpr, GATE_DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """What `_drop` takes for both dropouts of `rows`."""
+    keys = _row_keys(rng_ptr, site, rows, L, DROPOUT)
+    gate_keys = _row_keys(gate_rng_ptr, gate_site, rows, L, GATE_DROPOUT)
+    return (rng_ptr, site, threshold, scale, keys), (gate_rng_ptr, gate_site, gate_threshold, gate_scale, gate_keys)
 
+
+@triton.jit
+def _products(
+    x_ptr, w_ptr, x_strides, w_strides, M, L, F, N, inner_blocks,
+    D: tl.constexpr, X_UNIT: tl.constexpr, W_UNIT: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(rows, first column, x W^T) of this program's tile: two accumulators in one pass over x, float32.
+
+    Programs that share rows of x are neighbours: x is read from memory once, the weights stay in the L2.
     inner_blocks is D / BLOCK_K at run time: a constant count is unrolled whole, and spills behind it. Rows and columns
     beyond the end read the last valid one, so that the loop needs no masks; nobody stores those rows. Strides come in
     units, which tells the compiler their alignment: by itself it knows multiples of 16 alone, and D = 380 would be
     read 2 bytes at a time.
     """
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    left = tl.program_id(0) % tiles_n * BLOCK_N
+    columns = left + tl.arange(0, BLOCK_N)
     stride_xb, stride_xl, stride_xd = x_strides
     stride_wr, stride_wd = w_strides
     safe_rows = tl.minimum(rows, M - 1)
@@ -199,7 +200,7 @@ def _products(
             else:
                 w = tl.load(w_ptrs + w_half, mask=(inner < D)[:, None], other=0.0)
             second = tl.dot(x, w, second, input_precision=PRECISION)
-    return first, second
+    return rows, left, first, second
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -244,48 +245,27 @@ def _glu_forward_kernel(
 
     SAVE: "product" also the products [M, P N]; "bits" one bit an element of where hidden is positive, 32 columns a
     word, [F / 32, M]; "" neither.
-
-    Programs that share rows of x are neighbours: x is read from memory once, the weights stay in the L2.
     """
     PAIR: tl.constexpr = KIND != "plain"
     # a word of bits is made from one part
     WIDTH: tl.constexpr = 32 if SAVE == "bits" else PART_N
     PARTS: tl.constexpr = BLOCK_N // WIDTH if BLOCK_N > WIDTH else 1
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    left = tl.program_id(0) % tiles_n * BLOCK_N
-    columns = left + tl.arange(0, BLOCK_N)
-    first, second = _products(
-        x_ptr,
-        w_ptr,
-        (stride_xb, stride_xl, stride_xd),
-        (stride_wr, stride_wd),
-        rows,
-        columns,
-        M,
-        L,
-        F,
-        inner_blocks,
-        D,
-        X_UNIT,
-        W_UNIT,
-        PAIR,
-        PRECISION,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
+    rows, left, first, second = _products(
+        x_ptr, w_ptr, (stride_xb, stride_xl, stride_xd), (stride_wr, stride_wd), M, L, F, N, inner_blocks,
+        D, X_UNIT, W_UNIT, PAIR, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     rows64 = rows.to(tl.int64)[:, None]
     if SAVE == "product":
+        columns = left + tl.arange(0, BLOCK_N)
         inside = (rows < M)[:, None] & (columns < N)[None, :]
         product_ptrs = saved_ptr + rows64 * (N * 2 if PAIR else N) + columns[None, :]
         tl.store(product_ptrs, first.to(saved_ptr.dtype.element_ty), mask=inside)
         if PAIR:
             tl.store(product_ptrs + N, second.to(saved_ptr.dtype.element_ty), mask=inside)
-    keys = _row_keys(rng_ptr, site, rows, L, DROPOUT)
-    gate_keys = _row_keys(gate_rng_ptr, gate_site, rows, L, GATE_DROPOUT)
-    dropout = (rng_ptr, site, threshold, scale, keys)
-    gate_dropout = (gate_rng_ptr, gate_site, gate_threshold, gate_scale, gate_keys)
+    dropout, gate_dropout = _sites(
+        rng_ptr, site, threshold, scale, gate_rng_ptr, gate_site, gate_threshold, gate_scale, rows, L,
+        DROPOUT, GATE_DROPOUT,
+    )  # fmt: skip
     # one part of the columns after the other: all 64 at once spill 2 to 9 registers
     for part in tl.static_range(PARTS):
         columns = left + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
@@ -309,6 +289,28 @@ def _glu_forward_kernel(
             tl.store(out, word, mask=rows < tl.where(number * 32 < F, M, 0))
         inside = (rows < M)[:, None] & (columns < N)[None, :]
         tl.store(hidden_ptr + rows64 * N + columns[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _differentiate(
+    first, second, d_hidden_ptr, d_product_ptr, rows, columns, M, L, F, N, d_strides, dropout, gate_dropout, factor,
+    D_UNIT: tl.constexpr, KIND: tl.constexpr, ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr, GATE_DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Stores d_product [M, P N] of a block from its products and d_hidden [B, L, F]; columns from F to N become 0."""
+    stride_db, stride_dl, stride_df = d_strides
+    d_rows = (rows // L).to(tl.int64) * (stride_db * D_UNIT) + (rows % L).to(tl.int64) * (stride_dl * D_UNIT)
+    real = (rows < M)[:, None] & (columns < F)[None, :]
+    d_ptrs = d_hidden_ptr + d_rows[:, None] + (columns * stride_df)[None, :]
+    d_hidden = tl.load(d_ptrs, mask=real, other=0.0).to(tl.float32)
+    d_first, d_second = _gradients(
+        first, second, d_hidden, dropout, gate_dropout, factor, columns, KIND, ACTIVATION, DROPOUT, GATE_DROPOUT
+    )
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    out_ptrs = d_product_ptr + rows.to(tl.int64)[:, None] * (N if KIND == "plain" else N * 2) + columns[None, :]
+    tl.store(out_ptrs, d_first.to(d_product_ptr.dtype.element_ty), mask=inside)
+    if KIND != "plain":
+        tl.store(out_ptrs + N, d_second.to(d_product_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -351,30 +353,15 @@ def _glu_backward_kernel(
     second = first
     if PAIR:
         second = tl.load(saved_ptr + N + here, mask=inside, other=0.0).to(tl.float32)
-    d_rows = (rows // L).to(tl.int64) * (stride_db * D_UNIT) + (rows % L).to(tl.int64) * (stride_dl * D_UNIT)
-    real = (rows < M)[:, None] & (columns < F)[None, :]
-    d_ptrs = d_hidden_ptr + d_rows[:, None] + (columns * stride_df)[None, :]
-    d_hidden = tl.load(d_ptrs, mask=real, other=0.0).to(tl.float32)
-    keys = _row_keys(rng_ptr, site, rows, L, DROPOUT)
-    gate_keys = _row_keys(gate_rng_ptr, gate_site, rows, L, GATE_DROPOUT)
-    dropout = (rng_ptr, site, threshold, scale, keys)
-    gate_dropout = (gate_rng_ptr, gate_site, gate_threshold, gate_scale, gate_keys)
-    d_first, d_second = _gradients(
-        first,
-        second,
-        d_hidden,
-        dropout,
-        gate_dropout,
-        factor,
-        columns,
-        KIND,
-        ACTIVATION,
-        DROPOUT,
-        GATE_DROPOUT,
-    )
-    tl.store(d_product_ptr + here, d_first.to(d_product_ptr.dtype.element_ty), mask=inside)
-    if PAIR:
-        tl.store(d_product_ptr + N + here, d_second.to(d_product_ptr.dtype.element_ty), mask=inside)
+    dropout, gate_dropout = _sites(
+        rng_ptr, site, threshold, scale, gate_rng_ptr, gate_site, gate_threshold, gate_scale, rows, L,
+        DROPOUT, GATE_DROPOUT,
+    )  # fmt: skip
+    _differentiate(
+        first, second, d_hidden_ptr, d_product_ptr, rows, columns, M, L, F, N,
+        (stride_db, stride_dl, stride_df), dropout, gate_dropout, factor,
+        D_UNIT, KIND, ACTIVATION, DROPOUT, GATE_DROPOUT,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -421,54 +408,18 @@ def _glu_recompute_kernel(
     """d_product as `_glu_backward_kernel`, from products computed again."""
     PAIR: tl.constexpr = KIND != "plain"
     PARTS: tl.constexpr = BLOCK_N // PART_N if BLOCK_N > PART_N else 1
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    left = tl.program_id(0) % tiles_n * BLOCK_N
-    first, second = _products(
-        x_ptr,
-        w_ptr,
-        (stride_xb, stride_xl, stride_xd),
-        (stride_wr, stride_wd),
-        rows,
-        left + tl.arange(0, BLOCK_N),
-        M,
-        L,
-        F,
-        inner_blocks,
-        D,
-        X_UNIT,
-        W_UNIT,
-        PAIR,
-        PRECISION,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
-    d_rows = (rows // L).to(tl.int64) * (stride_db * D_UNIT) + (rows % L).to(tl.int64) * (stride_dl * D_UNIT)
-    keys = _row_keys(rng_ptr, site, rows, L, DROPOUT)
-    gate_keys = _row_keys(gate_rng_ptr, gate_site, rows, L, GATE_DROPOUT)
-    dropout = (rng_ptr, site, threshold, scale, keys)
-    gate_dropout = (gate_rng_ptr, gate_site, gate_threshold, gate_scale, gate_keys)
+    rows, left, first, second = _products(
+        x_ptr, w_ptr, (stride_xb, stride_xl, stride_xd), (stride_wr, stride_wd), M, L, F, N, inner_blocks,
+        D, X_UNIT, W_UNIT, PAIR, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    dropout, gate_dropout = _sites(
+        rng_ptr, site, threshold, scale, gate_rng_ptr, gate_site, gate_threshold, gate_scale, rows, L,
+        DROPOUT, GATE_DROPOUT,
+    )  # fmt: skip
     for part in tl.static_range(PARTS):
         columns = left + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
-        inside = (rows < M)[:, None] & (columns < N)[None, :]
-        real = (rows < M)[:, None] & (columns < F)[None, :]
-        d_ptrs = d_hidden_ptr + d_rows[:, None] + (columns * stride_df)[None, :]
-        d_hidden = tl.load(d_ptrs, mask=real, other=0.0).to(tl.float32)
-        d_first, d_second = _gradients(
-            _part(first, part, PARTS),
-            _part(second, part, PARTS),
-            d_hidden,
-            dropout,
-            gate_dropout,
-            factor,
-            columns,
-            KIND,
-            ACTIVATION,
-            DROPOUT,
-            GATE_DROPOUT,
-        )
-        out_ptrs = d_product_ptr + rows.to(tl.int64)[:, None] * (N * 2 if PAIR else N) + columns[None, :]
-        tl.store(out_ptrs, d_first.to(d_product_ptr.dtype.element_ty), mask=inside)
-        if PAIR:
-            tl.store(out_ptrs + N, d_second.to(d_product_ptr.dtype.element_ty), mask=inside)
+        _differentiate(
+            _part(first, part, PARTS), _part(second, part, PARTS), d_hidden_ptr, d_product_ptr, rows, columns,
+            M, L, F, N, (stride_db, stride_dl, stride_df), dropout, gate_dropout, factor,
+            D_UNIT, KIND, ACTIVATION, DROPOUT, GATE_DROPOUT,
+        )  # fmt: skip

@@ -44,9 +44,12 @@ _GRADIENT: dict[tuple[str, int], Tile] = {
     ("dw", 32): Tile(64, 128, 16, 4, 3),
 }
 _GRADIENT_TF32X3: dict[tuple[str, int], Tile] = {
-    ("dx", 32): Tile(64, 64, 32, 4, 2, "tf32x3"),
+    # 64 x 64 spills 5 registers where rows are 380 and 1365 wide
+    ("dx", 32): Tile(64, 32, 32, 4, 2, "tf32x3"),
     ("dw", 32): Tile(64, 64, 16, 4, 2, "tf32x3"),
 }
+# rows aligned to less than 8 bytes are read 2 or 4 bytes at a time: 128 x 128 spills up to 154 registers there
+_NARROW = Tile(64, 64, 32, 4, 2)
 # programs of dw that run at a time, two on each of 64 SMs: fewer tiles split the rows. From the shape alone, never from
 # the device: the partial sums are as many everywhere
 PROGRAMS = 128
@@ -66,8 +69,10 @@ def product_tile(arch: str, pair: bool, bits: int) -> Tile:
     return TABLE.get(arch, {}).get(key) or _DEFAULT[key]
 
 
-def gradient_tile(arch: str, product: str, bits: int) -> Tile:
-    """Configuration of a plain relu's gradients, product dx or dw."""
+def gradient_tile(arch: str, product: str, bits: int, align: int) -> Tile:
+    """Configuration of a plain relu's gradients, product dx or dw, where `align` elements divide the rows' strides."""
+    if bits == 16 and align < 4:
+        return _NARROW
     key = (product, bits)
     return (_GRADIENT_TF32X3.get(key) if arch in TABLE else None) or _GRADIENT[key]
 

@@ -68,6 +68,12 @@ def test_odd_sizes(form, shape):
     check("glu", _inputs(settings["kind"], *shape), {**settings, "dropout": _dropout(2)})
 
 
+@pytest.mark.parametrize("shape", [(3, 63, 40, 84), (1, 130, 36, 136), (2, 5, 136, 96)], ids=str)
+def test_aligned_rows_in_16_bits(shape):
+    """Tiles of 128 x 128, two words of bits a step, the last of which may not exist; odd widths take 64 x 64."""
+    check("glu", _inputs("plain", *shape), {**FORMS["plain relu"], "dropout": _dropout(2)}, torch.float16)
+
+
 @pytest.mark.parametrize("layout", ["guarded", "transposed", "strided"])
 @pytest.mark.parametrize("form", ["plain relu", "gated relu"])
 def test_strides(form, layout):
@@ -149,7 +155,7 @@ def test_micro_batches_see_the_masks_of_the_whole(form):
 def test_the_gradient_of_the_weight_in_several_splits(length, width):
     """Rows in shares of whole blocks, the last one cut, added in order: `tiles_glu.splits` from the shape alone."""
     inputs = _inputs("plain", 3, length, 16, width)
-    tile = tiles_glu.gradient_tile("sm_86", "dw", 32)
+    tile = tiles_glu.gradient_tile("sm_86", "dw", 32, 1)
     splits, share = tiles_glu.splits(-(-width // tile.m), 3 * length, tile.k)
     assert (splits > 1) == (length > 1)
     assert (splits - 1) * share < 3 * length <= splits * share
