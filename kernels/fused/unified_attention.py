@@ -22,7 +22,7 @@ from kernels.fused.attention import (
     mask_bias,
     padded_columns,
     padded_heads,
-    row_heads,
+    parts_of_row,
     scale_constants,
     strides_of,
     tile_for,
@@ -47,7 +47,7 @@ RUNTIME = [
     "stride_qb", "stride_ql", "stride_qh", "stride_kb", "stride_kl", "stride_kh", "stride_vb", "stride_vl", "stride_vh",
     "stride_ob", "stride_ol", "stride_oh", "stride_wb", "stride_wl", "stride_wh", "stride_mb", "stride_dob",
     "stride_dol", "stride_doh", "site", "threshold", "plane", "first", "H", "GROUP", "OTHER_GROUP", "Lq", "Lpad", "Lk",
-    "Lo", "ROW",
+    "Lo",
 ]  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def _names(*absent: str) -> list[str]:
     return [name for name in RUNTIME if name not in absent]
 
 
-@triton.jit(do_not_specialize=_names("stride_dob", "stride_dol", "stride_doh", "plane", "Lpad", "ROW"))
+@triton.jit(do_not_specialize=_names("stride_dob", "stride_dol", "stride_doh", "plane", "Lpad"))
 def _unified_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, other_k_ptr, other_v_ptr, o_ptr, lse_ptr, lengths_ptr, mask_ptr, rng_ptr, ckeys_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
@@ -137,14 +137,14 @@ def _unified_attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, other_k_ptr, other_v_ptr, do_ptr, dq_ptr, rows_ptr, lengths_ptr, mask_ptr, ckeys_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_ob, stride_ol, stride_oh, stride_wb, stride_wl, stride_wh, stride_dob, stride_dol, stride_doh, stride_mb,
-    scale_log2, factor, threshold, plane, first, H, GROUP, OTHER_GROUP, Lq, Lpad, Lk, Lo, ROW,
+    scale_log2, factor, threshold, plane, first, H, GROUP, OTHER_GROUP, Lq, Lpad, Lk, Lo,
     HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, PARTS: tl.constexpr,
     K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     KV: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one block of queries of one head over both segments; factor = scale * keep_scale. ROW: as in attention."""
+    """dQ of one block of queries of one head over both segments; factor = scale * keep_scale."""
     blocks = tl.cdiv(Lq, BLOCK_M)
     pid = tl.program_id(0)
     block, bh = blocks - 1 - pid % blocks, pid // blocks
@@ -204,7 +204,8 @@ def _unified_attention_bwd_dq_kernel(
         scale_log2, offs_m, full, hi, key_end,
         True, False, HAS_MASK, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_N,
     )  # fmt: skip
-    store_row_block(dq_ptr + (b64 * Lq * ROW + h) * K, dq0, dq1, dq2, factor, offs_m, ROW * K, Lq, D0, D1, D2, K)
+    row = PARTS * H
+    store_row_block(dq_ptr + (b64 * Lq * row + h) * K, dq0, dq1, dq2, factor, offs_m, row * K, Lq, D0, D1, D2, K)
 
 
 def forward(
@@ -261,9 +262,9 @@ def backward(
         *(s // align for x in (q, k, v, other_k, other_v, do) for s in strides_of(x)),
         0 if mask is None else mask.stride(0),
         scale_log2, scale * keep_scale(p), signed_threshold(p), rows.stride(0), first,
-        heads, heads // k.shape[2], heads // other_k.shape[2], queries, rows.shape[3], keys, others, row_heads(dq),
+        heads, heads // k.shape[2], heads // other_k.shape[2], queries, rows.shape[3], keys, others,
         HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
-        **constants, **width_constants("dq", width, v.shape[3]), **tile,
+        PARTS=parts_of_row(dq), **constants, **width_constants("dq", width, v.shape[3]), **tile,
     )  # fmt: skip
     own_columns, other_columns = (None, None) if columns is None else (columns[:first], columns[first:])
     launch_dkdv(dk, dv, q, k, v, do, rows, own_columns, None, None, scale, True, p)
