@@ -189,9 +189,9 @@ def forward(
     return o, lse, rest
 
 
-def row_heads(x: Tensor) -> int:
-    """Heads in a row of a gradient: those of [B, L, H, K], or of the [B, L, n, H, K] that it is a part of."""
-    return x.stride(1) // x.shape[3]
+def parts_of_row(x: Tensor) -> int:
+    """Parts of the packed gradient [B, L, parts, H, K] that `x` is one of; 1 of a gradient of its own."""
+    return x.stride(1) // (x.shape[2] * x.shape[3])
 
 
 def launch_dkdv(
@@ -206,7 +206,7 @@ def launch_dkdv(
         return
     pairs = batch // shared * (heads // groups)
     assert handed is None or pairs == 1, "keys that are handed on belong to one query head"
-    handed_k, handed_v = (None, None) if handed is None else handed.contiguous().unbind(2)
+    k_and_v = None if handed is None else handed.contiguous()
     align = alignment(q, k, v, do)
     scale_log2, constants = scale_constants(scale, q.dtype)
     for direction in key_directions(q, v):
@@ -215,20 +215,21 @@ def launch_dkdv(
         splits = max(1, min(pairs, SHARED_PROGRAMS // base))
         wanted = {"dk": dk, "dv": dv}
         wanted = {n: x for n, x in wanted.items() if n in direction}
+        # of two launches each reads its own part
+        added = k_and_v if k_and_v is None or len(wanted) == 2 else k_and_v.select(2, 0 if "dk" in wanted else 1)
         parts = wanted
         if splits > 1:
             parts = {
                 n: torch.empty((splits, *x.shape), dtype=torch.float32, device=x.device) for n, x in wanted.items()
             }
         programs._attention_bwd_dkdv_kernel[(base * splits,)](
-            q, k, v, do, parts.get("dk"), parts.get("dv"),
-            handed_k if "dk" in wanted else None, handed_v if "dv" in wanted else None, rows, lengths, mask, columns,
+            q, k, v, do, parts.get("dk"), parts.get("dv"), added, rows, lengths, mask, columns,
             *(s // align for x in (q, k, v, do) for s in strides_of(x)), 0 if mask is None else mask.stride(0),
             scale_log2, scale * keep_scale(p), keep_scale(p), signed_threshold(p), rows.stride(0),
             heads, heads // groups, queries, rows.shape[3], keys, pairs, splits, shared,
-            groups if splits > 1 else row_heads(dk), 0 if handed_k is None else row_heads(handed_k),
             CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
-            HANDED=handed is not None, SHARED=pairs > 1, WANT_DK="dk" in wanted, WANT_DV="dv" in wanted,
+            PARTS=1 if splits > 1 else parts_of_row(dk), HANDED=handed is not None, SHARED=pairs > 1,
+            WANT_DK="dk" in wanted, WANT_DV="dv" in wanted,
             **constants, **width_constants(direction, q, v), **tile,
         )  # fmt: skip
         for n, out in wanted.items() if splits > 1 else ():
@@ -262,9 +263,9 @@ def backward(
         q, k, v, o, present(rest), lse, do, dq, rows, lengths, mask, rng, columns,
         *(s // align for x in (q, k, v, do) for s in strides_of(x)), 0 if mask is None else mask.stride(0),
         scale_log2, scale * keep_scale(p), 1.0 / keep_scale(p), site, signed_threshold(p), rows.stride(0),
-        heads, heads // groups, queries, rows.shape[3], keys, row_heads(dq),
+        heads, heads // groups, queries, rows.shape[3], keys,
         CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
-        **constants, **width_constants("dq", q, v), **tile,
+        PARTS=parts_of_row(dq), **constants, **width_constants("dq", q, v), **tile,
     )  # fmt: skip
     launch_dkdv(dk, dv, q, k, v, do, rows, columns, lengths, mask, scale, causal, p, handed)
     return gradients

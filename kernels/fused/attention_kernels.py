@@ -2,8 +2,9 @@
 
 Equations and tiles: docs/kernels/attention.md. Shapes: q [B, Lq, H, K], k [Bk, Lk, G, K], v [Bk, Lk, G, KV], with Bk
 1 or B; o, do [B, Lq, H, KV]; query head h reads key head h // GROUP. Strides of q, k, v, do are run-time arguments in
-units of ALIGN; o is contiguous. dq, dk and dv are too, or parts of one packed gradient [B, L, n, H, K]: ROW counts the
-heads in a row of it. lse [B, H, Lq] float32 in units of log2, +inf for a query without keys.
+units of ALIGN; o is contiguous. dq, dk, dv: contiguous, or one of PARTS of a gradient [B, L, PARTS, H, K]; PARTS is
+compile-time, as a run-time number it costs the register that K 32 lacks. lse [B, H, Lq] float32 in units of log2, +inf
+for a query without keys.
 """
 
 import triton
@@ -80,18 +81,18 @@ def _attention_fwd_kernel(
 BACKWARD_RUNTIME = [
     "stride_qb", "stride_ql", "stride_qh", "stride_kb", "stride_kl", "stride_kh", "stride_vb", "stride_vl", "stride_vh",
     "stride_dob", "stride_dol", "stride_doh", "stride_mb", "site", "threshold", "plane", "H", "GROUP", "Lq", "Lpad",
-    "Lk", "PAIRS", "SPLITS", "Bk", "ROW", "HANDED_ROW",
+    "Lk", "PAIRS", "SPLITS", "Bk",
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[n for n in BACKWARD_RUNTIME if n not in ("PAIRS", "SPLITS", "Bk", "HANDED_ROW")])
+@triton.jit(do_not_specialize=[n for n in BACKWARD_RUNTIME if n not in ("PAIRS", "SPLITS", "Bk")])
 def _attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, rest_ptr, lse_ptr, do_ptr, dq_ptr, rows_ptr, lengths_ptr, mask_ptr, rng_ptr, ckeys_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_dob, stride_dol, stride_doh, stride_mb,
-    scale_log2, factor, inverse_keep_scale, site, threshold, plane, H, GROUP, Lq, Lpad, Lk, ROW,
+    scale_log2, factor, inverse_keep_scale, site, threshold, plane, H, GROUP, Lq, Lpad, Lk,
     CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, PARTS: tl.constexpr,
     K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     KV: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -123,7 +124,8 @@ def _attention_bwd_dq_kernel(
         start_m, tl.where(start_m < Lq, key_end, 0),
         CAUSAL, HAS_MASK, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    store_row_block(dq_ptr + (b64 * Lq * ROW + h) * K, dq0, dq1, dq2, factor, offs_m, ROW * K, Lq, D0, D1, D2, K)
+    row = PARTS * H
+    store_row_block(dq_ptr + (b64 * Lq * row + h) * K, dq0, dq1, dq2, factor, offs_m, row * K, Lq, D0, D1, D2, K)
 
 
 @triton.jit
@@ -178,13 +180,13 @@ def dkdv_queries(
 
 @triton.jit(do_not_specialize=BACKWARD_RUNTIME)
 def _attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, handed_k_ptr, handed_v_ptr, rows_ptr, lengths_ptr, mask_ptr, ckeys_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, handed_ptr, rows_ptr, lengths_ptr, mask_ptr, ckeys_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_dob, stride_dol, stride_doh, stride_mb,
-    scale_log2, factor_k, factor_v, threshold, plane, H, GROUP, Lq, Lpad, Lk, PAIRS, SPLITS, Bk, ROW, HANDED_ROW,
+    scale_log2, factor_k, factor_v, threshold, plane, H, GROUP, Lq, Lpad, Lk, PAIRS, SPLITS, Bk,
     CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, HANDED: tl.constexpr,
-    SHARED: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
+    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, PARTS: tl.constexpr,
+    HANDED: tl.constexpr, SHARED: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
     K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     KV: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -193,7 +195,8 @@ def _attention_bwd_dkdv_kernel(
     that read them.
 
     SHARED: PAIRS > 1 pairs read these keys; pair r is sequence r // GROUP and query head r % GROUP of the key head.
-    Writes [SPLITS, Bk, Lk, G, width]. HANDED: gradients of K and V from elsewhere are added to the float32 sums.
+    Writes [SPLITS, Bk, Lk, PARTS, G, width], one part. HANDED: adds what came from elsewhere, [Bk, Lk, 2, G, K] for K
+    and V (or one of them where one is wanted), to the float32 sums.
     """
     blocks = tl.cdiv(Lk, BLOCK_N)
     heads = H // GROUP
@@ -255,28 +258,43 @@ def _attention_bwd_dkdv_kernel(
     if not SHARED:
         # only now: alive through the loop it spills two or three registers
         real = real_keys(lengths_ptr, mask_ptr, stride_mb, bk, offs_n, Lk, HAS_LENGTHS, HAS_MASK)
-    out_row = ((tl.cast(split, tl.int64) * Bk + bk) * Lk + start_n) * ROW + g
-    handed_row = (bk64 * Lk + start_n) * HANDED_ROW + g
-    left = Lk - start_n
+    row, left = PARTS * heads, Lk - start_n
+    if HANDED:
+        # adds 0, which the compiler does not know: it otherwise keeps addresses from before the loop for these loads,
+        # and spills 6 registers at K 128 (254 are used now, 190 instead of 193 at 64)
+        local_n += tl.program_id(1)
+    out_row = ((tl.cast(split, tl.int64) * Bk + bk) * Lk + start_n) * row + g
+    handed_row = (bk64 * Lk + start_n) * 2 * heads + g
     if WANT_DK:
         if not SHARED:
             # rows of padding keys hold what their scores gave, infinities included: replaced, not multiplied
             dk0, dk1, dk2 = zero_unless(dk0, dk1, dk2, real, D1, D2)
         if HANDED:
-            dk0, dk1, dk2 = add_rows(
-                dk0, dk1, dk2, factor_k, handed_k_ptr + handed_row * K, local_n, HANDED_ROW * K, left, D0, D1, D2, K
-            )  # fmt: skip
+            handed = handed_ptr + handed_row * K
+            dk0, dk1, dk2 = add_rows(dk0, dk1, dk2, factor_k, handed, local_n, 2 * heads * K, left, D0, D1, D2, K)
             factor_k = 1.0
-        store_row_block(dk_ptr + out_row * K, dk0, dk1, dk2, factor_k, local_n, ROW * K, left, D0, D1, D2, K)
+        store_row_block(dk_ptr + out_row * K, dk0, dk1, dk2, factor_k, local_n, row * K, left, D0, D1, D2, K)
     if WANT_DV:
         if not SHARED:
             dv0, dv1, dv2 = zero_unless(dv0, dv1, dv2, real, E1, E2)
         if HANDED:
-            dv0, dv1, dv2 = add_rows(
-                dv0, dv1, dv2, factor_v, handed_v_ptr + handed_row * KV, local_n, HANDED_ROW * KV, left, E0, E1, E2, KV
-            )  # fmt: skip
+            if WANT_DK:
+                handed_row += heads
+            handed = handed_ptr + handed_row * KV
+            dv0, dv1, dv2 = add_rows(dv0, dv1, dv2, factor_v, handed, local_n, 2 * heads * KV, left, E0, E1, E2, KV)
             factor_v = 1.0
-        store_row_block(dv_ptr + out_row * KV, dv0, dv1, dv2, factor_v, local_n, ROW * KV, left, E0, E1, E2, KV)
+        store_row_block(dv_ptr + out_row * KV, dv0, dv1, dv2, factor_v, local_n, row * KV, left, E0, E1, E2, KV)
+
+
+@triton.jit
+def zero_unless(x0, x1, x2, real, D1: tl.constexpr, D2: tl.constexpr):
+    """The parts of a block of rows, 0 in rows that are not `real`."""
+    x0 = tl.where(real[:, None], x0, 0.0)
+    if D1 > 0:
+        x1 = tl.where(real[:, None], x1, 0.0)
+    if D2 > 0:
+        x2 = tl.where(real[:, None], x2, 0.0)
+    return x0, x1, x2
 
 
 @triton.jit
@@ -301,17 +319,6 @@ def real_keys(lengths_ptr, mask_ptr, stride_mb, b, offs_n, Lk, HAS_LENGTHS: tl.c
         return tl.load(mask_ptr + b.to(tl.int64) * stride_mb + offs_n) == 0.0
     else:
         return offs_n < key_end_of(lengths_ptr, b, Lk, HAS_LENGTHS)
-
-
-@triton.jit
-def zero_unless(x0, x1, x2, real, D1: tl.constexpr, D2: tl.constexpr):
-    """The parts of a block of rows, 0 in rows that are not `real`."""
-    x0 = tl.where(real[:, None], x0, 0.0)
-    if D1 > 0:
-        x1 = tl.where(real[:, None], x1, 0.0)
-    if D2 > 0:
-        x2 = tl.where(real[:, None], x2, 0.0)
-    return x0, x1, x2
 
 
 @triton.jit(do_not_specialize=["n", "splits", "row", "out_row"])

@@ -23,9 +23,9 @@ from kernels.fused.attention import (
     needs_backward,
     padded_columns,
     padded_heads,
+    parts_of_row,
     present,
     rest_of,
-    row_heads,
     scale_constants,
     strides_of,
     tile_for,
@@ -51,7 +51,7 @@ RUNTIME = [
     "stride_qb", "stride_ql", "stride_qh", "stride_kb", "stride_kl", "stride_kh", "stride_vb", "stride_vl", "stride_vh",
     "stride_ob", "stride_ol", "stride_oh", "stride_wb", "stride_wl", "stride_wh", "stride_mb", "stride_dob",
     "stride_dol", "stride_doh", "site", "threshold", "plane", "first", "H", "GROUP", "OTHER_GROUP", "Lq", "Lpad", "Lk",
-    "Lo", "ROW",
+    "Lo",
 ]  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def _names(*absent: str) -> list[str]:
     return [name for name in RUNTIME if name not in absent]
 
 
-@triton.jit(do_not_specialize=_names("stride_dob", "stride_dol", "stride_doh", "plane", "Lpad", "ROW"))
+@triton.jit(do_not_specialize=_names("stride_dob", "stride_dol", "stride_doh", "plane", "Lpad"))
 def _unified_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, other_k_ptr, other_v_ptr, o_ptr, rest_ptr, lse_ptr, lengths_ptr, mask_ptr, rng_ptr, ckeys_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
@@ -115,15 +115,15 @@ def _unified_attention_bwd_dq_kernel(
     lengths_ptr, mask_ptr, rng_ptr, ckeys_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_ob, stride_ol, stride_oh, stride_wb, stride_wl, stride_wh, stride_dob, stride_dol, stride_doh, stride_mb,
-    scale_log2, factor, inverse_keep_scale, site, threshold, plane, first, H, GROUP, OTHER_GROUP, Lq, Lpad, Lk, Lo, ROW,
+    scale_log2, factor, inverse_keep_scale, site, threshold, plane, first, H, GROUP, OTHER_GROUP, Lq, Lpad, Lk, Lo,
     HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, PARTS: tl.constexpr,
     K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     KV: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ of one block of queries of one head over both segments, and the rows that dK and dV read, as in
-    `_attention_bwd_dq_kernel`; factor = scale * keep_scale. ROW: as in attention."""
+    `_attention_bwd_dq_kernel`; factor = scale * keep_scale. PARTS: as in attention."""
     start_m, b, h = query_block(Lpad // BLOCK_M, H, True, BLOCK_M)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     b64 = b.to(tl.int64)
@@ -160,7 +160,8 @@ def _unified_attention_bwd_dq_kernel(
         start_m, tl.where(start_m < Lq, key_end, 0),
         False, HAS_MASK, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    store_row_block(dq_ptr + (b64 * Lq * ROW + h) * K, dq0, dq1, dq2, factor, offs_m, ROW * K, Lq, D0, D1, D2, K)
+    row = PARTS * H
+    store_row_block(dq_ptr + (b64 * Lq * row + h) * K, dq0, dq1, dq2, factor, offs_m, row * K, Lq, D0, D1, D2, K)
 
 
 def forward(
@@ -219,9 +220,9 @@ def backward(
         *(s // align for x in (q, k, v, other_k, other_v, do) for s in strides_of(x)),
         0 if mask is None else mask.stride(0),
         scale_log2, scale * keep_scale(p), 1.0 / keep_scale(p), site, signed_threshold(p), rows.stride(0), first,
-        heads, heads // k.shape[2], heads // other_k.shape[2], queries, rows.shape[3], keys, others, row_heads(dq),
+        heads, heads // k.shape[2], heads // other_k.shape[2], queries, rows.shape[3], keys, others,
         HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
-        **constants, **width_constants("dq", q, v), **tile,
+        PARTS=parts_of_row(dq), **constants, **width_constants("dq", q, v), **tile,
     )  # fmt: skip
     own_columns, other_columns = (None, None) if columns is None else (columns[:first], columns[first:])
     launch_dkdv(dk, dv, q, k, v, do, rows, own_columns, None, None, scale, True, p)

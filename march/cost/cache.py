@@ -319,7 +319,7 @@ ACCESS: dict[str, tuple[tuple[str, ...], Access | None]] = {
         _attention(("k_ptr", "v_ptr", "GROUP")),
     ),
     "_attention_bwd_dkdv_kernel": (
-        ("k_ptr", "v_ptr", "handed_k_ptr", "handed_v_ptr", "lengths_ptr", "mask_ptr", "ckeys_ptr"),
+        ("k_ptr", "v_ptr", "handed_ptr", "lengths_ptr", "mask_ptr", "ckeys_ptr"),
         _dkdv,
     ),
     "_sum_partials_kernel": (("parts_ptr",), None),

@@ -86,6 +86,15 @@ def test_the_micro_batch_follows_from_memory():
     assert reference < sizes[2]  # materialised probabilities cost memory
 
 
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_a_larger_micro_batch_needs_no_more_than_the_line_says(impl):
+    """Beyond the two sizes that the line goes through: chunks of logits must not end its rise."""
+    config = experiments.configuration("Baseline")
+    estimate = cost.memory(config, impl=impl)
+    peak = cost.step_cost(config, micro_batch=32, impl=impl).peak_bytes
+    assert peak <= estimate.total(32) - estimate.states < 1.15 * peak
+
+
 def test_what_is_dead_is_not_counted():
     config = small("Baseline")
     counted = cost.step_cost(config, 17, 9)
