@@ -22,6 +22,7 @@ OPERATORS = {
 # what a projection names beyond the ledger's operators
 SPARE = ("#ff9da6", "#79706e", "#88d27a", "#83bcb6", "#d8b5a5", "#439894")
 PHASES = {"forward": "^", "backward": "v", "both": "o", "optimizer": "s"}
+NAMES = {"both": "forward and backward"}
 WIDTH, DPI = 9.0, 110
 
 
@@ -125,7 +126,7 @@ def roofline(
         axes.grid(which="major", color=GRID, linewidth=0.8)
         handles = [Line2D([], [], color=c, marker="o", linestyle="", label=group) for group, c in used.items()]
         phases = [phase for phase in PHASES if any(p.phase == phase for p in points)]
-        handles += [Line2D([], [], color=GUIDE, marker=PHASES[p], linestyle="", label=p) for p in phases]
+        handles += [Line2D([], [], color=GUIDE, marker=PHASES[p], linestyle="", label=NAMES.get(p, p)) for p in phases]
         if roof is not None:
             handles.append(Line2D([], [], color=GUIDE, linewidth=1.4, label=roof_name))
         _legend_outside(axes, handles)

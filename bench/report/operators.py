@@ -32,7 +32,7 @@ def measured_roofline(given: Sources) -> list[Section]:
     points = [
         Point(row["operator"], row["direction"], row["flops"] / row["bytes"], row["flops"] / row["median"])
         for row in rows
-        if row["flops"] and row["direction"] != "both"
+        if row["flops"] and row["direction"] == "both"  # the portable cross entropy's gradients are made in forward
     ]
     if not points:
         return []
@@ -47,8 +47,8 @@ def measured_roofline(given: Sources) -> list[Section]:
         roof_name,
     )
     text = [
-        "Each point is one operator call at an experiment's shape: FLOPs that its formula needs, over the bytes of "
-        "each tensor once, and the FLOP/s reached. Operators without products are in the table only.",
+        "Each point is one operator call at an experiment's shape, forward and backward: FLOPs that its formula "
+        "needs, over the bytes of each tensor once, and the FLOP/s reached. Those without products are in the table."
     ]
     if kind == "CPU time":
         text.append("A CPU's caches hold most of these reduced shapes, so a point may stand above the copy's slope.")
@@ -114,6 +114,7 @@ def counted_roofline(given: Sources, experiment: str) -> list[Section]:
             "products" if row["flops"] / peak > row["dram"] / bandwidth else "bytes",
         ]
         for row in counted["rows"]
+        if row["dram"] > 1e6
     ]
     text = [
         "FLOPs and DRAM bytes as the ledger counts them (`python -m bench.ledger`). The floor is the longer of "
