@@ -89,11 +89,11 @@ class Context:
                     print(line, end="", flush=True)
                 return process.wait(), "".join(kept)
             except KeyboardInterrupt:
-                # its own handling of Ctrl-C keeps what was measured; then it is told twice
+                # its own handling of Ctrl-C keeps what was measured, and may take a while to say so
                 for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
                     os.killpg(process.pid, how)
                     try:
-                        process.wait(60)
+                        log.write(process.communicate(timeout=60)[0])
                         break
                     except subprocess.TimeoutExpired:
                         continue
