@@ -227,8 +227,8 @@ def measure(entry: Entry, fields: Fields, device: torch.device, timer: Callable[
     with measured.trying(entry.name, fields):
         try:
             function = implementation(entry.operator, "triton", device, entry.dtype)
-            case = {"case": entry.case(device)} if entry.case else {}
-            problems = startup.disagreements(entry.operator, function, device, entry.dtype, **case)
+            case = entry.case(device) if entry.case else None
+            problems = startup.disagreements(entry.operator, function, device, entry.dtype, case=case)
             if problems:
                 return Measurement(fields, None, "disagrees with the reference: " + "; ".join(problems))
             return Measurement(fields, timer(entry.prepare(device)))

@@ -144,5 +144,5 @@ def test_beside_the_projection(tmp_path, monkeypatch, tokens, verdict):
     row = {"suite": "experiments", "implementation": "triton", "experiment": "Baseline", "tokens_per_second": tokens}
     content = {"benchmarks": [{"fullname": "x", "stats": {}, "extra_info": row}], "machine_info": {}}
     (tmp_path / "bench.json").write_text(json.dumps(content))
-    section = gpu.beside_the_projection(Context(tmp_path, True, False), [own])
+    section = gpu.beside_the_projection(tmp_path / "bench.json", True, [own])
     assert verdict in section.rows[0][-1]
