@@ -34,7 +34,7 @@ from bench.results import duration
 ROOT = Path(__file__).resolve().parents[1]
 HOLDS, FAILED, SKIPPED, INTERRUPTED = "holds", "failed", "skipped", "interrupted"
 STEPS, CPU_STEPS = 20, 3
-# row-wise kernels: a few minutes in the interpreter, where all of them take a quarter of an hour on two cores
+# row-wise kernels: a minute in the interpreter, where all of them take a quarter of an hour on two cores
 INTERPRETED_TESTS = ("tests/kernels/test_residual_norm.py", "tests/kernels/test_embedding.py")
 QUICK_TESTS = ("tests/kernels/test_residual_norm.py::test_refusals",)
 
