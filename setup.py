@@ -33,8 +33,8 @@ setup(
     extras_require={
         # built from source against CUDA; selectable implementations and yardsticks, never required
         "gpu": ["flash-attn>=2.6"],
-        # rivals of the portable path in bench/
-        "bench": ["transformers>=5", "x-transformers>=2"],
+        # rivals of the portable path in bench/, and --benchmark-histogram
+        "bench": ["transformers>=5", "x-transformers>=2", "pytest-benchmark[histogram]>=5"],
         "dev": [
             "pytest>=8",
             "pytest-benchmark>=5",

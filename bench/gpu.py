@@ -10,7 +10,6 @@ on the CPU, and says so. Exit status 1 where a part failed, 130 after Ctrl-C.
 
 import argparse
 import datetime
-import importlib.util
 import json
 import os
 import shutil
@@ -26,16 +25,16 @@ from xml.etree import ElementTree
 import torch
 
 from bench import first_start, machine
+from bench.beside_projection import beside_the_projection, projected_here
 from bench.report import page
-from bench.report.load import Projection, ReportError, benchmark, projections
+from bench.report.load import Projection, ReportError, benchmark
 from bench.report.page import Section
 from bench.results import duration
-from march.cost import find_device
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDS, FAILED, SKIPPED, INTERRUPTED = "holds", "failed", "skipped", "interrupted"
 STEPS, CPU_STEPS = 20, 3
-# row-wise kernels: a few minutes in the interpreter, where all of them take a quarter of an hour on two cores
+# row-wise kernels: a minute in the interpreter, where all of them take a quarter of an hour on two cores
 INTERPRETED_TESTS = ("tests/kernels/test_residual_norm.py", "tests/kernels/test_embedding.py")
 QUICK_TESTS = ("tests/kernels/test_residual_norm.py::test_refusals",)
 
@@ -89,11 +88,11 @@ class Context:
                     print(line, end="", flush=True)
                 return process.wait(), "".join(kept)
             except KeyboardInterrupt:
-                # its own handling of Ctrl-C keeps what was measured; then it is told twice
+                # its own handling of Ctrl-C keeps what was measured, and may take a while to say so
                 for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
                     os.killpg(process.pid, how)
                     try:
-                        process.wait(60)
+                        log.write(process.communicate(timeout=60)[0])
                         break
                     except subprocess.TimeoutExpired:
                         continue
@@ -218,74 +217,6 @@ PARTS: dict[str, tuple[str, Callable[[Context], Outcome]]] = {
 }
 
 
-# ---------------------------------------------------------------- beside the projection
-
-
-def projected_here(paths: list[Path]) -> list[Projection]:
-    """Projections of Baseline's fused step: from files, else by bench.projection for this device where it lists it."""
-    if paths:
-        return projections(paths)
-    device = machine.listed()
-    if device is None or importlib.util.find_spec("bench.projection") is None:
-        return []
-    from march.cost import DEVICES
-
-    key = next(name for name, one in DEVICES.items() if one == device)
-    command = [sys.executable, "-m", "bench.projection", "--exp", "Baseline", "--impl", "triton"]
-    command += ["--device", key, "--gpus", str(torch.cuda.device_count()), "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return []
-    data = json.loads(done.stdout)
-    return [Projection(**{n: one[n] for n in Projection.__dataclass_fields__}) for one in data]
-
-
-def beside_the_projection(given: Context, found: Sequence[Projection]) -> Section:
-    """Measured tokens/s of a GPU beside what was projected for it; a CPU's times beside nothing."""
-    title = "Beside the projection"
-    if not given.cuda:
-        text = "The projections are of GPUs; a CPU's times are not comparable with them, so nothing is compared here."
-        return Section(title, "", [text])
-    listed = machine.listed()
-    own = [p for p in found if p.impl == "triton" and listed is not None and find_device(p.device) == listed]
-    if not own:
-        name = listed.name if listed else f"{machine.device_name()}, which march.cost.devices does not list"
-        return Section(title, "", [f"No projection of the fused step is there for {name}."])
-    try:
-        measured = {
-            r["experiment"]: r
-            for r in benchmark(given.out / "bench.json").suite("experiments")
-            if r["implementation"] == "triton"
-        }
-    except ReportError as error:
-        return Section(title, "", [f"Nothing measured to compare: {error}"])
-    rows = []
-    for one in own:
-        if one.experiment not in measured:
-            continue
-        here = measured[one.experiment]["tokens_per_second"]
-        # of encoder and decoder positions, of one GPU
-        there, slow, fast = (1024 * (921 + 206) / (s * one.gpus) for s in (one.seconds, one.high, one.low))
-        verdict = (
-            "within the range"
-            if slow <= here <= fast
-            else "slower than projected"
-            if here < slow
-            else "faster than projected"
-        )
-        rows.append(
-            [one.experiment, f"{here:.0f}", f"{there:.0f} [{slow:.0f} .. {fast:.0f}]", f"{here / there:.2f}", verdict]
-        )
-    text = [
-        "Positions a second of one GPU. Measured: a micro-batch's forward, backward and AdamW. Projected: a step of "
-        "1024 sequences, with gradient exchange where there are several GPUs."
-    ]
-    header = ["experiment", "measured", "projected", "measured over projected", ""]
-    return Section(
-        title, "GPU time; projection", text if rows else ["No experiment is both measured and projected."], header, rows
-    )
-
-
 # ---------------------------------------------------------------- the hour
 
 
@@ -321,7 +252,7 @@ def sections(given: Context, outcomes: Mapping[str, Outcome], found: Sequence[Pr
     if not given.cuda:
         text.append("There is no GPU here: whatever holds, holds on the CPU or in the interpreter, not on a GPU.")
     first = Section("What holds", "", text, ["part", "outcome", "where", "first line", "took"], rows)
-    return [first, beside_the_projection(given, found), *shown]
+    return [first, beside_the_projection(given.out / "bench.json", given.cuda, found), *shown]
 
 
 def write_page(given: Context, outcomes: Mapping[str, Outcome], found: Sequence[Projection]) -> None:

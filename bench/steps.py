@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import kernels
 import march
 from bench import machine, rivals
 from bench.kernel_calls import Sizes
-from bench.portable_step import LIBRARIES, loss_of
+from bench.portable_step import LIBRARIES
 from march import experiments
 from march.config import ModelConfig
+from march.model import Transformer
 
 EAGER = "eager PyTorch"
 OURS = ("triton", "torch")
@@ -67,6 +69,14 @@ def batch(config: ModelConfig, sizes: Sizes) -> dict[str, Tensor]:
     given = {"input_ids": draw(sizes.encoder), "decoder_input_ids": draw(sizes.decoder), "labels": draw(sizes.decoder)}
     mask = torch.ones(sizes.batch, sizes.encoder, dtype=torch.bool)
     return {key: value.to(machine.device()) for key, value in (given | {"attention_mask": mask}).items()}
+
+
+def loss_of(model: nn.Module, inputs: dict[str, Tensor], step: int) -> Tensor:
+    """Ours as the trainer calls it: packed sequences, so no padding mask; the rivals are made to take one."""
+    if not isinstance(model, Transformer):
+        return model(**inputs)
+    given = {name: x for name, x in inputs.items() if name != "attention_mask"}
+    return model(**given, dropout_state=kernels.dropout_state(1, step, 0, machine.device())).loss
 
 
 def overrides_of(sizes: Sizes) -> dict[str, Any]:

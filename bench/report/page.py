@@ -17,7 +17,7 @@ a { color: #1a56b0; }
         background: #eef3fc; color: #174ea6; border: 1px solid #c9d9f5; }
 .kind.projection { background: #fef3e2; color: #8a4b00; border-color: #f5d9ab; }
 .kind.counted { background: #f1f3f4; color: #3c4043; border-color: #dadce0; }
-figure { margin: 1rem 0; } img { max-width: 100%; height: auto; display: block; }
+figure { margin: 1rem 0; overflow-x: auto; } img { max-width: 100%; height: auto; display: block; }
 .table { overflow: auto; max-height: 34rem; border: 1px solid #dadce0; border-radius: 6px; margin: .8rem 0; }
 table { border-collapse: separate; border-spacing: 0; font-size: .85rem; width: 100%;
         font-variant-numeric: tabular-nums; }
@@ -27,7 +27,8 @@ th.text, td.text { text-align: left; } td.wide { white-space: normal; min-width:
 td:first-child { position: sticky; left: 0; background: #fff; } th:first-child { left: 0; z-index: 2; }
 tr:hover td { background: #f6f9fe; }
 @media (max-width: 40rem) { body { font-size: 15px; } td:first-child, th:first-child { position: static; }
-  th { position: sticky; } td.wide { min-width: 14rem; } }
+  th { position: sticky; } td.wide { min-width: 14rem; }
+  img { max-width: none; width: 44rem; } }
 """
 
 
@@ -51,7 +52,7 @@ class Section:
 
 def _numeric(rows: Sequence[Sequence[str]], column: int) -> bool:
     cells = [row[column] for row in rows if row[column] not in ("", "-")]
-    return bool(cells) and all(cell[0].isdigit() or cell[0] in "+-" for cell in cells) and column > 0
+    return column > 0 and all(cell[0].isdigit() or cell[0] in "+-" for cell in cells)
 
 
 def markdown(title: str, intro: Sequence[str], sections: Sequence[Section]) -> str:

@@ -5,9 +5,8 @@ from bench.report.counted import MEMORY_GIB, MICRO_BATCH
 from bench.report.load import published
 from bench.report.operators import by_operator, counted_roofline, measured_roofline
 from bench.report.page import Section
-from bench.report.sources import COUNTED, REFERENCE, Sources
+from bench.report.sources import COUNTED, Sources
 from bench.results import duration, rate
-from march.cost import find_device
 
 GIB, MIB = 2**30, 2**20
 
@@ -18,7 +17,7 @@ def experiments(given: Sources) -> list[Section]:
     seconds = published()
     series["published, 8 RTX A5000"] = {n: (s / seconds["Baseline"],) * 3 for n, s in seconds.items()}
     for impl in ("eager", "triton"):
-        own = {p.experiment: p for p in given.projections if p.impl == impl and find_device(p.device) == REFERENCE}
+        own = given.projected(impl)
         if "Baseline" in own:
             base = own["Baseline"].seconds
             series[f"projection, {impl}"] = {n: (p.seconds / base, p.low / base, p.high / base) for n, p in own.items()}

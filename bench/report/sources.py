@@ -27,9 +27,12 @@ class Sources:
         names = {row["implementation"] for row in self.benchmark.suite("kernels") + self.benchmark.suite("experiments")}
         return next((name for name in OURS if name in names), OURS[0])
 
+    def projected(self, impl: str) -> dict[str, Projection]:
+        """Projections on the reference device, by experiment."""
+        return {p.experiment: p for p in self.projections if p.impl == impl and find_device(p.device) == REFERENCE}
+
     def fused(self) -> dict[str, Projection]:
-        """Projections of the fused kernels on the reference device, by experiment."""
-        return {p.experiment: p for p in self.projections if p.impl == "triton" and find_device(p.device) == REFERENCE}
+        return self.projected("triton")
 
     @property
     def sizes(self) -> str:

@@ -100,7 +100,7 @@ def test_a_tile_is_compared_before_it_is_timed(monkeypatch):
     monkeypatch.setattr(tiles_rows, "row_tile", lambda *a: seen.append(true(*a).rows) or true(*a))
     assert tune.measure(entry, {"elements": 4}, CPU, timer).milliseconds == 1.0
     assert set(seen) == {true("sm_80", "stream", 96).rows // 2}
-    monkeypatch.setattr(tune.startup, "disagreements", lambda *a: ["output 0: error 1"])
+    monkeypatch.setattr(tune.startup, "disagreements", lambda *a, **k: ["output 0: error 1"])
     refused = tune.measure(entry, {"elements": 4}, CPU, timer)
     assert refused.milliseconds is None
     assert "disagrees" in refused.problem
