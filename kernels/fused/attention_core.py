@@ -149,14 +149,13 @@ def masked_scores(
     s, start, offs_m, offs_n, key_end, mask_ptr, EDGE: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr
 ):
     """Scores [M, N] with -inf where query offs_m must not see key start + offs_n. EDGE: the block may leave the
-    valid region; one comparison an element serves the causal limit and the end of the keys. mask_ptr: 0 a real key,
-    -inf a masked one and those beyond the last; one addition an element, where bytes would cost a comparison, a select
-    and their conversion."""
+    valid region; one comparison an element serves the causal limit and the end of the keys. mask_ptr: 0 or -inf a key;
+    one addition an element, where bytes would cost a comparison, a select and their conversion."""
     if EDGE:
         if CAUSAL:
             last = tl.minimum(offs_m, key_end - 1) - start
             s = tl.where(offs_n[None, :] <= last[:, None], s, float("-inf"))
-        elif not HAS_MASK:
+        else:
             s = tl.where((offs_n < key_end - start)[None, :], s, float("-inf"))
     if HAS_MASK:
         s += tl.load(mask_ptr + start + offs_n)[None, :]
@@ -199,9 +198,9 @@ def softmax_segment(
 ):  # fmt: skip
     """One segment of keys into the running softmax (acc, m, l) of the queries from start_m on.
 
-    m [M]: row maximum, in units of log2; l [M, 8]: sums of exp2(scores - m) over every eighth key, before dropout.
-    Two loops: over the blocks that every query sees in full, then over those at the diagonal and at the end of the
-    keys (EDGE), which are masked.
+    m [M]: row maximum, in units of log2; l [M, 8]: sums of exp2(scores - m) over an eighth of the keys each, before
+    dropout. Two loops: over the blocks that every query sees in full, then over those at the diagonal and at the end
+    of the keys (EDGE), which are masked.
     """
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)

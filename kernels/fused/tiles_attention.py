@@ -79,7 +79,8 @@ FORWARD: Table = {
     True: (
         (32, Tile(128, 64, 8, 2)),
         (64, Tile(128, 32, 8, 2, 128)),
-        (128, Tile(128, 64, 8, 2)),
+        (112, Tile(128, 64, 8, 2)),
+        (128, Tile(128, 32, 8, 2)),
         (256, Tile(128, 32, 8, 1)),
         (384, Tile(32, 32, 4, 1)),
         (512, Tile(32, 16, 4, 1)),
@@ -109,12 +110,22 @@ DV: Table = dict.fromkeys(
 # Two segments, or a key mask, hold more pointers: under the cap of 128 registers three spill. dQ has none under 168;
 # forward with both spills one there, and none at 8 resident warps.
 EXTRA = (64, Tile(64, 32, 4, 2, 168))
-EXTRA_128 = ((112, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 1)))
+EXTRA_128 = (128, Tile(128, 32, 8, 1))
 FORWARD_EXTRA: Table = {
-    False: ((32, Tile(64, 64, 4, 2)), *EXTRA_128, *FORWARD[False][2:]),
-    True: (FORWARD[True][0], (64, Tile(128, 32, 8, 2)), *EXTRA_128, *FORWARD[True][3:]),
+    False: ((32, Tile(64, 64, 4, 2)), (112, Tile(128, 64, 8, 2)), EXTRA_128, *FORWARD[False][2:]),
+    True: (
+        FORWARD[True][0],
+        (64, Tile(128, 32, 8, 2)),
+        (80, Tile(128, 64, 8, 2)),
+        (112, Tile(128, 32, 8, 2)),
+        EXTRA_128,
+        *FORWARD[True][4:],
+    ),
 }
-DQ_EXTRA: Table = {False: (EXTRA, *DQ[False][1:]), True: (EXTRA, (128, Tile(128, 16, 8, 2)), *DQ[True][2:])}
+DQ_EXTRA: Table = {
+    False: (EXTRA, *DQ[False][1:]),
+    True: (EXTRA, (112, Tile(64, 32, 4, 2)), (128, Tile(128, 16, 8, 2)), *DQ[True][2:]),
+}
 TABLES = {
     "forward": FORWARD,
     "dq": DQ,
