@@ -296,6 +296,8 @@ attention_backward_op.register_fake(backward)
 
 def _setup_context(ctx, inputs, output) -> None:
     q, k, v, lengths, mask, rng, ctx.scale, ctx.causal, ctx.p, ctx.site, _ = inputs
+    # else backward begins by filling gradients of lse and of the further bits with zeros
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output, lengths, mask, rng)
 
 

@@ -149,14 +149,13 @@ def masked_scores(
     s, start, offs_m, offs_n, key_end, mask_ptr, EDGE: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr
 ):
     """Scores [M, N] with -inf where query offs_m must not see key start + offs_n. EDGE: the block may leave the
-    valid region; one comparison an element serves the causal limit and the end of the keys. mask_ptr: 0 a real key,
-    -inf a masked one and those beyond the last; one addition an element, where bytes would cost a comparison, a select
-    and their conversion."""
+    valid region; one comparison an element serves the causal limit and the end of the keys. mask_ptr: 0 or -inf a key;
+    one addition an element, where bytes would cost a comparison, a select and their conversion."""
     if EDGE:
         if CAUSAL:
             last = tl.minimum(offs_m, key_end - 1) - start
             s = tl.where(offs_n[None, :] <= last[:, None], s, float("-inf"))
-        elif not HAS_MASK:
+        else:
             s = tl.where((offs_n < key_end - start)[None, :], s, float("-inf"))
     if HAS_MASK:
         s += tl.load(mask_ptr + start + offs_n)[None, :]
@@ -180,10 +179,12 @@ def scores_of(
 
 @triton.jit
 def empty_softmax(BLOCK_M: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr):
-    """The running softmax (acc, m, l) before any key."""
+    """The running softmax (acc, m, l) before any key. l has 8 partial sums: the columns of a product's tile lie in four
+    threads, whose sums are then added once, at the end. Wide heads and those of several parts lack the registers."""
+    PARTIAL: tl.constexpr = 8 if E1 == 0 and E0 <= 128 else 1
     acc0, acc1, acc2 = zero_row_block(BLOCK_M, E0, E1, E2)
     m = tl.full([BLOCK_M], NO_KEY, tl.float32)
-    l = tl.zeros([BLOCK_M, 8], tl.float32)
+    l = tl.zeros([BLOCK_M, PARTIAL], tl.float32)
     return acc0, acc1, acc2, m, l
 
 
@@ -199,9 +200,9 @@ def softmax_segment(
 ):  # fmt: skip
     """One segment of keys into the running softmax (acc, m, l) of the queries from start_m on.
 
-    m [M]: row maximum, in units of log2; l [M, 8]: sums of exp2(scores - m) over every eighth key, before dropout.
-    Two loops: over the blocks that every query sees in full, then over those at the diagonal and at the end of the
-    keys (EDGE), which are masked.
+    m [M]: row maximum, in units of log2; l [M, 8 or 1]: partial sums of exp2(scores - m), before dropout.
+    Two loops: over the blocks that every query sees in full, then over those at the diagonal and at the end
+    of the keys (EDGE), which are masked.
     """
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
@@ -215,8 +216,7 @@ def softmax_segment(
             m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
             alpha = tl.exp2(m - m_new)
             p = tl.exp2(s * scale_log2 - m_new[:, None])
-            # the eight columns of a product's tile lie in four threads: summed across them once, at the end
-            l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BLOCK_M, BLOCK_N // 8, 8]), 1)
+            l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BLOCK_M, BLOCK_N // l.shape[1], l.shape[1]]), 1)
             m = m_new
             if DROPOUT:
                 c = tl.load(ckeys_ptr + start + offs_n)
@@ -320,15 +320,24 @@ def finish_rows(
     lse = tl.where(seen, m + tl.log2(tl.where(seen, l, 1.0)), float("inf"))
     tl.store(lse_ptr + (b64 * H + h) * Lq + offs_m, lse, mask=offs_m < Lq)
     row = b64 * Lq * H + h
-    store_row_block(o_ptr + row * KV, acc0, acc1, acc2, factor, offs_m, H * KV, Lq, E0, E1, E2, KV)
+    # part by part, O and then its further bits: wide heads have no registers for two parts in both forms
+    finish_part(acc0, factor, o_ptr, rest_ptr, row, offs_m, H, Lq, 0, E0, KV)
+    if E1 > 0:
+        finish_part(acc1, factor, o_ptr, rest_ptr, row, offs_m, H, Lq, E0, E1, KV)
+    if E2 > 0:
+        finish_part(acc2, factor, o_ptr, rest_ptr, row, offs_m, H, Lq, E0 + E1, E2, KV)
+
+
+@triton.jit
+def finish_part(
+    acc, factor, o_ptr, rest_ptr, row, offs, H, Lq, START: tl.constexpr, E: tl.constexpr, KV: tl.constexpr
+):  # fmt: skip
+    """Writes acc factor into columns START ... START + E of O, whose first row is `row`, and its further bits."""
+    x = acc * factor
+    store_part(o_ptr + row * KV, x, offs, H * KV, Lq, START, E, KV)
     if rest_ptr is not None:
         HALF: tl.constexpr = (KV + 1) // 2
-        rest_base = rest_ptr + row * HALF
-        store_rest(rest_base, acc0 * factor, offs_m, H * HALF, Lq, o_ptr.dtype.element_ty, 0, E0, KV)
-        if E1 > 0:
-            store_rest(rest_base, acc1 * factor, offs_m, H * HALF, Lq, o_ptr.dtype.element_ty, E0, E1, KV)
-        if E2 > 0:
-            store_rest(rest_base, acc2 * factor, offs_m, H * HALF, Lq, o_ptr.dtype.element_ty, E0 + E1, E2, KV)
+        store_rest(rest_ptr + row * HALF, x, offs, H * HALF, Lq, o_ptr.dtype.element_ty, START, E, KV)
 
 
 @triton.jit

@@ -74,30 +74,31 @@ FORWARD: Table = {
     False: (
         (112, Tile(128, 64, 8, 2)),
         (128, Tile(128, 32, 8, 2)),
-        (256, Tile(128, 32, 8, 1)),
+        (192, Tile(128, 32, 8, 1)),
+        (256, Tile(128, 16, 8, 1)),
         (384, Tile(32, 32, 4, 1)),
         (512, Tile(32, 16, 4, 1)),
     ),
     True: (
         (32, Tile(128, 64, 8, 2)),
         (64, Tile(128, 32, 8, 2, 128)),
-        (128, Tile(128, 64, 8, 2)),
-        (256, Tile(128, 32, 8, 1)),
+        (112, Tile(128, 64, 8, 2)),
+        (128, Tile(128, 32, 8, 2)),
+        (192, Tile(128, 32, 8, 1)),
+        (256, Tile(128, 16, 8, 1)),
         (384, Tile(32, 32, 4, 1)),
         (512, Tile(32, 16, 4, 1)),
     ),
 }
 DQ_WIDE = (
+    # in three parts: 128 x 32 by 8 warps spills one or two registers without dropout, seventeen with two segments
+    (112, Tile(64, 32, 4, 2)),
     (128, Tile(128, 32, 8, 2)),
     (192, Tile(64, 16, 4, 2)),
     (384, Tile(32, 32, 4, 1)),
     (512, Tile(32, 16, 4, 1)),
 )
-DQ: Table = {
-    # without dropout 112 in three parts spills two registers at two stages
-    False: ((64, Tile(128, 32, 8, 2, 128)), (96, Tile(128, 32, 8, 2)), (112, Tile(128, 32, 8, 1)), *DQ_WIDE),
-    True: ((64, Tile(128, 32, 8, 2, 128)), *DQ_WIDE),
-}
+DQ: Table = dict.fromkeys((False, True), ((64, Tile(128, 32, 8, 2, 128)), *DQ_WIDE))
 DKDV: Table = {
     False: ((32, Tile(64, 64, 4, 2, 168)), (64, Tile(64, 64, 4, 2)), (128, Tile(16, 128, 8, 2))),
     True: ((32, Tile(32, 128, 8, 2, 128)), (64, Tile(32, 64, 4, 2)), (128, Tile(16, 128, 8, 2))),
@@ -111,12 +112,28 @@ DV: Table = dict.fromkeys(
 # Two segments, or a key mask, hold more pointers: under the cap of 128 registers three spill. dQ has none under 168;
 # forward with both spills one there, and none at 8 resident warps.
 EXTRA = (64, Tile(64, 32, 4, 2, 168))
-EXTRA_128 = ((112, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 1)))
+EXTRA_128 = (128, Tile(128, 32, 8, 1))
 FORWARD_EXTRA: Table = {
-    False: ((32, Tile(64, 64, 4, 2)), *EXTRA_128, *FORWARD[False][2:]),
-    True: (FORWARD[True][0], (64, Tile(128, 32, 8, 2)), *EXTRA_128, *FORWARD[True][3:]),
+    False: (
+        (32, Tile(64, 64, 4, 2)),
+        (96, Tile(128, 64, 8, 2)),
+        (112, Tile(128, 32, 8, 2)),
+        EXTRA_128,
+        *FORWARD[False][2:],
+    ),
+    True: (
+        FORWARD[True][0],
+        (64, Tile(128, 32, 8, 2)),
+        (80, Tile(128, 64, 8, 2)),
+        (112, Tile(128, 32, 8, 2)),
+        EXTRA_128,
+        *FORWARD[True][4:],
+    ),
 }
-DQ_EXTRA: Table = {False: (EXTRA, *DQ[False][1:]), True: (EXTRA, (128, Tile(128, 16, 8, 2)), *DQ[True][2:])}
+DQ_EXTRA: Table = {
+    False: (EXTRA, *DQ[False][1:]),
+    True: (EXTRA, DQ_WIDE[0], (128, Tile(128, 16, 8, 2)), *DQ_WIDE[2:]),
+}
 TABLES = {
     "forward": FORWARD,
     "dq": DQ,

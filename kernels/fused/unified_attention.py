@@ -254,6 +254,8 @@ unified_attention_backward_op.register_fake(backward)
 
 def _setup_context(ctx, inputs, output) -> None:
     q, k, v, other_k, other_v, lengths, mask, rng, *ctx.settings, _ = inputs
+    # else backward begins by filling gradients of lse and of the further bits with zeros
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, lengths, mask, rng, q, k, v, other_k, other_v)
 
 
