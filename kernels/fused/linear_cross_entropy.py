@@ -8,16 +8,16 @@ Forward is one product that keeps its logits in registers: a program walks a sha
 tile of tokens with a running maximum and sum, in units of log 2, and writes three numbers a token; a second kernel
 joins the splits in their order, a third adds up the tokens'. Logits are never rounded to 16 bits.
 
-Backward has two forms (LOGITS, docs/kernels):
-"recompute": two kernels make s again in registers, one for dh and one for dE (linear_cross_entropy_gradients.py): five
-products in all, and no byte of G. Rows of at most 1 KiB, 512 features of 16 bits: more do not fit shared memory.
-"chunks": one product writes G of a chunk of the vocabulary, at most 200 MB, the library's products read it twice: four
-products. A chunk has all tokens, so its rows of dE are complete, accumulated in float32 inside one product and rounded
-once; dh is accumulated in float32 over the chunks.
+Gradients have two forms (LOGITS, docs/kernels), of four products each, the forward one among them:
+"recompute": forward finds dh / c too, dE makes s again in registers (linear_cross_entropy_gradients.py), and no byte of
+G is written. Rows of at most 1 KiB, 512 features of 16 bits: more do not fit shared memory.
+"chunks": one product writes G of a chunk of the vocabulary, at most 200 MB, the library's products read it twice. A
+chunk has all tokens, so its rows of dE are complete, accumulated in float32 inside one product and rounded once; dh is
+accumulated in float32 over the chunks.
 c is applied to float32 results on the device, from d_loss and count: G itself stays in [-1, 1], where float16 does not
 underflow, and nothing waits for the device.
 
-Saved: h, E, labels, lse, 1 / count. T tokens, D features, V vocabulary.
+Saved: h, E, labels, lse, 1 / count, and in the form "recompute" dh / c. T tokens, D features, V vocabulary.
 """
 
 import math
