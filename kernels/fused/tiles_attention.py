@@ -72,6 +72,7 @@ Table = dict[bool, tuple[tuple[int, Tile], ...]]
 
 FORWARD: Table = {
     False: (
+        (32, Tile(64, 64, 4, 2, 168)),
         (112, Tile(128, 64, 8, 2)),
         (128, Tile(128, 32, 8, 2)),
         (192, Tile(128, 32, 8, 1)),
@@ -80,8 +81,10 @@ FORWARD: Table = {
         (512, Tile(32, 16, 4, 1)),
     ),
     True: (
-        (32, Tile(128, 64, 8, 2)),
+        (32, Tile(128, 64, 8, 2, 128)),
         (64, Tile(128, 32, 8, 2, 128)),
+        (80, Tile(128, 64, 8, 2)),
+        (96, Tile(128, 32, 8, 2)),
         (112, Tile(128, 64, 8, 2)),
         (128, Tile(128, 32, 8, 2)),
         (192, Tile(128, 32, 8, 1)),
@@ -99,9 +102,10 @@ DQ_WIDE = (
     (512, Tile(32, 16, 4, 1)),
 )
 DQ: Table = dict.fromkeys((False, True), ((64, Tile(128, 32, 8, 2, 128)), *DQ_WIDE))
+NARROW_KEYS = (32, Tile(32, 64, 4, 2, 168))
 DKDV: Table = {
-    False: ((32, Tile(64, 64, 4, 2, 168)), (64, Tile(64, 64, 4, 2)), (128, Tile(16, 128, 8, 2))),
-    True: ((32, Tile(32, 128, 8, 2, 128)), (64, Tile(32, 64, 4, 2)), (128, Tile(16, 128, 8, 2))),
+    False: (NARROW_KEYS, (64, Tile(64, 64, 4, 2)), (128, Tile(16, 128, 8, 2))),
+    True: (NARROW_KEYS, (64, Tile(32, 64, 4, 2)), (128, Tile(16, 128, 8, 2))),
 }
 DK: Table = dict.fromkeys(
     (False, True), ((192, Tile(16, 64, 4, 2)), (384, Tile(32, 32, 4, 1)), (512, Tile(16, 32, 4, 1)))
@@ -112,23 +116,11 @@ DV: Table = dict.fromkeys(
 # Two segments, or a key mask, hold more pointers: under the cap of 128 registers three spill. dQ has none under 168;
 # forward with both spills one there, and none at 8 resident warps.
 EXTRA = (64, Tile(64, 32, 4, 2, 168))
-EXTRA_128 = (128, Tile(128, 32, 8, 1))
+EXTRA_112 = Tile(64, 32, 4, 2)
+EXTRA_WIDE = ((96, Tile(128, 32, 8, 2)), (112, EXTRA_112), (128, Tile(128, 32, 8, 1)), *FORWARD[False][3:])
 FORWARD_EXTRA: Table = {
-    False: (
-        (32, Tile(64, 64, 4, 2)),
-        (96, Tile(128, 64, 8, 2)),
-        (112, Tile(128, 32, 8, 2)),
-        EXTRA_128,
-        *FORWARD[False][2:],
-    ),
-    True: (
-        FORWARD[True][0],
-        (64, Tile(128, 32, 8, 2)),
-        (80, Tile(128, 64, 8, 2)),
-        (112, Tile(128, 32, 8, 2)),
-        EXTRA_128,
-        *FORWARD[True][4:],
-    ),
+    False: ((32, Tile(64, 64, 4, 2)), (80, Tile(128, 64, 8, 2)), *EXTRA_WIDE),
+    True: ((32, Tile(128, 64, 8, 2)), (64, Tile(128, 32, 8, 2)), (80, Tile(128, 64, 8, 2)), *EXTRA_WIDE),
 }
 DQ_EXTRA: Table = {
     False: (EXTRA, *DQ[False][1:]),

@@ -108,6 +108,6 @@ def test_every_class_keeps_the_limits_at_both_ends(bits, width):
     _judge(bits, width, VARIANTS)
 
 
-@pytest.mark.parametrize(("bits", "width"), [(16, 48), (16, 96), (16, 512), (32, 64), (32, 512)])
-def test_classes_with_most_shared_memory_or_registers_keep_the_limits(bits, width):
+@pytest.mark.parametrize(("bits", "width"), [(16, 96), (16, 512), (32, 64)])
+def test_classes_short_of_registers_or_shared_memory_keep_the_limits(bits, width):
     _judge(bits, width, VARIANTS[:1])
