@@ -37,7 +37,12 @@ def build(
     out.mkdir(parents=True, exist_ok=True)
     sources = Sources(given, collect(names or counted_names(experiment)), found, out)
     intro = [
-        f"Measured: {given.describe()}.",
+        f"Measured: {given.describe()}."
+        + (
+            " A load average above the number of cores: other work ran, and seconds are longer than an idle machine's."
+            if given.kind == "CPU time"
+            else ""
+        ),
         "Every number says what it is: a GPU's or a CPU's time, a projection from counts, or a count of what a step "
         "would do. Only times were measured." + ("" if found else " No projection was given, so none is shown."),
     ]
