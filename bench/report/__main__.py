@@ -39,7 +39,8 @@ def build(
     intro = [
         f"Measured: {given.describe()}."
         + (
-            " A load average above the number of cores: other work ran, and seconds are longer than an idle machine's."
+            " Where the load average is above the number of cores, other work ran, and seconds are longer than on an "
+            "idle machine."
             if given.kind == "CPU time"
             else ""
         ),
