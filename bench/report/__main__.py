@@ -37,7 +37,13 @@ def build(
     out.mkdir(parents=True, exist_ok=True)
     sources = Sources(given, collect(names or counted_names(experiment)), found, out)
     intro = [
-        f"Measured: {given.describe()}.",
+        f"Measured: {given.describe()}."
+        + (
+            " Where the load average is above the number of cores, other work ran, and seconds are longer than on an "
+            "idle machine."
+            if given.kind == "CPU time"
+            else ""
+        ),
         "Every number says what it is: a GPU's or a CPU's time, a projection from counts, or a count of what a step "
         "would do. Only times were measured." + ("" if found else " No projection was given, so none is shown."),
     ]

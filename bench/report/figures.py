@@ -141,6 +141,7 @@ def bars(
     rows: Mapping[str, Mapping[str, float]],
     xlabel: str,
     marks: Mapping[str, float] | None = None,
+    mark_name: str = "the whole step",
 ) -> None:
     """Stacked horizontal bars: row -> part -> value. marks: a value a row, drawn as a line across its bar."""
     from matplotlib.lines import Line2D
@@ -165,7 +166,7 @@ def bars(
             for i, name in enumerate(rows):
                 if name in marks:
                     axes.plot([marks[name]] * 2, [i - 0.42, i + 0.42], color="black", linewidth=1.6)
-            handles.append(Line2D([], [], color="black", linewidth=1.6, label="the whole step"))
+            handles.append(Line2D([], [], color="black", linewidth=1.6, label=mark_name))
         axes.set_yticks(range(len(rows)), list(rows))
         axes.invert_yaxis()
         axes.set_xlabel(xlabel)

@@ -43,7 +43,7 @@ class Benchmark:
         load = self.run.get("load")
         parts = [
             f"{self.kind} on {self.device}",
-            f"{self.facts.get('threads', '?')} threads" if self.kind == "CPU time" else "",
+            f"threads: {self.facts.get('threads', '?')}" if self.kind == "CPU time" else "",
             ", ".join(f"{name} {version}" for name, version in versions.items() if name in ("torch", "triton")),
             f"{self.date[:16].replace('T', ' ')} UTC, commit {self.commit}",
             f"load average {load} at the end" if load is not None else "",

@@ -48,19 +48,29 @@ def measured_roofline(given: Sources) -> list[Section]:
     )
     text = [
         "Each point is one operator call at an experiment's shape, forward and backward: FLOPs that its formula "
-        "needs, over the bytes of each tensor once, and the FLOP/s reached. Those without products are in the table."
+        "needs, over the bytes of each tensor once, and the FLOP/s reached. Those without products are below, by "
+        "their bytes."
     ]
     if kind == "CPU time":
         text.append("A CPU's caches hold most of these reduced shapes, so a point may stand above the copy's slope.")
-    return [
-        Section(
-            "Operators on the roofline, measured",
-            kind,
-            text,
-            figure="roofline_measured.png",
-            alt=f"Roofline of {given.ours}, {kind}",
+    pictures = [("roofline_measured.png", f"Roofline of {given.ours}, {kind}")]
+    moved = {
+        f"{row['operator']} {row['shape']}": {row["operator"]: row["gbs"]}
+        for row in rows
+        if not row["flops"] and row["direction"] == "both"
+    }
+    if moved:
+        figures.bars(
+            given.out / "bandwidth_measured.png",
+            f"Operators without products: {kind}",
+            f"{given.ours} on {given.benchmark.device}; {sizes}; forward and backward",
+            moved,
+            "GB/s of each tensor once",
+            dict.fromkeys(moved, roof[1] / 1e9) if roof else None,
+            "a copy, here" if roof_name.startswith("here") else roof_name,
         )
-    ]
+        pictures.append(("bandwidth_measured.png", f"Bytes a second of operators without products, {kind}"))
+    return [Section("Operators on the roofline, measured", kind, text, figures=pictures)]
 
 
 def _projected_points(rows: list[dict], projected: Projection, micro_batch: int) -> list[Point]:

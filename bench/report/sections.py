@@ -84,7 +84,7 @@ def steps(given: Sources) -> list[Section]:
     ]
     text = [
         f"Forward, backward and AdamW, {given.sizes}. Rivals at Baseline's widths and depths; "
-        "`times Baseline's` is against ours."
+        "`times Baseline's` is against ours, of steps run in turn: seconds of different rows met different loads."
     ]
     return [Section("Training steps", given.benchmark.kind, text, header, table)] if rows else []
 
