@@ -83,7 +83,6 @@ FORWARD: Table = {
     True: (
         (32, Tile(128, 64, 8, 2, 128)),
         (64, Tile(128, 32, 8, 2, 128)),
-        (80, Tile(128, 64, 8, 2)),
         (96, Tile(128, 32, 8, 2)),
         (112, Tile(128, 64, 8, 2)),
         (128, Tile(128, 32, 8, 2)),
@@ -119,8 +118,8 @@ EXTRA = (64, Tile(64, 32, 4, 2, 168))
 EXTRA_112 = Tile(64, 32, 4, 2)
 EXTRA_WIDE = ((96, Tile(128, 32, 8, 2)), (112, EXTRA_112), (128, Tile(128, 32, 8, 1)), *FORWARD[False][3:])
 FORWARD_EXTRA: Table = {
-    False: ((32, Tile(64, 64, 4, 2)), (80, Tile(128, 64, 8, 2)), *EXTRA_WIDE),
-    True: ((32, Tile(128, 64, 8, 2)), (64, Tile(128, 32, 8, 2)), (80, Tile(128, 64, 8, 2)), *EXTRA_WIDE),
+    False: ((32, Tile(64, 64, 4, 2)), (64, Tile(128, 64, 8, 2)), *EXTRA_WIDE),
+    True: ((32, Tile(128, 64, 8, 2)), (64, Tile(128, 32, 8, 2)), *EXTRA_WIDE),
 }
 DQ_EXTRA: Table = {
     False: (EXTRA, *DQ[False][1:]),
