@@ -139,10 +139,18 @@ def _attention(*segments: tuple[str, str, str]) -> Callable[[Kernel], dict[str, 
 
     def access(kernel: Kernel) -> dict[str, int]:
         heads = kernel["H"]
-        blocks = cdiv(kernel["Lq"], kernel["BLOCK_M"])
+        # dQ has programs for padding queries too, which read no key
+        padded = kernel["Lpad"] if "Lpad" in kernel.arguments else kernel["Lq"]
+        blocks = cdiv(padded, kernel["BLOCK_M"])
+        reading = cdiv(kernel["Lq"], kernel["BLOCK_M"])
+        reverse = "other_k_ptr" in kernel.arguments or kernel["CAUSAL"]
 
         def programs() -> Iterator[Program]:
             for pid in range(kernel.launch.programs):
+                block = blocks - 1 - pid % blocks if reverse else pid % blocks
+                if block >= reading:
+                    yield []
+                    continue
                 b, h = divmod(pid // blocks, heads)
                 yield [
                     [(name, (b if kernel.shape(name)[0] > 1 else 0) * heads + h // kernel[group]) for name in (k, v)]
