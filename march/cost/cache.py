@@ -303,42 +303,32 @@ def _cross_entropy_backward(kernel: Kernel) -> dict[str, int]:
     return reads(programs, size)
 
 
+def _looked_up(kernel: Kernel, name: str = "w_ptr", rows: str = "tokens") -> dict[str, int]:
+    """A row of the table for each token, in no order."""
+    bytes, table = kernel[rows] * kernel["D"] * kernel.element_size(name), kernel.bytes(name)
+    return {name: min(bytes, table) if table <= WORKING_SET else bytes}
+
+
 def _embedding(kernel: Kernel) -> dict[str, int]:
-    """A row of E for each token, in no order; rows of T come again a sequence later."""
-    rows, length = kernel["rows"], kernel["length"]
-    line = kernel["D"] * kernel.element_size("table_ptr")
-    table, between = kernel.bytes("table_ptr"), 2 * length * line
-    return {
-        "table_ptr": min(rows * line, table) if table <= WORKING_SET else rows * line,
-        "positions_ptr": (length if between <= WORKING_SET else rows) * line,
-    }
+    """Rows of E are looked up; rows of T come again a sequence later."""
+    rows, line = kernel["rows"], kernel["D"] * kernel.element_size("table_ptr")
+    again = kernel["length"] if 2 * kernel["length"] * line <= WORKING_SET else rows
+    return _looked_up(kernel, "table_ptr", "rows") | {"positions_ptr": again * line}
 
 
 Access = Callable[[Kernel], dict[str, int]]
+_MASKS = ("lengths_ptr", "mask_ptr", "ckeys_ptr")
+_QUERIES, _ROWS = ("q_ptr", "rng_ptr", *_MASKS), ("o_ptr", "rest_ptr", "lse_ptr", "do_ptr")
+_OWN, _OTHER = ("k_ptr", "v_ptr", "GROUP"), ("other_k_ptr", "other_v_ptr", "OTHER_GROUP")
 # kernel -> pointers that it reads once, and the access of the others
 ACCESS: dict[str, tuple[tuple[str, ...], Access | None]] = {
     "_column_keys_kernel": (("rng_ptr",), None),
-    "_attention_fwd_kernel": (
-        ("q_ptr", "lengths_ptr", "mask_ptr", "rng_ptr", "ckeys_ptr"),
-        _attention(("k_ptr", "v_ptr", "GROUP")),
-    ),
-    "_attention_bwd_dq_kernel": (
-        ("q_ptr", "o_ptr", "rest_ptr", "lse_ptr", "do_ptr", "lengths_ptr", "mask_ptr", "rng_ptr", "ckeys_ptr"),
-        _attention(("k_ptr", "v_ptr", "GROUP")),
-    ),
-    "_attention_bwd_dkdv_kernel": (
-        ("k_ptr", "v_ptr", "handed_ptr", "lengths_ptr", "mask_ptr", "ckeys_ptr"),
-        _dkdv,
-    ),
+    "_attention_fwd_kernel": (_QUERIES, _attention(_OWN)),
+    "_attention_bwd_dq_kernel": (_QUERIES + _ROWS, _attention(_OWN)),
+    "_attention_bwd_dkdv_kernel": (("k_ptr", "v_ptr", "handed_ptr", *_MASKS), _dkdv),
     "_sum_partials_kernel": (("parts_ptr",), None),
-    "_unified_attention_fwd_kernel": (
-        ("q_ptr", "lengths_ptr", "mask_ptr", "rng_ptr", "ckeys_ptr"),
-        _attention(("k_ptr", "v_ptr", "GROUP"), ("other_k_ptr", "other_v_ptr", "OTHER_GROUP")),
-    ),
-    "_unified_attention_bwd_dq_kernel": (
-        ("q_ptr", "o_ptr", "rest_ptr", "lse_ptr", "do_ptr", "lengths_ptr", "mask_ptr", "rng_ptr", "ckeys_ptr"),
-        _attention(("k_ptr", "v_ptr", "GROUP"), ("other_k_ptr", "other_v_ptr", "OTHER_GROUP")),
-    ),
+    "_unified_attention_fwd_kernel": (_QUERIES, _attention(_OWN, _OTHER)),
+    "_unified_attention_bwd_dq_kernel": (_QUERIES + _ROWS, _attention(_OWN, _OTHER)),
     "_glu_forward_kernel": (("rng_ptr", "gate_rng_ptr"), _glu),
     "_glu_backward_kernel": (("saved_ptr", "d_hidden_ptr", "rng_ptr", "gate_rng_ptr"), None),
     "_glu_recompute_kernel": (("d_hidden_ptr", "rng_ptr", "gate_rng_ptr"), _glu),
@@ -352,10 +342,7 @@ ACCESS: dict[str, tuple[tuple[str, ...], Access | None]] = {
     "_linear_cross_entropy_mean_kernel": (("sum_ptr", "count_ptr"), None),
     "_linear_cross_entropy_dlogits_kernel": (("labels_ptr", "lse_ptr"), _cross_entropy_backward),
     "_linear_cross_entropy_gradient_kernel": (("d_loss_ptr", "inverse_ptr"), _cross_entropy_gradient),
-    "_linear_cross_entropy_dh_kernel": (
-        ("parts_ptr", "top_ptr", "total_ptr", "h_ptr", "w_ptr", "labels_ptr"),
-        None,
-    ),
+    "_linear_cross_entropy_dh_kernel": (("parts_ptr", "top_ptr", "total_ptr", "h_ptr", "labels_ptr"), _looked_up),
     "_linear_cross_entropy_scale_kernel": (("x_ptr", "d_loss_ptr", "inverse_ptr"), None),
     "_embedding_fwd_kernel": (("ids_ptr", "rng_ptr", "rng_t_ptr"), _embedding),
     "_embedding_table_bwd_kernel": (("d_out_ptr", "order_ptr", "start_ptr", "rng_ptr"), None),

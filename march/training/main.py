@@ -38,7 +38,13 @@ def main(argv: list[str] | None = None) -> int:
         # a mistake on the command line is every rank's; one of them says it
         if report or (report is None and os.environ.get("RANK", "0") == "0"):
             print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, RunError | OSError) else 2
+        code = 1 if isinstance(error, RunError | OSError) else 2
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # the process group is left standing: its threads abort an orderly exit now and then, with another code
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
 
 
 def _train(given) -> int:

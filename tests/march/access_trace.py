@@ -66,10 +66,10 @@ def load(self, ptrs, mask, other, *rest):
     launch, ranges, programs = traced[-1]
     loads = programs.setdefault(self.grid_idx[0], [])
     if addresses.size:
-        first = int(ptrs.data[mask.data].min())
+        first, last = int(ptrs.data[mask.data].min()), int(ptrs.data[mask.data].max())
         name = next((n for n, x in ranges.items() if holds(x, first)), None)
         assert name is not None, f"{launch.kernel}: a load outside its arguments"
-        assert int(ptrs.data[mask.data].max()) < ranges[name][1], f"{launch.kernel}: a load beyond {name}"
+        assert holds(ranges[name], last), f"{launch.kernel}: a load beyond {name}"
         loads.append((name, addresses))
     return original_load(self, ptrs, mask, other, *rest)
 

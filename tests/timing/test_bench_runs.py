@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def pytest_bench(tmp_path: Path, *arguments: str, spoil: str = "nothing") -> tuple[int, str, Path]:
     """(exit status, output, JSON file) of a run in a process of its own, Triton not interpreted."""
     results = tmp_path / "results.json"
-    environment = {**os.environ, "SPOIL": spoil, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests/bench")))}
+    environment = {**os.environ, "SPOIL": spoil, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests/timing")))}
     for name in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
         environment.pop(name, None)
     command = [sys.executable, "-m", "pytest", "-p", "spoilers", "-p", "no:cacheprovider", "-q", "--smoke"]
