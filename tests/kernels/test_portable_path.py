@@ -291,7 +291,8 @@ def test_relu_keeps_one_tensor_for_backward():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         hidden = kernels.glu(x, weight, kind="plain", dropout=drop(0.1), impl="torch")
-    wide = {t.data_ptr() for t in saved if t.shape[-1] == 64}
+    # the weight may be kept transposed, by the library that was measured to be faster
+    wide = {t.data_ptr() for t in saved if t.shape[-1] == 64 and t.data_ptr() != weight.data_ptr()}
     assert wide == {hidden.data_ptr()}
 
 

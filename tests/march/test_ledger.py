@@ -245,6 +245,9 @@ def traces():
     return [json.loads(line) for line in lines]
 
 
+LOOKED_UP = {("_embedding_fwd_kernel", "table_ptr"), ("_linear_cross_entropy_dh_kernel", "w_ptr")}
+
+
 def test_declared_accesses_are_those_of_the_kernels(traces):
     """Against addresses recorded in the interpreter and a cache simulated line by line: waves of four to eight programs
     and caches of 12 to 96 KB, or without limit. Equal but for where the small cache ends within a tile: 2%."""
@@ -254,7 +257,7 @@ def test_declared_accesses_are_those_of_the_kernels(traces):
         assert row["undeclared"] == [], row
         for name, (declared, simulated) in row["again"].items():
             unlimited = row["capacity"] >= 1 << 30
-            if (row["kernel"], name) == ("_embedding_fwd_kernel", "table_ptr"):
+            if (row["kernel"], name) in LOOKED_UP:
                 # a cache that holds the table: the declaration is the bound that all tokens differ
                 assert simulated <= declared
                 continue
