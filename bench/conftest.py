@@ -18,7 +18,8 @@ from bench import machine
 from bench.kernel_calls import PAPER, REDUCED, SMOKE, Sizes
 from bench.results import Results, experiment_table, kernel_table
 
-# minutes each on two cores: see docs/portable.md. A few stay, so that a plain run sees every path.
+# minutes each on two cores: see docs/portable.md. A few stay, so that a plain run sees every path, and `-k portable`
+# asks for all.
 FULL_ONLY = ("test_portable_libraries", "test_portable_memory", "test_portable_experiment")
 KEPT = ("test_portable_experiment[MoreHeadsLessLayers]",)
 RESULTS = pytest.StashKey[Results]()
@@ -54,7 +55,8 @@ class Interrupts:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    smoke, full = config.getoption("--smoke"), config.getoption("--full")
+    smoke = config.getoption("--smoke")
+    full = config.getoption("--full") or "portable" in config.option.keyword
     out = []
     for item in items:
         name = getattr(item, "originalname", item.name)

@@ -96,3 +96,12 @@ def test_benchmarks_can_still_be_disabled(tmp_path):
     assert status == 0, output
     assert " passed" in output
     assert not results.exists() or not results.read_text()
+
+
+def test_a_plain_run_leaves_the_long_ones_out_and_k_portable_asks_for_them():
+    def collected(*arguments: str) -> str:
+        command = [sys.executable, "-m", "pytest", "bench/test_portable.py", "--collect-only", "-q", *arguments]
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+    assert "::test_portable_memory" not in collected()
+    assert "::test_portable_memory" in collected("-k", "portable")
