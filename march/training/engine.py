@@ -87,7 +87,7 @@ def deepspeed_config(budget: Budget, precision: str, zero: int, micro_batch: int
         "zero_allow_untested_optimizer": True,
         # 36M parameters, 16 micro-steps on one GPU: bf16 accumulation would lose what bf16 sums lose
         "data_types": {"grad_accum_dtype": "fp32"},
-        # the sum over processes in bf16 has the rounding of one addition; float32 would double a twentieth of the step
+        # rounds at every hop between processes; float32 would be exact to 24 bits and cost a twentieth more of a step
         # on 8 GPUs without NVLink (docs/projection.md)
         "communication_data_type": precision,
         "zero_optimization": {"stage": zero, "overlap_comm": False, "contiguous_gradients": True},
