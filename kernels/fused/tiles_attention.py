@@ -142,14 +142,13 @@ NARROW_32 = ((16, Tile(64, 32, 4, 1, 168)), (32, Tile(64, 32, 4, 1, 255)))
 WIDE_32 = ((256, Tile(16, 16, 4, 1)), (512, Tile(8, 16, 4, 1)))
 TABLES_32 = {
     "forward": (*NARROW_32, (64, Tile(32, 32, 4, 1)), (128, Tile(16, 32, 4, 1)), (512, Tile(16, 16, 4, 1))),
-    "dq": (*NARROW_32, (64, Tile(32, 32, 4, 1)), (128, Tile(16, 32, 4, 2)), *WIDE_32),
-    # masked columns and a key mask together spill two registers at 32 x 32
-    "dq_extra": (*NARROW_32, (64, Tile(16, 32, 4, 1)), (128, Tile(16, 32, 4, 2)), *WIDE_32),
+    # at 32 x 32 one register spills in a packed gradient, two under masked columns and a key mask together
+    "dq": (*NARROW_32, (64, Tile(16, 32, 4, 1)), (128, Tile(16, 32, 4, 2)), *WIDE_32),
     "dkdv": ((16, Tile(32, 64, 4, 1)), (64, Tile(32, 16, 4, 1))),
     "dk": ((128, Tile(32, 16, 4, 1)), (256, Tile(16, 16, 4, 1)), (512, Tile(16, 8, 4, 1))),
     "dv": ((128, Tile(32, 16, 4, 1)), (512, Tile(16, 16, 4, 1))),
 }
-TABLES_32["forward_extra"] = TABLES_32["forward"]
+TABLES_32 |= {"forward_extra": TABLES_32["forward"], "dq_extra": TABLES_32["dq"]}
 
 
 def tile(direction: str, arch: str, width: int, value_width: int, causal: bool, dropout: bool, bits: int) -> Tile:
