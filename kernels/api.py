@@ -261,6 +261,18 @@ def head_width(width: int, dtype: torch.dtype, device: torch.device, *, impl: Im
     return width
 
 
+def row_width(operator: str, width: int, dtype: torch.dtype, device: torch.device, *, impl: Impl = "auto") -> int:
+    """The width that rows of a stream (operator "residual_norm") or of a hidden layer ("glu") want: `width`, or more
+    with zeros in the rest, where the operator is a fused kernel.
+
+    Rows of 380 or 1365 elements of 16 bits start at multiples of 8 or 2 bytes, and every product that reads them,
+    ours and the library's, then loads so little at a time. A model fills up its weights, which are small.
+    """
+    if choice(operator, impl, device) == "triton":
+        return packed.aligned_width(width, dtype.itemsize)
+    return width
+
+
 def linear(x: Tensor, weight: Tensor, *, impl: Impl = "auto") -> Tensor:
     """x W^T, x [..., D], weight [F, D]; the library's product on a GPU, the faster library's on a CPU in float32."""
     if x.device.type == "cpu" and choice("linear", impl, x.device) == "torch":
@@ -447,11 +459,14 @@ def residual_norm(
     *,
     dropout: Dropout | None = None,
     eps: float = 1e-6,
+    features: int | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """y = x + dropout(s) and z = rmsnorm(y) gain (Zhang and Sennrich, 2019), in one pass; returns (y, z), [B, L, D].
 
     x None: no residual, y = dropout(s). s None: norm alone, y = x. gain [D]. Statistics float32 (float64 for float64).
+    features: what the sum of squares is divided by, D if not given; of streams that are filled up with columns of zeros
+    to a width that the kernels like (`row_width`), where a mean over D would be too small.
     """
     op = "residual_norm"
     stream = x if x is not None else s
@@ -462,8 +477,17 @@ def residual_norm(
         _check(x.shape == s.shape, op, f"s as {_shape(x)} like x", _shape(s), "a sublayer keeps its shape")
     _check(gain.shape == stream.shape[2:], op, f"gain as [{stream.shape[2]}]", _shape(gain), "one gain a feature")
     _check(s is not None or dropout is None, op, "no dropout without s", "one", "leave it out")
+    width = stream.shape[2]
+    _check(features is None or 1 <= features <= width, op, f"features from 1 to {width}", features, "leave it out")
     _same(op, (dropout,), x=x, s=s, gain=gain)
-    return implementation(op, impl, stream.device, stream.dtype)(x, s, gain, dropout=_active(dropout), eps=float(eps))
+    return implementation(op, impl, stream.device, stream.dtype)(
+        x,
+        s,
+        gain,
+        dropout=_active(dropout),
+        eps=float(eps),
+        **({} if features in (None, width) else {"features": features}),
+    )
 
 
 def linear_cross_entropy(

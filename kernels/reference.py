@@ -153,15 +153,21 @@ def glu(
     return drop(hidden, dropout)
 
 
-def rms_norm(y: Tensor, gain: Tensor, eps: float = 1e-6) -> Tensor:
-    """y rsqrt(mean(y^2) + eps) gain (Zhang and Sennrich, 2019), statistics at least float32."""
+def rms_norm(y: Tensor, gain: Tensor, eps: float = 1e-6, features: int | None = None) -> Tensor:
+    """y rsqrt(sum(y^2) / features + eps) gain (Zhang and Sennrich, 2019), statistics at least float32."""
     wide = y.to(at_least_float32(y.dtype))
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    wide = wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) / (features or y.shape[-1]) + eps)
     return (wide * gain.to(wide.dtype)).to(y.dtype)
 
 
 def residual_norm(
-    x: Tensor | None, s: Tensor | None, gain: Tensor, *, dropout: Dropout | None = None, eps: float = 1e-6
+    x: Tensor | None,
+    s: Tensor | None,
+    gain: Tensor,
+    *,
+    dropout: Dropout | None = None,
+    eps: float = 1e-6,
+    features: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y = x + dropout(s), z = rms_norm(y) gain; contract in kernels.api.residual_norm."""
     if s is None:
@@ -170,7 +176,7 @@ def residual_norm(
         dropped = drop(s, dropout)
         y = dropped if x is None else x + dropped
     assert y is not None
-    return y, rms_norm(y, gain, eps)
+    return y, rms_norm(y, gain, eps, features)
 
 
 def linear_cross_entropy(

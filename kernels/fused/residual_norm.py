@@ -1,6 +1,7 @@
 """y = x + dropout(s) and z = rmsnorm(y) gain in one pass over the stream, and its backward in one pass.
 
-With w = dz gain, r = rsqrt(mean(y^2) + eps) and n = y r of a row of D features:
+With w = dz gain, r = rsqrt(mean(y^2) + eps) and n = y r of a row of D features (means are sums over FEATURES, which is
+D but where a stream is filled up with columns of zeros):
 
     g = dy + r (w - n mean(w n))      the gradient of y (dy: what the residual stream carries on, dz: of the norm)
     dx = g                            ds = keep / (1 - p) g                    dgain = sum over rows of dz n
@@ -63,6 +64,7 @@ def _residual_norm_fwd_kernel(
     HAS_DROPOUT: tl.constexpr,
     ALIGN: tl.constexpr,
     D: tl.constexpr,
+    FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -94,7 +96,7 @@ def _residual_norm_fwd_kernel(
             rounded = y.to(y_ptr.dtype.element_ty)
             tl.store(y_ptr + offs, rounded, mask=mask)
             y = rounded.to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(y * y, axis=1) / D + eps)
+        rstd = tl.rsqrt(tl.sum(y * y, axis=1) / FEATURES + eps)
         tl.store(rstd_ptr + row, rstd, mask=valid)
         z = y * rstd[:, None] * gain[None, :]
         tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=mask)
@@ -127,6 +129,7 @@ def _residual_norm_bwd_kernel(
     WRITE_DX: tl.constexpr,
     ALIGN: tl.constexpr,
     D: tl.constexpr,
+    FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -152,7 +155,7 @@ def _residual_norm_bwd_kernel(
         n *= rstd
         acc += dz * n
         w = dz * gain[None, :]
-        mean = tl.sum(w * n, axis=1) / D
+        mean = tl.sum(w * n, axis=1) / FEATURES
         g = rstd * (w - n * mean[:, None])
         if HAS_DY:
             offs = (sequence64 * stride_dyb + position64 * stride_dyl)[:, None] + offs_d[None, :]
@@ -203,7 +206,7 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def _forward(
-    x: Tensor | None, s: Tensor | None, gain: Tensor, rng: Tensor | None, p: float, site: int, eps: float
+    x: Tensor | None, s: Tensor | None, gain: Tensor, rng: Tensor | None, p: float, site: int, eps: float, features: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, z, rstd); y is empty where s is None, and then equals x."""
     stream = s if s is not None else x
@@ -239,6 +242,7 @@ def _forward(
         HAS_DROPOUT=rng is not None,
         ALIGN=alignment(*x_like.stride()[:2], *s_like.stride()[:2]),
         D=width,
+        FEATURES=features,
         ROWS=tile.rows,
         BLOCK_D=tile.block,
         num_warps=tile.warps,
@@ -255,6 +259,7 @@ def _backward(
     rng: Tensor | None,
     p: float,
     site: int,
+    features: int,
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gradient of y, the same dropped, gradient of gain); the first is empty unless needs_dx or there is no dropout,
@@ -297,6 +302,7 @@ def _backward(
         WRITE_DX=write_dx,
         ALIGN=alignment(*dy_like.stride()[:2], *dz.stride()[:2], *y.stride()[:2]),
         D=width,
+        FEATURES=features,
         ROWS=tile.rows,
         BLOCK_D=tile.block,
         num_warps=tile.warps,
@@ -314,22 +320,22 @@ _backward_op.register_fake(_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, _, gain, rng, p, site, _ = inputs
+    x, _, gain, rng, p, site, _, features = inputs
     y, _, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(rstd)
     ctx.save_for_backward(y, rstd, gain, rng)
-    ctx.p, ctx.site, ctx.has_x = p, site, x is not None
+    ctx.p, ctx.site, ctx.features, ctx.has_x = p, site, features, x is not None
 
 
 def _autograd_backward(ctx: Any, dy: Tensor | None, dz: Tensor | None, _: Tensor | None):
     if dy is None and dz is None:
-        return None, None, None, None, None, None, None
+        return (None,) * 8
     y, rstd, gain, rng = ctx.saved_tensors
     # the norm unused is rare (a stream that ends without one): it costs a tensor of zeros
     dz = torch.zeros_like(y) if dz is None else dz
-    dx, ds, dgain = _backward_op(dy, dz, y, rstd, gain, rng, ctx.p, ctx.site, ctx.has_x)
-    return dx if ctx.has_x else None, ds if rng is not None else dx, dgain, None, None, None, None
+    dx, ds, dgain = _backward_op(dy, dz, y, rstd, gain, rng, ctx.p, ctx.site, ctx.features, ctx.has_x)
+    return dx if ctx.has_x else None, ds if rng is not None else dx, dgain, None, None, None, None, None
 
 
 _forward_op.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -340,30 +346,38 @@ class _Norm(torch.autograd.Function):
     where both are in registers, not by a further pass over the stream; a custom op may not return its input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float):
-        _, z, rstd = _forward_op(x, None, gain, None, 0.0, 0, eps)
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, features: int):
+        _, z, rstd = _forward_op(x, None, gain, None, 0.0, 0, eps, features)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, rstd, gain)
+        ctx.features = features
         return x.view_as(x), z
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None):  # type: ignore[override]
         if dz is None:
-            return dy, None, None
+            return dy, None, None, None
         x, rstd, gain = ctx.saved_tensors
-        dx, _, dgain = _backward_op(dy, dz, x, rstd, gain, None, 0.0, 0, True)
-        return dx, dgain, None
+        dx, _, dgain = _backward_op(dy, dz, x, rstd, gain, None, 0.0, 0, ctx.features, True)
+        return dx, dgain, None, None
 
 
 def residual_norm(
-    x: Tensor | None, s: Tensor | None, gain: Tensor, *, dropout: Dropout | None, eps: float
+    x: Tensor | None,
+    s: Tensor | None,
+    gain: Tensor,
+    *,
+    dropout: Dropout | None,
+    eps: float,
+    features: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Contract in kernels.api.residual_norm. Streams up to 16384 features; float16, bfloat16, float32."""
     stream = s if s is not None else x
     assert stream is not None
     _check(stream)
+    features = features or gain.shape[0]
     if s is None:
-        return _Norm.apply(x, gain, eps)
+        return _Norm.apply(x, gain, eps, features)
     rng, p, site = (dropout.rng, dropout.p, dropout.site) if dropout is not None else (None, 0.0, 0)
-    y, z, _ = _forward_op(x, s, gain, rng, p, site, eps)
+    y, z, _ = _forward_op(x, s, gain, rng, p, site, eps, features)
     return y, z

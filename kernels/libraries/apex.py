@@ -50,10 +50,21 @@ def library() -> ModuleType:
 
 
 def residual_norm(
-    x: Tensor | None, s: Tensor | None, gain: Tensor, *, dropout: Dropout | None, eps: float
+    x: Tensor | None,
+    s: Tensor | None,
+    gain: Tensor,
+    *,
+    dropout: Dropout | None,
+    eps: float,
+    features: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Contract in kernels.api.residual_norm."""
+    """Contract in kernels.api.residual_norm, of whole rows: it knows no `features`."""
     norm = library().fused_rms_norm_affine
+    if features not in (None, gain.shape[0]):
+        raise ImplementationError(
+            f"residual_norm: impl='apex' normalises all of a row, expected features {gain.shape[0]}, got {features}; "
+            "use impl='triton' or give rows that are not filled up"
+        )
     if s is None:
         assert x is not None
         y = x

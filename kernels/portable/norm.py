@@ -19,7 +19,7 @@ class _ResidualNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor | None, s: Tensor | None, gain: Tensor, keys: SiteKeys | None, eps: float
+        ctx: Any, x: Tensor | None, s: Tensor | None, gain: Tensor, keys: SiteKeys | None, eps: float, features: int
     ) -> tuple[Tensor, Tensor]:
         scale = scale_of(keys)
         if s is None:
@@ -31,10 +31,10 @@ class _ResidualNorm(torch.autograd.Function):
             dropped = apply_(s.clone(memory_format=torch.contiguous_format), keys)
             y = dropped.mul_(scale) if x is None else torch.add(x, dropped, alpha=scale)
         wide = y.to(at_least_float32(y.dtype))
-        factor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(y.shape[-1]).add_(eps).rsqrt_()
+        factor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(features).add_(eps).rsqrt_()
         z = (wide * factor).mul_(gain).to(y.dtype)
         ctx.save_for_backward(y, factor, gain, *pack_keys(keys))
-        ctx.p, ctx.given = None if keys is None else keys.p, (x is not None, s is not None)
+        ctx.p, ctx.given, ctx.features = None if keys is None else keys.p, (x is not None, s is not None), features
         ctx.set_materialize_grads(False)
         return y, z
 
@@ -50,21 +50,27 @@ class _ResidualNorm(torch.autograd.Function):
             normalised = y * factor
             weighted = dz * normalised
             d_gain = weighted.sum((0, 1)).to(gain.dtype)
-            mean = (weighted @ gain.to(wide)).div_(y.shape[-1]).unsqueeze(-1)
+            mean = (weighted @ gain.to(wide)).div_(ctx.features).unsqueeze(-1)
             total = (dz * gain).to(wide).sub_(normalised.mul_(mean)).mul_(factor)
             dx = (total if dy is None else total.add_(dy)).to(y.dtype)
         ds = dx
         if keys is not None and dx is not None:
             ds = apply_(dx * keys.scale, keys)
         has_x, has_s = ctx.given
-        return dx if has_x else None, ds if has_s else None, d_gain, None, None
+        return dx if has_x else None, ds if has_s else None, d_gain, None, None, None
 
 
 def residual_norm(
-    x: Tensor | None, s: Tensor | None, gain: Tensor, *, dropout: Dropout | None, eps: float
+    x: Tensor | None,
+    s: Tensor | None,
+    gain: Tensor,
+    *,
+    dropout: Dropout | None,
+    eps: float,
+    features: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Contract in kernels.api.residual_norm."""
     keys = None if s is None else stream_keys(dropout, s)
-    y, z = _ResidualNorm.apply(x, s, gain, keys, eps)
+    y, z = _ResidualNorm.apply(x, s, gain, keys, eps, features or gain.shape[0])
     # without a sublayer the stream is itself
     return (y if x is None or s is not None else x), z

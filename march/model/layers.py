@@ -54,6 +54,15 @@ class Pass:
         return None if self.rng is None or p == 0 else kernels.Dropout(p, self.rng, site)
 
 
+def fill(weight: Tensor, rows: int, columns: int, parts: int = 1) -> Tensor:
+    """`weight` [parts R, C] with zeros in further rows of each part, up to `rows`, and in further columns, up to
+    `columns`: the weight itself where nothing is missing. The gradient is that of its own elements."""
+    more = (rows - weight.shape[0] // parts, columns - weight.shape[1])
+    if not any(more):
+        return weight
+    return pad(weight.unflatten(0, (parts, -1)), (0, more[1], 0, more[0])).flatten(0, 1)
+
+
 class Norm(nn.Module):
     """The gain [D] of an RMSNorm; the norm itself is part of `residual_norm`."""
 
@@ -63,7 +72,10 @@ class Norm(nn.Module):
 
 
 class Sublayer(nn.Module):
-    """A sublayer with the gain of the norm before it. forward: z [B, L, D] (normalised) to s [B, L, D]."""
+    """A sublayer with the gain of the norm before it. forward: z [B, L, D'] (normalised) to s [B, L, D'].
+
+    D' is D, or the width that the kernels want of a stream (`kernels.row_width`), with zeros in the columns from D on.
+    """
 
     def __init__(self, config: ModelConfig, block: BlockConfig, index: int, residual: bool, sites: Sites):
         super().__init__()
@@ -79,19 +91,19 @@ class Sublayer(nn.Module):
     def split(self, z: Tensor, weight: Tensor, shared: Pass, *parts: int) -> Tensor:
         """z W^T, W [(parts) H K, D], as [B, L, (parts), H, K']: K' is K, or the width that attention wants.
 
-        Zero rows of W fill the heads up: no activation is copied for it, and W's gradient is that of its own rows.
+        Zero rows of W fill the heads up, and zero columns meet those of z: no activation is copied for it.
         """
         width = kernels.head_width(self.width, shared.dtype or weight.dtype, weight.device, impl=shared.impl)
-        if width > self.width:
-            weight = pad(weight.unflatten(0, (-1, self.width)), (0, 0, 0, width - self.width)).flatten(0, 1)
+        weight = fill(weight, width, z.shape[-1], weight.shape[0] // self.width)
         return shared.linear(z, weight).unflatten(-1, (*parts, self.heads, width))
 
-    def join(self, mixed: Tensor, weight: Tensor, shared: Pass) -> Tensor:
-        """All heads of mixed [B, L, H, K'] through W [D, H K], with zero columns where K' is more than K."""
+    def join(self, mixed: Tensor, weight: Tensor, z: Tensor, shared: Pass) -> Tensor:
+        """All heads of mixed [B, L, H, K'] through W [D, H K], with zero columns where K' is more than K, and zero rows
+        up to the width of the stream, that of z."""
         missing = mixed.shape[-1] - self.width
         if missing:
             weight = pad(weight.unflatten(1, (self.heads, self.width)), (0, missing)).flatten(1)
-        return shared.linear(mixed.flatten(2), weight)
+        return shared.linear(mixed.flatten(2), fill(weight, z.shape[-1], weight.shape[1]))
 
 
 class SelfAttention(Sublayer):
@@ -116,7 +128,7 @@ class SelfAttention(Sublayer):
         )
         if not self.decoder:
             shared.memory.append(kv)
-        return self.join(mixed, self.w_o, shared)
+        return self.join(mixed, self.w_o, z, shared)
 
     def remember(self, z: Tensor, shared: Pass) -> None:
         """Keys and values alone: all that the last encoder block is needed for."""
@@ -141,7 +153,7 @@ class CrossAttention(Sublayer):
     def forward(self, z: Tensor, shared: Pass) -> Tensor:
         q = self.split(z, self.w_q, shared)
         mixed = self.attend(q, shared, shared.dropout(self.dropout, self.inner_site))
-        return self.join(mixed, self.w_o, shared)
+        return self.join(mixed, self.w_o, z, shared)
 
 
 class DatabaseAttention(CrossAttention):
@@ -174,7 +186,7 @@ class UnifiedAttention(Sublayer):
             # the faulty mask exists in the reference only; the rest of the model runs as chosen
             impl="reference" if self.as_published else shared.impl,
         )
-        return self.join(mixed, self.w_o, shared)
+        return self.join(mixed, self.w_o, z, shared)
 
 
 class FeedForward(Sublayer):
@@ -186,14 +198,17 @@ class FeedForward(Sublayer):
         self.factor = config.mixed_factor if self.kind == "mixed" else 1.0
         self.slow_dropout = config.slow_dropout
         self.slow_site = sites()
-        halves = 1 if self.kind == "plain" else 2
-        self.w_in = self.projection(halves * config.dim_feedforward, config.dim_model)
+        self.halves = 1 if self.kind == "plain" else 2
+        self.w_in = self.projection(self.halves * config.dim_feedforward, config.dim_model)
         self.w_down = self.projection(config.dim_model, config.dim_feedforward)
 
     def forward(self, z: Tensor, shared: Pass) -> Tensor:
+        w_in = shared.cast(self.w_in)
+        # hidden units without weights add nothing: whatever they are, the columns of Wdown that they meet are zeros
+        width = kernels.row_width("glu", self.w_down.shape[1], w_in.dtype, w_in.device, impl=shared.impl)
         hidden = kernels.glu(
             z,
-            shared.cast(self.w_in),
+            fill(w_in, width, z.shape[-1], self.halves),
             kind=self.kind,
             activation=self.activation,
             factor=self.factor,
@@ -201,7 +216,7 @@ class FeedForward(Sublayer):
             gate_dropout=shared.dropout(self.slow_dropout, self.slow_site),
             impl=shared.impl,
         )
-        return shared.linear(hidden, self.w_down)
+        return shared.linear(hidden, fill(self.w_down, z.shape[-1], width))
 
 
 _CLASSES: dict[str, Callable[..., Sublayer]] = {

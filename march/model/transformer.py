@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import kernels
 from kernels.portable import product_dtype as portable_dtype
 from march.config import BlockConfig, ModelConfig, ResolvedConfig
-from march.model.layers import Norm, Pass, SelfAttention, Sites, Sublayer, build_sublayer
+from march.model.layers import Norm, Pass, SelfAttention, Sites, Sublayer, build_sublayer, fill
 
 MASK32 = 0xFFFFFFFF
 # Below this width bfloat16 products gain nothing over float32 ones: the calls cost more than the arithmetic.
@@ -36,7 +36,7 @@ class Stack(nn.Module):
 
     def __init__(self, config: ModelConfig, blocks: tuple[BlockConfig, ...], sites: Sites, *, decoder: bool):
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout, self.width = config.dropout, config.dim_model
         self.blocks = nn.ModuleList(
             nn.ModuleList(
                 build_sublayer(config, block, index, sublayer, sites, decoder=decoder) for sublayer in block.sublayers
@@ -51,12 +51,14 @@ class Stack(nn.Module):
         return [sublayer for block in self.blocks for sublayer in block]  # type: ignore[attr-defined, misc]
 
     def forward(self, x: Tensor, shared: Pass) -> Tensor | None:
-        """x [B, L, D] to the normalised output [B, L, D]; None of the encoder, which leaves its memory in `shared`."""
+        """x [B, L, D'] to the normalised output [B, L, D']; None of the encoder, which leaves `shared.memory`."""
         sublayers = self.sublayers()
         gains = [shared.cast(norm.gain) for norm in (*(sublayer.norm for sublayer in sublayers), self.final_norm)]
+        if x.shape[-1] > self.width:
+            gains = [fill(gain[None], 1, x.shape[-1])[0] for gain in gains]
         last_needed = self.blocks[-1][0] if self.memory_only else None  # type: ignore[index]
         stream: Tensor | None = x
-        stream, z = kernels.residual_norm(stream, None, gains[0], impl=shared.impl)
+        stream, z = kernels.residual_norm(stream, None, gains[0], features=self.width, impl=shared.impl)
         for sublayer, next_gain in zip(sublayers, gains[1:], strict=True):
             if sublayer is last_needed:
                 assert isinstance(sublayer, SelfAttention)
@@ -68,6 +70,7 @@ class Stack(nn.Module):
                 s,
                 next_gain,
                 dropout=shared.dropout(self.dropout, sublayer.output_site),
+                features=self.width,
                 impl=shared.impl,
             )
         return z
@@ -109,7 +112,7 @@ class Transformer(nn.Module):
         x = kernels.embedding(
             ids,
             table,
-            self.positions,
+            fill(self.positions, self.positions.shape[0], table.shape[1]),
             combine=self.config.embedding_combine,
             dropout=shared.dropout(self.config.dropout, token_site),
             position_dropout=shared.dropout(self.config.dropout, position_site),
@@ -131,6 +134,12 @@ class Transformer(nn.Module):
             return None
         dtype = portable_dtype()
         return None if dtype == weight.dtype else dtype
+
+    def _stream_width(self, shared: Pass) -> int:
+        """Columns of the stream: dim_model, or more, filled with zeros, where the kernels want rows of 16 bytes."""
+        weight = self.embedding
+        dtype = shared.dtype or weight.dtype
+        return kernels.row_width("residual_norm", self.config.dim_model, dtype, weight.device, impl=self.impl)
 
     def _dropout_state(self, state: Tensor | None, device: torch.device) -> Tensor | None:
         if not self.training:
@@ -166,7 +175,9 @@ class Transformer(nn.Module):
         if self.config.database_states:
             bank = (shared.cast(self.database_keys), shared.cast(self.database_values))
             shared.database = (bank[0][None, :, None], bank[1][None, :, None])
-        table, output = kernels.tied_table(self.embedding, shared.dtype, impl=self.impl)
+        stream = self._stream_width(shared)
+        table = fill(self.embedding, self.embedding.shape[0], stream)
+        table, output = kernels.tied_table(table, shared.dtype, impl=self.impl)
         self.encoder(self._embed(input_ids, table, "encoder", shared), shared)
         h = self.decoder(self._embed(decoder_input_ids, table, "decoder", shared), shared)
         scale = self.config.dim_model**-0.5

@@ -28,6 +28,7 @@ OUTPUTS = {"residual_norm": ("y", "z"), "linear_cross_entropy": ("loss", "per_to
 NOT_DIFFERENTIABLE = ("per_token",)
 GUARD = 64  # elements of NaN before and after every allocation
 SLACK = 3  # elements or rows of NaN beside the valid region of a padded input
+HEAD_SLACK = 8  # elements beside heads: rows that start at other than multiples of 16 bytes are copied, NaN left behind
 SHIFTED_SITE = 7919
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -117,16 +118,18 @@ def place(x: Tensor, layout: str, guarded: _Guarded | None = None) -> Tensor:
         a, b = (1, 2) if rank == 4 else (rank - 2, rank - 1)
         order[a], order[b] = order[b], order[a]
     stored = x.permute(order)
-    slack = 0 if layout == "guarded" else SLACK
     step = 2 if layout == "strided" else 1
-    sizes = [n + 2 * slack for n in stored.shape]
+    slacks = [0 if layout == "guarded" else SLACK] * rank
+    if rank >= 4 and layout != "guarded":
+        slacks[-1] = HEAD_SLACK
+    sizes = [n + 2 * slack for n, slack in zip(stored.shape, slacks, strict=True)]
     sizes[-1:] = [n * step for n in sizes[-1:]]
     count = 1
     for n in sizes:
         count *= n
     buffer = _poison(torch.empty(count + 2 * GUARD, dtype=x.dtype, device=x.device))
     view = buffer[GUARD : GUARD + count].view(sizes)
-    for dim, n in enumerate(stored.shape):
+    for dim, (n, slack) in enumerate(zip(stored.shape, slacks, strict=True)):
         last = dim == rank - 1
         view = view.narrow(dim, slack * (step if last else 1), n * (step if last else 1))
     view = (view[..., ::step] if rank else view).permute(order)
@@ -383,7 +386,7 @@ def mutations(operator: str, inputs: Mapping[str, Any], kwargs: Mapping[str, Any
     names += [f"output-scale:{n}" for n in OUTPUTS.get(operator, ("out",))]
     names += [f"drop-mask:{n}" for n in _MASKS if kwargs.get(n) is not None and kwargs.get(n) is not False]
     names += ["change-scale"] if "scale" in kwargs or operator in ("attention", "unified_attention") else []
-    names += ["change-factor"] if "factor" in kwargs else []
+    names += [f"change-{n}" for n in ("factor", "features") if n in kwargs]
     names += ["drop-ignore-index"] if operator == "linear_cross_entropy" and bool((inputs["labels"] < 0).any()) else []
     for n in _DROPOUTS:
         if kwargs.get(n) is not None:
@@ -432,6 +435,8 @@ def _mutated(mutate: str, operator: str, inputs, kwargs, dtype, impl, arguments)
         return run(new_kwargs=kwargs | {"scale": kwargs.get("scale", 1.0) * 1.01})
     if how == "change-factor":
         return run(new_kwargs=kwargs | {"factor": kwargs["factor"] * 1.01})
+    if how == "change-features":
+        return run(new_kwargs=kwargs | {"features": kwargs["features"] + 1})
     if how == "drop-ignore-index":
         return run(new_inputs=inputs | {"labels": inputs["labels"].clamp(min=0)})
     if how == "no-dropout":

@@ -284,9 +284,13 @@ def test_saves_packed_inputs_output_and_log_sum_exp_only(form):
         (190, torch.bfloat16, "triton", 192),
         (380, torch.bfloat16, "triton", 384),
         (190, torch.float32, "triton", 192),
-        (380, torch.float32, "triton", 380),
+        (380, torch.float32, "triton", 384),
         (64, torch.bfloat16, "triton", 64),
-        (23, torch.bfloat16, "triton", 23),
+        (23, torch.bfloat16, "triton", 24),
+        (23, torch.float32, "triton", 24),
+        (104, torch.bfloat16, "triton", 112),
+        (1, torch.bfloat16, "triton", 8),
+        (40, torch.bfloat16, "triton", 40),
         (190, torch.bfloat16, "torch", 190),
         (190, torch.bfloat16, "auto", 190),  # of a CPU: torch
         (190, torch.bfloat16, {"attention": "torch", "unified_attention": "triton"}, 192),
@@ -294,6 +298,25 @@ def test_saves_packed_inputs_output_and_log_sum_exp_only(form):
 )
 def test_the_seam_says_which_head_width_it_wants(width, dtype, impl, wanted):
     assert kernels.head_width(width, dtype, torch.device("cpu"), impl=impl) == wanted
+
+
+@pytest.mark.parametrize(
+    ("operator", "width", "dtype", "impl", "wanted"),
+    [
+        ("residual_norm", 380, torch.bfloat16, "triton", 384),
+        ("residual_norm", 380, torch.float32, "triton", 380),
+        ("residual_norm", 380, torch.bfloat16, {"residual_norm": "torch"}, 380),
+        ("residual_norm", 512, torch.bfloat16, "triton", 512),
+        ("glu", 1365, torch.bfloat16, "triton", 1376),
+        ("glu", 1365, torch.float32, "triton", 1376),
+        ("glu", 1520, torch.bfloat16, "triton", 1520),
+        ("glu", 1365, torch.bfloat16, "torch", 1365),
+        ("glu", 1365, torch.bfloat16, "auto", 1365),  # of a CPU: torch
+        ("glu", 63, torch.bfloat16, "triton", 63),
+    ],
+)
+def test_the_seam_says_which_row_width_it_wants(operator, width, dtype, impl, wanted):
+    assert kernels.row_width(operator, width, dtype, torch.device("cpu"), impl=impl) == wanted
 
 
 @pytest.mark.parametrize(

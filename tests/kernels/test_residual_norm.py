@@ -40,6 +40,30 @@ def test_widths(width):
     check("residual_norm", _inputs(2, 2, width), {"dropout": DROPOUT}, torch.float16)
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("form", ["both", "no residual", "norm alone"])
+def test_rows_filled_up_with_zeros(form, impl):
+    """Columns of zeros change nothing where `features` counts the others: outputs, gradients, and dropout's masks."""
+    dropout = None if form == "norm alone" else DROPOUT
+    given = {n: x.float().requires_grad_() if x is not None else None for n, x in _inputs(2, 7, 30, form).items()}
+    wider = {n: torch.nn.functional.pad(x, (0, 6)) if x is not None else None for n, x in given.items()}
+    leaves = [x for x in given.values() if x is not None]
+    results = []
+    for inputs, kwargs in ((given, {}), (wider, {"features": 30})):
+        y, z = kernels.residual_norm(**inputs, dropout=dropout, impl=impl, **kwargs)
+        assert not y[..., 30:].any()
+        assert not z[..., 30:].any()
+        loss = (y[..., :30] * torch.arange(30.0)).sum() + (z[..., :30].square() * torch.arange(30.0)).sum()
+        results.append((y[..., :30], z[..., :30], *torch.autograd.grad(loss, leaves)))
+    for own, filled in zip(*results, strict=True):
+        torch.testing.assert_close(filled, own, rtol=1e-4, atol=1e-4)
+
+
+def test_features_are_counted():
+    """Rows that are not zero beyond them too: what is divided by, forward and backward."""
+    check("residual_norm", _inputs(2, 7, 40), {"dropout": DROPOUT, "features": 23})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", ["both", "no residual", "norm alone"])
@@ -89,7 +113,7 @@ def test_zero_rows_stay_finite():
     check("residual_norm", inputs, {"dropout": None})
 
 
-CASE = (_inputs(2, 6, 24, seed=1), {"dropout": DROPOUT})
+CASE = (_inputs(2, 6, 24, seed=1), {"dropout": DROPOUT, "features": 20})
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
@@ -147,4 +171,4 @@ def test_registered_operator():
 
     x, s, gain = (x.float().to(DEVICE).requires_grad_() for x in _inputs(2, 3, 8).values())
     rng = dropout_state(1, 2, 3, DEVICE)
-    torch.library.opcheck(_forward_op, (x, s, gain, rng, 0.25, 3, 1e-6))
+    torch.library.opcheck(_forward_op, (x, s, gain, rng, 0.25, 3, 1e-6, 8))

@@ -173,6 +173,7 @@ REFUSED = [
     ("residual_norm", (_t(2, 5, 4), _t(2, 6, 4), _t(4)), {}, "like x"),
     ("residual_norm", (_t(2, 5, 4), None, _t(5)), {}, r"gain as \[4\]"),
     ("residual_norm", (_t(2, 5, 4), None, _t(4)), {"dropout": DROPOUT}, "no dropout without s"),
+    ("residual_norm", (_t(2, 5, 4), None, _t(4)), {"features": 5}, "features from 1 to 4"),
     ("linear_cross_entropy", (_t(2, 4), _t(9, 4), _IDS), {}, r"h as \[B, L, D\]"),
     ("linear_cross_entropy", (_t(2, 5, 4), _t(9, 5), _IDS), {}, r"weight as \[V, 4\]"),
     ("linear_cross_entropy", (_t(2, 5, 4), _t(9, 4), _IDS.int()), {}, "labels as int64"),
@@ -452,6 +453,8 @@ def test_nvidias_apex(apex_path):
         got = apex.residual_norm(**inputs | form, dropout=None, eps=1e-6)
         for a, b in zip(got, reference.residual_norm(**inputs | form), strict=True):
             torch.testing.assert_close(a, b)
+    with pytest.raises(kernels.ImplementationError, match="expected features 8, got 6"):
+        apex.residual_norm(**inputs, dropout=None, eps=1e-6, features=6)
 
 
 def test_an_old_apex(apex_path):

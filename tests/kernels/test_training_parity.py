@@ -94,16 +94,37 @@ def test_three_steps(name):
 
 @pytest.mark.parametrize("name", ["BigHeads2", "DatabaseFromLayers", "UnifiedAttention"])
 def test_heads_that_are_filled_up(name, monkeypatch):
-    """Heads of 70 in float32 are computed as 72: by zero rows of the weights, no activation is padded."""
+    """Heads of 70 in float32 are computed as 80: by zero rows of the weights, no activation is padded."""
 
     def unpadded(*tensors):
-        assert all(x.shape[-1] == 72 for x in tensors), "an activation would be padded"
+        assert all(x.shape[-1] == 80 for x in tensors), "an activation would be padded"
         return tensors
 
     for module in (attention, unified_attention):
         monkeypatch.setattr(module, "padded_heads", unpadded)
-    assert kernels.head_width(70, torch.float32, torch.device("cpu"), impl="triton") == 72
+    assert kernels.head_width(70, torch.float32, torch.device("cpu"), impl="triton") == 80
     compare(name, 1, num_heads=1, dim_qkv=70, num_layers=4)
+
+
+@pytest.mark.parametrize("name", ["DatabaseFromLayers", "MixedActSOMDropout", "UnifiedAttention"])
+def test_rows_that_are_filled_up(name, monkeypatch):
+    """A stream of 70 features and a hidden layer of 90 in float32 are computed as 80 and 96: zeros in the weights."""
+    widths = set()
+    norm, hidden = kernels.residual_norm, kernels.glu
+
+    def residual_norm(x, s, gain, **kwargs):
+        widths.add(("stream", gain.shape[0]))
+        return norm(x, s, gain, **kwargs)
+
+    def glu(x, weight, **kwargs):
+        out = hidden(x, weight, **kwargs)
+        widths.add(("hidden", out.shape[-1]))
+        return out
+
+    monkeypatch.setattr(kernels, "residual_norm", residual_norm)
+    monkeypatch.setattr(kernels, "glu", glu)
+    compare(name, 2, dim_model=70, dim_feedforward=90, num_layers=4)
+    assert widths == {("stream", 70), ("stream", 80), ("hidden", 90), ("hidden", 96)}
 
 
 @pytest.mark.slow
