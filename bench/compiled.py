@@ -1,6 +1,7 @@
 """What the fused kernels compile to, without a GPU: one row a kernel and configuration, judged by section 5.
 
-    python -m bench.compiled [--arch sm_86] [--exp Baseline] [--kernel PATTERN] [--padding] [--json] [--save DIR]
+    python -m bench.compiled [--arch sm_86] [--exp Baseline] [--kernel PATTERN] [--padding] [--brief] [--json]
+        [--save DIR]
 
 A whole training step of the experiment, forward and backward, at the paper's shapes runs on meta tensors through the
 launch code of a GPU run; every kernel that it launches is compiled for the target. Nothing is executed: these are
@@ -23,6 +24,7 @@ import torch
 import kernels
 import march
 from kernels.compile_only import ARCHITECTURES, Launch, recording, reports, save, table
+from kernels.compile_only.report import Report
 from kernels.compile_only.sass import tool
 from kernels.dispatch import OPERATORS, fused_available
 from march import experiments
@@ -85,12 +87,42 @@ def versions() -> dict[str, str]:
     return {"triton": triton.__version__, "ptxas": release, "torch": torch.__version__, "kernels": kernels.__version__}
 
 
+def brief(name: str, arch: str, launches: Sequence[Launch], rows: Sequence[Report]) -> dict[str, str]:
+    """One line of the digest: what a step of an experiment compiles to on a target, by its worst kernel."""
+    slots = [row.main_loop.issue_per_hmma for row in rows if row.main_loop and "float32" not in row.dtype]
+    spilling = sorted({row.kernel.strip("_") for row in rows if row.spill_stores or row.spill_loads or row.local})
+    failures = sorted({failure for row in rows for failure in row.failures})
+    return {
+        "experiment": name,
+        "target": arch,
+        "launches": str(len(launches)),
+        "programs": str(len(rows)),
+        "most registers": str(max((row.registers for row in rows), default=0)),
+        "spilling": ", ".join(spilling) or "-",
+        "most shared": str(max((row.shared for row in rows), default=0)),
+        "fewest warps an SM": str(min((row.warps_per_sm for row in rows if row.hmma), default=0)),
+        # wgmma's loops have no HMMA of one warp to count by
+        "most slots/HMMA": f"{max(slots):.2f}" if slots and arch != "sm_90" else "-",
+        "atomics": str(sum(row.atomics for row in rows)),
+        "verdict": "FAIL: " + "; ".join(failures) if failures else "pass" if rows else "no fused kernel",
+    }
+
+
+def digest(lines: Sequence[dict[str, str]]) -> str:
+    """The lines of `brief` as a Markdown table."""
+    table = [list(lines[0]), *(list(line.values()) for line in lines)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    text = ["| " + " | ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)) + " |" for row in table]
+    return "\n".join([text[0], "| " + " | ".join("-" * n for n in widths) + " |", *text[1:]])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--arch", default="sm_86", choices=(*ARCHITECTURES, "all"))
     parser.add_argument("--exp", default="Baseline", help="an experiment's name; several with commas; or 'all'")
     parser.add_argument("--kernel", default="*", help="only kernels whose name contains this, or matches a * pattern")
     parser.add_argument("--padding", action="store_true", help="with a padding mask, which training's sequences lack")
+    parser.add_argument("--brief", action="store_true", help="one line an experiment and target instead of tables")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--save", type=Path, metavar="DIR", help="keep cubins, disassembly, PTX and TTGIR there")
     given = parser.parse_args(arguments)
@@ -104,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = missing_operators()
     failed = bool(missing)
     results = []
+    lines: list[dict[str, str]] = []
     for arch in architectures:
         for name in names:
             step = training_step(name, arch, padding=given.padding, compile=chosen)
@@ -113,7 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.append({"experiment": name, "arch": arch, "rows": [row.row() for row in rows]})
             if given.save:
                 save(launches, given.save / arch / name)
-            if not given.json:
+            if given.brief:
+                lines.append(brief(name, arch, launches, rows))
+                print(f"{name}, {arch}: {lines[-1]['verdict']}", file=sys.stderr)
+            elif not given.json:
                 print(f"{name}, {arch}: {len(launches)} launches of {len(rows)} compiled programs; compiled, not run")
                 print(table(rows) + "\n" if rows else "no fused kernel was launched\n")
     facts = {"date": datetime.date.today().isoformat(), "versions": versions(), "status": "compiled, not run"}
@@ -126,6 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.json:
         print(json.dumps({**facts, **shapes, "missing": missing, "passed": not failed, "results": results}, indent=1))
     else:
+        if lines:
+            print(digest(lines) + "\n\ncompiled, not run")
         print(f"{facts['date']}, " + ", ".join(f"{key} {value}" for key, value in versions().items()))
         print(f"micro-batch {MICRO_BATCH}, encoder {ENCODER_LENGTH}, decoder {DECODER_LENGTH} positions")
         if missing:

@@ -35,9 +35,14 @@ def architecture() -> str:
     return f"sm_{triton.runtime.driver.active.get_current_target().arch}"
 
 
-def with_unit_stride(x: Tensor) -> Tensor:
-    """`x`, copied only if its innermost stride is not 1: tiles are read in vectors along it."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def in_vectors(x: Tensor) -> Tensor:
+    """`x`, copied only if its rows cannot be read 16 bytes at a time: an innermost stride other than 1, or rows that
+    start elsewhere than at multiples of 16 bytes. Read 2 or 4 bytes at a time they would take registers that the
+    kernels lack (dQ at K 49: 161 spilt)."""
+    starts = [x.storage_offset(), *(s for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1)]
+    if x.stride(-1) == 1 and all(start * x.element_size() % 16 == 0 for start in starts):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def check_supported(operator: str, *tensors: Tensor) -> None:
@@ -57,7 +62,7 @@ def check_supported(operator: str, *tensors: Tensor) -> None:
 
 
 def padded_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Head widths filled with zeros up to what the kernels want (`kernels.packed.head_stride`): 190 to 192, 380 to 384.
+    """Head widths filled with zeros up to what the kernels want (`kernels.packed.head_stride`): 49 to 56, 190 to 192.
     A model that pads its projections' weights instead saves these copies (`kernels.head_width`)."""
     missing = [head_stride(x.shape[-1], x.element_size()) - x.shape[-1] for x in tensors]
     return tuple(torch.nn.functional.pad(x, (0, n)) if n else x for x, n in zip(tensors, missing, strict=True))
@@ -164,7 +169,7 @@ def forward(
     scale: float, causal: bool, p: float, site: int, backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(O [B, Lq, H, Kv], lse [B, H, Lq] float32 in units of log2, O's further bits: `rest_of`)."""
-    q, k, v, mask = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v), mask_bias(mask)
+    q, k, v, mask = in_vectors(q), in_vectors(k), in_vectors(v), mask_bias(mask)
     batch, queries, heads, _ = q.shape
     keys, groups, value_width = k.shape[1], k.shape[2], v.shape[3]
     o = torch.empty((batch, queries, heads, value_width), dtype=q.dtype, device=q.device)
@@ -245,7 +250,7 @@ def backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of `sources`, contiguous: [q, k, v], or packed as [qkv] or [q, kv]. handed: see `launch_dkdv`."""
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in sources]
-    do, q, k, v, mask = *(with_unit_stride(x) for x in (do, *unpack(*sources))), mask_bias(mask)
+    do, q, k, v, mask = *(in_vectors(x) for x in (do, *unpack(*sources))), mask_bias(mask)
     batch, queries, heads, _ = q.shape
     keys, groups = k.shape[1], k.shape[2]
     if not launches(q):
@@ -345,8 +350,8 @@ def attention(
     key_mask: Tensor | None,
     dropout: Dropout | None,
 ) -> Tensor:
-    """Contract in kernels.api.attention. An innermost stride other than 1 costs a copy, and so does a head width above
-    64 that is not a multiple of 16 bytes (see `padded_heads`)."""
+    """Contract in kernels.api.attention. Rows that cannot be read 16 bytes at a time cost a copy (`in_vectors`,
+    `padded_heads`)."""
     rng, p, site = drop_arguments(dropout)
     check_supported("attention", q, k, v)
     value_width = v.shape[3]

@@ -18,6 +18,7 @@ from kernels.fused.attention import (
     drop_arguments,
     empty_rows,
     forward_columns,
+    in_vectors,
     launch_dkdv,
     mask_bias,
     needs_backward,
@@ -30,7 +31,6 @@ from kernels.fused.attention import (
     strides_of,
     tile_for,
     width_constants,
-    with_unit_stride,
 )
 from kernels.fused.attention_core import (
     backward_rows,
@@ -169,7 +169,7 @@ def forward(
     rng: Tensor | None, scale: float, p: float, site: int, backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(O [B, L, H, Kv], lse [B, H, L] float32 in units of log2, O's further bits: `rest_of`)."""
-    q, k, v, other_k, other_v = (with_unit_stride(x) for x in (q, k, v, other_k, other_v))
+    q, k, v, other_k, other_v = (in_vectors(x) for x in (q, k, v, other_k, other_v))
     mask = mask_bias(mask)
     batch, queries, heads, _ = q.shape
     keys, others, value_width = k.shape[1], other_k.shape[1], v.shape[3]
@@ -200,7 +200,7 @@ def backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of `sources`, contiguous: [q, k, v, other k, other v], or packed as [qkv, other kv]."""
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in sources]
-    do, q, k, v, other_k, other_v = (with_unit_stride(x) for x in (do, *unpack(*sources)))
+    do, q, k, v, other_k, other_v = (in_vectors(x) for x in (do, *unpack(*sources)))
     mask = mask_bias(mask)
     batch, queries, heads, _ = q.shape
     keys, others = k.shape[1], other_k.shape[1]
