@@ -250,14 +250,14 @@ def cross_attention(
     )
 
 
-def head_width(width: int, dtype: torch.dtype, device: torch.device, *, impl: Impl = "auto") -> int:
+def head_width(width: int, device: torch.device, *, impl: Impl = "auto") -> int:
     """The head width that attention wants products of: `width`, or more with zeros in the rest.
 
     The fused kernels copy q, k and v into that width where they come in another (`kernels.packed.head_stride`). A model
     that fills its projections' weights up with zeros has products, outputs and gradients that need no copy.
     """
     if "triton" in [choice(operator, impl, device) for operator in packed.FORMS]:
-        return packed.head_stride(width, dtype.itemsize)
+        return packed.head_stride(width)
     return width
 
 

@@ -73,12 +73,11 @@ def aligned_width(width: int, element_size: int) -> int:
     return width if width <= 64 or width * element_size % 16 == 0 else -(-width // 16) * 16
 
 
-def head_stride(width: int, element_size: int) -> int:
-    """The width that the fused kernels want heads filled with zeros to: multiples of 16 bytes, above 64 of 16 elements.
+def head_stride(width: int) -> int:
+    """The width that the fused kernels want heads filled with zeros to: a multiple of 16.
 
     A head stride of 380 bytes allows loads of 4 bytes only, and as many pointers: dK and dV at 190 spill hundreds of
-    registers, dQ at 49 spills 161. Above 64 a product has steps of 16 in any case, and a whole last step needs no mask,
-    which at 104 and 120 costs the one to five registers that are missing. The zeros change no product.
+    registers, dQ at 49 spills 161. Products have steps of 16 in any case, and a whole last step needs no mask, which at
+    40, 104 and 120 costs the one to five registers that are missing. The zeros change no product.
     """
-    unit = 16 if width > 64 else 16 // element_size
-    return -(-width // unit) * unit
+    return -(-width // 16) * 16

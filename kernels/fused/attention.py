@@ -62,9 +62,9 @@ def check_supported(operator: str, *tensors: Tensor) -> None:
 
 
 def padded_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Head widths filled with zeros up to what the kernels want (`kernels.packed.head_stride`): 49 to 56, 190 to 192.
+    """Head widths filled with zeros up to what the kernels want (`kernels.packed.head_stride`): 40 to 48, 190 to 192.
     A model that pads its projections' weights instead saves these copies (`kernels.head_width`)."""
-    missing = [head_stride(x.shape[-1], x.element_size()) - x.shape[-1] for x in tensors]
+    missing = [head_stride(x.shape[-1]) - x.shape[-1] for x in tensors]
     return tuple(torch.nn.functional.pad(x, (0, n)) if n else x for x, n in zip(tensors, missing, strict=True))
 
 

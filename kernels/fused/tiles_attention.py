@@ -144,7 +144,7 @@ TABLES_32 = {
     "forward": (*NARROW_32, (64, Tile(32, 32, 4, 1)), (128, Tile(16, 32, 4, 1)), (512, Tile(16, 16, 4, 1))),
     # at 32 x 32 one register spills in a packed gradient, two under masked columns and a key mask together
     "dq": (*NARROW_32, (64, Tile(16, 32, 4, 1)), (128, Tile(16, 32, 4, 2)), *WIDE_32),
-    "dkdv": ((16, Tile(32, 64, 4, 1)), (64, Tile(32, 16, 4, 1))),
+    "dkdv": ((16, Tile(32, 64, 4, 1)), (64, Tile(32, 16, 4, 1, 255))),
     "dk": ((128, Tile(32, 16, 4, 1)), (256, Tile(16, 16, 4, 1)), (512, Tile(16, 8, 4, 1))),
     "dv": ((128, Tile(32, 16, 4, 1)), (512, Tile(16, 16, 4, 1))),
 }

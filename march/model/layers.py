@@ -93,7 +93,7 @@ class Sublayer(nn.Module):
 
         Zero rows of W fill the heads up, and zero columns meet those of z: no activation is copied for it.
         """
-        width = kernels.head_width(self.width, shared.dtype or weight.dtype, weight.device, impl=shared.impl)
+        width = kernels.head_width(self.width, weight.device, impl=shared.impl)
         weight = fill(weight, width, z.shape[-1], weight.shape[0] // self.width)
         return shared.linear(z, weight).unflatten(-1, (*parts, self.heads, width))
 

@@ -102,7 +102,7 @@ def test_heads_that_are_filled_up(name, monkeypatch):
 
     for module in (attention, unified_attention):
         monkeypatch.setattr(module, "padded_heads", unpadded)
-    assert kernels.head_width(70, torch.float32, torch.device("cpu"), impl="triton") == 80
+    assert kernels.head_width(70, torch.device("cpu"), impl="triton") == 80
     compare(name, 1, num_heads=1, dim_qkv=70, num_layers=4)
 
 
