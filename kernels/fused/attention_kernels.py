@@ -259,9 +259,9 @@ def _attention_bwd_dkdv_kernel(
         # only now: alive through the loop it spills two or three registers
         real = real_keys(lengths_ptr, mask_ptr, stride_mb, bk, offs_n, Lk, HAS_LENGTHS, HAS_MASK)
     row, left = PARTS * heads, Lk - start_n
-    if HANDED:
-        # adds 0, which the compiler does not know: it otherwise keeps addresses from before the loop for these loads,
-        # and spills 6 registers at K 128 (254 are used now, 190 instead of 193 at 64)
+    if HANDED or PRECISION == "tf32x3":
+        # adds 0, which the compiler does not know: it otherwise keeps addresses from before the loop, and with those of
+        # the loads spills 6 registers at K 128 (254 are used now, 190 instead of 193 at 64), in float32 one
         local_n += tl.program_id(1)
     out_row = ((tl.cast(split, tl.int64) * Bk + bk) * Lk + start_n) * row + g
     handed_row = (bk64 * Lk + start_n) * 2 * heads + g

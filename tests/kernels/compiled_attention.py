@@ -1,8 +1,8 @@
 """Compiles attention launches for a GPU that is not there; a program of its own, since kernels tested beside it are
 interpreted. Input: cases as a JSON list in the only argument; output: rows of the report as a JSON list.
 
-A case: {"arch", "operator", "width", "value_width", "dropout", "causal", "padding", "bank", "dtype", "sizes"}, where
-sizes is a list of (batch, queries, keys), one call each.
+A case: {"arch", "operator", "width", "value_width", "dropout", "causal", "padding", "bank", "dtype", "offset",
+"sizes"}, where sizes is a list of (batch, queries, keys), one call each.
 """
 
 import json
@@ -24,7 +24,10 @@ def _call(case, batch, queries, keys, site):
     value_width = case.get("value_width", width)
 
     def heads(length, n, k, of=batch):
-        return torch.empty(of, length, n, k, dtype=dtype, device="meta", requires_grad=True)
+        # an offset: rows that start at odd elements, as part of something wider
+        offset = case.get("offset", 0)
+        x = torch.empty(of, length, n, k + offset, dtype=dtype, device="meta", requires_grad=True)
+        return x[..., offset:]
 
     dropout = None
     if case.get("dropout"):
