@@ -69,8 +69,8 @@ def resolve(name: str, module: Any) -> Callable:
 
 
 def aligned_width(width: int, element_size: int) -> int:
-    """`width`, above 64 rounded up to a multiple of 16 where rows of it would not start at multiples of 16 bytes."""
-    return width if width <= 64 or width * element_size % 16 == 0 else -(-width // 16) * 16
+    """`width`, rounded up to a multiple of 16 where rows of it would not start at multiples of 16 bytes."""
+    return width if width * element_size % 16 == 0 else -(-width // 16) * 16
 
 
 def head_stride(width: int) -> int:

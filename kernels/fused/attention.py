@@ -17,6 +17,7 @@ from kernels.dropout import SEGMENT_COLUMNS, Dropout, keep_scale
 from kernels.fused import attention_kernels as programs
 from kernels.fused import tiles_attention
 from kernels.fused.primitives import signed_threshold
+from kernels.fused.vectors import in_vectors
 from kernels.packed import head_stride, unpack
 
 LOG2_E = 1.4426950408889634
@@ -33,16 +34,6 @@ def architecture() -> str:
     if triton_interpreted():
         return "sm_86"
     return f"sm_{triton.runtime.driver.active.get_current_target().arch}"
-
-
-def in_vectors(x: Tensor) -> Tensor:
-    """`x`, copied only if its rows cannot be read 16 bytes at a time: an innermost stride other than 1, or rows that
-    start elsewhere than at multiples of 16 bytes. Read 2 or 4 bytes at a time they would take registers that the
-    kernels lack (dQ at K 49: 161 spilt)."""
-    starts = [x.storage_offset(), *(s for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1)]
-    if x.stride(-1) == 1 and all(start * x.element_size() % 16 == 0 for start in starts):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def check_supported(operator: str, *tensors: Tensor) -> None:

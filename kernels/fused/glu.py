@@ -24,6 +24,7 @@ from kernels.fused.attention_kernels import _sum_partials_kernel
 from kernels.fused.glu_gradients import _glu_dw_kernel, _glu_dx_kernel
 from kernels.fused.glu_kernels import _glu_backward_kernel, _glu_forward_kernel, _glu_recompute_kernel
 from kernels.fused.primitives import alignment, signed_threshold
+from kernels.fused.vectors import filled, in_vectors
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 COLUMN_UNIT = 16
@@ -94,6 +95,7 @@ def _forward(
     else:
         saved = torch.empty((rows, halves * padded) if save else (0,), dtype=x.dtype, device=x.device)
     if launches(x) and rows and width:
+        x, weight = in_vectors(x), in_vectors(weight)
         tile = tiles.product_tile(architecture(x), halves == 2, 8 * x.element_size())
         grid = (triton.cdiv(rows, tile.m) * triton.cdiv(padded, tile.n),)
         _glu_forward_kernel[grid](
@@ -159,6 +161,7 @@ def _backward(
     }
     tensors = (d_hidden, d_product, rng, gate_rng)
     if source == "x":
+        x, weight = in_vectors(x), in_vectors(weight)
         tile = tiles.product_tile(architecture(x), halves == 2, 8 * x.element_size())
         grid = (triton.cdiv(rows, tile.m) * triton.cdiv(padded, tile.n),)
         blocks = triton.cdiv(x.shape[2], tile.k)
@@ -196,7 +199,7 @@ def _backward_relu(
         return d_x.zero_(), d_weight.zero_()
     if not launches(x):
         return d_x, d_weight
-    d_hidden, x, weight = _rows(d_hidden), _rows(x), _rows(weight)
+    d_hidden, x, weight = _rows(d_hidden), in_vectors(_rows(x)), in_vectors(weight)
     arch, bits_of = architecture(x), 8 * x.element_size()
     common = {"scale": keep_scale(p), "D": depth}
     if needs_x:
@@ -305,10 +308,12 @@ def glu(
     """Contract in kernels.api.glu. float16, bfloat16 or float32, else ValueError.
 
     Keeps for backward x, weight and the products [B L, P N], of a plain relu one bit an element instead; with
-    `recompute` neither, and backward computes the products again. The result is a view of rows N apart.
+    `recompute` neither, and backward computes the products again. The result is a view of rows N apart. Rows of x and
+    weight that cannot be read 16 bytes at a time are copied (kernels.fused.vectors).
     """
     if x.dtype not in DTYPES:
         raise ValueError(f"glu: expected float16, bfloat16 or float32, got {x.dtype}; use impl='torch' or 'reference'")
+    x, weight = filled(x, weight)
     differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     save = ""
     if differentiable and not recompute:

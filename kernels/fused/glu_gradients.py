@@ -115,19 +115,28 @@ def _glu_dw_kernel(
     x_ptr += first.to(tl.int64) * stride_x
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     rows_left = tl.minimum(share, M - first)
-    for start in range(0, rows_left, BLOCK_K):
-        there = (offs_k < rows_left - start)[:, None]
-        words = tl.load(word_ptrs + start, mask=there, other=0)
-        if EVEN:
-            d = tl.load(d_ptr + d_offs, mask=there, other=0.0)
-            x = tl.load(x_ptr + x_offs, mask=there, other=0.0)
-        else:
-            d = tl.load(d_ptr + d_offs, mask=there & (hidden < F)[None, :], other=0.0)
-            x = tl.load(x_ptr + x_offs, mask=there & (columns < D)[None, :], other=0.0)
-        g = tl.where(_kept(words, BLOCK_M), d, 0.0)
-        acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
-        d_ptr += BLOCK_K * stride_d.to(tl.int64)
-        x_ptr += BLOCK_K * stride_x.to(tl.int64)
+    full = rows_left // BLOCK_K * BLOCK_K
+    # two loops, over whole blocks of rows and over what is left: one has no mask of rows
+    for EDGE in tl.static_range(2):
+        for start in range(full if EDGE else 0, rows_left if EDGE else full, BLOCK_K):
+            there = (offs_k < (rows_left - start if EDGE else BLOCK_K))[:, None]
+            if EDGE:
+                words = tl.load(word_ptrs + start, mask=there, other=0)
+            else:
+                words = tl.load(word_ptrs + start)
+            if EVEN and not EDGE:
+                d = tl.load(d_ptr + d_offs)
+                x = tl.load(x_ptr + x_offs)
+            elif EVEN:
+                d = tl.load(d_ptr + d_offs, mask=there, other=0.0)
+                x = tl.load(x_ptr + x_offs, mask=there, other=0.0)
+            else:
+                d = tl.load(d_ptr + d_offs, mask=there & (hidden < F)[None, :], other=0.0)
+                x = tl.load(x_ptr + x_offs, mask=there & (columns < D)[None, :], other=0.0)
+            g = tl.where(_kept(words, BLOCK_M), d, 0.0)
+            acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
+            d_ptr += BLOCK_K * stride_d.to(tl.int64)
+            x_ptr += BLOCK_K * stride_x.to(tl.int64)
     inside = (hidden < F)[:, None] & (columns < D)[None, :]
     out = (split.to(tl.int64) * F + hidden)[:, None] * D + columns[None, :]
     tl.store(parts_ptr + out, acc * scale, mask=inside)

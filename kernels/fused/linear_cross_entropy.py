@@ -35,6 +35,7 @@ from kernels.fused.linear_cross_entropy_gradients import (
     _linear_cross_entropy_gradient_kernel,
 )
 from kernels.fused.primitives import aligned, alignment
+from kernels.fused.vectors import filled, in_vectors
 
 # G of a chunk of the vocabulary: [T, columns] in the dtype of h
 CHUNK_BYTES = 200_000_000
@@ -270,9 +271,8 @@ def chunk_columns(tokens: int, vocabulary: int, element_size: int, block: int = 
 
 
 def _matrix(x: Tensor) -> Tensor:
-    """[..., D] as a matrix whose features lie side by side."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    """[..., D] as a matrix whose rows can be read 16 bytes at a time."""
+    return in_vectors(x.reshape(-1, x.shape[-1]))
 
 
 def _product(a: Tensor, b: Tensor, acc: Tensor | None = None) -> Tensor:
@@ -511,7 +511,7 @@ def linear_cross_entropy(
     """Contract in kernels.api.linear_cross_entropy. float16, bfloat16, float32; at least one word.
 
     logits: how backward gets them, "recompute" or "chunks"; "auto" is "recompute" for 16 bits up to 512 features, where
-    it fits, else "chunks".
+    it fits, else "chunks". Rows that cannot be read 16 bytes at a time are copied (kernels.fused.vectors).
     """
     if h.dtype == torch.float64:
         raise ValueError(
@@ -520,6 +520,7 @@ def linear_cross_entropy(
         )
     if weight.shape[0] == 0:
         raise ValueError("linear_cross_entropy: expected a vocabulary of at least 1, got 0; give weight [V, D]")
+    h, weight = filled(h, weight)
     row = h.shape[-1] * h.element_size()
     if logits == "auto":
         fits = row <= RECOMPUTE_ROW and h.element_size() <= RECOMPUTE_ELEMENT

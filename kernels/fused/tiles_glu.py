@@ -39,7 +39,8 @@ _TF32X3: dict[tuple[bool, int], Tile] = {
 # a plain relu's gradients: (product, bits). Blocks of the hidden dimension are whole words of 32 bits: k of dx, m of dw
 _GRADIENT: dict[tuple[str, int], Tile] = {
     ("dx", 16): Tile(128, 128, 64, 4, 2),
-    ("dw", 16): Tile(128, 128, 64, 4, 2),
+    # blocks of 64 rows spill 16 to 39 in two loops, one for whole blocks
+    ("dw", 16): Tile(128, 128, 32, 4, 2),
     ("dx", 32): Tile(64, 128, 32, 4, 2),
     ("dw", 32): Tile(64, 128, 16, 4, 3),
 }

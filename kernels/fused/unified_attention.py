@@ -18,7 +18,6 @@ from kernels.fused.attention import (
     drop_arguments,
     empty_rows,
     forward_columns,
-    in_vectors,
     launch_dkdv,
     mask_bias,
     needs_backward,
@@ -45,6 +44,7 @@ from kernels.fused.attention_core import (
     zero_row_block,
 )
 from kernels.fused.primitives import row_keys, signed_threshold
+from kernels.fused.vectors import in_vectors
 from kernels.packed import unpack
 
 RUNTIME = [

@@ -88,8 +88,8 @@ def test_products_on_sm_86(rows, name):
     assert loop["ldsm"] > 0
     assert loop["ldgsts"] > 0
     assert loop["shared_per_tensor"] < 0.95
-    # D 380 leaves rows on multiples of 8 bytes; read 2 bytes at a time they could not be copied asynchronously at all
-    assert set(forward["async_copies"]) == ({"64"} if name == "BigHeads2" else {"128"})
+    # rows of 380 start at multiples of 8 bytes and are copied into rows of 384
+    assert set(forward["async_copies"]) == {"128"}
     # words of bits are 32 wide
     assert set(forward["stores"]) == ({"128", "32"} if "_glu_dx_kernel" in _backward(CASES[name]) else {"128"})
     assert forward["warps_per_sm"] >= 8
@@ -97,18 +97,16 @@ def test_products_on_sm_86(rows, name):
 
 @pytest.mark.parametrize("name", ["Baseline", "BigHeads2"])
 def test_the_gradients_of_a_plain_relu_on_sm_86(rows, name):
-    """Masked operands go through shared memory: cp.async in, LDSM out, no narrow access, two blocks of 4 warps an SM.
-
-    At D 380 rows are aligned to 8 bytes, and twice as many copies cost dw 4.76 issue slots a product.
-    """
+    """Masked operands go through shared memory: cp.async in, LDSM out, no narrow access, two blocks of 4 warps an SM."""
     for row in rows[name][1:3]:
-        (loop,) = [loop for loop in row["loops"] if loop["hmma"]]
-        assert loop["issue_per_hmma"] < (4.2 if name == "Baseline" else 4.8), row["kernel"]
+        # of dw's two loops the one over whole blocks of rows
+        loop = min((loop for loop in row["loops"] if loop["hmma"]), key=lambda loop: loop["issue_per_hmma"])
+        assert loop["issue_per_hmma"] < 4.2, row["kernel"]
         assert loop["useful_hmma"] == loop["hmma"]
         assert loop["ldsm"] > 0
         assert loop["shared_per_tensor"] < 0.5
         # 32: a word of bits a row
-        assert set(row["async_copies"]) == ({"128", "32"} if name == "Baseline" else {"128", "64", "32"})
+        assert set(row["async_copies"]) == {"128", "32"}
         assert row["loads"] == {}
         assert row["warps_per_sm"] == 8
 

@@ -309,7 +309,8 @@ def test_the_seam_says_which_head_width_it_wants(width, impl, wanted):
         ("glu", 1520, torch.bfloat16, "triton", 1520),
         ("glu", 1365, torch.bfloat16, "torch", 1365),
         ("glu", 1365, torch.bfloat16, "auto", 1365),  # of a CPU: torch
-        ("glu", 63, torch.bfloat16, "triton", 63),
+        ("glu", 63, torch.bfloat16, "triton", 64),
+        ("glu", 24, torch.bfloat16, "triton", 24),
     ],
 )
 def test_the_seam_says_which_row_width_it_wants(operator, width, dtype, impl, wanted):
