@@ -49,6 +49,11 @@ _GRADIENT_TF32X3: dict[tuple[str, int], Tile] = {
     ("dx", 32): Tile(64, 32, 32, 4, 2, "tf32x3"),
     ("dw", 32): Tile(64, 64, 16, 4, 2, "tf32x3"),
 }
+# architecture -> its own choices. wgmma of 4 warps spills 10 to 14 registers in dw at widths that do not fill the tiles
+GRADIENT_TABLE: dict[str, dict[tuple[str, int], Tile]] = {
+    "sm_80": _GRADIENT_TF32X3,
+    "sm_90": _GRADIENT_TF32X3 | {("dw", 16): Tile(128, 128, 64, 8, 2)},
+}
 # rows aligned to less than 8 bytes are read 2 or 4 bytes at a time: 128 x 128 spills up to 154 registers there
 _NARROW = Tile(64, 64, 32, 4, 2)
 # programs of dw that run at a time, two on each of 64 SMs: fewer tiles split the rows. From the shape alone, never from
@@ -75,7 +80,7 @@ def gradient_tile(arch: str, product: str, bits: int, align: int) -> Tile:
     if bits == 16 and align < 4:
         return _NARROW
     key = (product, bits)
-    return (_GRADIENT_TF32X3.get(key) if arch in TABLE else None) or _GRADIENT[key]
+    return GRADIENT_TABLE.get(arch, {}).get(key) or _GRADIENT[key]
 
 
 def splits(programs: int, rows: int, block: int) -> tuple[int, int]:
