@@ -97,7 +97,7 @@ def test_products_on_sm_86(rows, name):
 
 @pytest.mark.parametrize("name", ["Baseline", "BigHeads2"])
 def test_the_gradients_of_a_plain_relu_on_sm_86(rows, name):
-    """Masked operands go through shared memory: cp.async in, LDSM out, no narrow access, two blocks of 4 warps an SM."""
+    """Masked operands go through shared memory: cp.async in, LDSM out, no narrow access, two blocks of 4 warps."""
     for row in rows[name][1:3]:
         # of dw's two loops the one over whole blocks of rows
         loop = min((loop for loop in row["loops"] if loop["hmma"]), key=lambda loop: loop["issue_per_hmma"])
