@@ -39,7 +39,7 @@ test: setup
 test-all: setup
 	$(TEST) -m "slow or not slow"
 
-# every experiment's kernels for every target: hours on two cores the first time, kept in Triton's cache after that
+# every experiment's kernels for every target: half an hour the first time, kept in Triton's cache after that
 compile-all: setup
 	$(RUN) python -m bench.compiled --exp all --arch all
 
