@@ -153,6 +153,26 @@ def test_layouts(layout, width):
     check("attention", case(2, 9, 21, heads=2, width=width), {"dropout": dropout()}, layout=layout)
 
 
+@pytest.mark.parametrize("width", [16, 23])
+@pytest.mark.parametrize(("first", "more"), [(1, 0), (0, 3)], ids=["offset", "row stride"])
+def test_rows_that_start_at_odd_places(small_tiles, first, more, width):
+    """Parts of wider rows, which cannot be read 16 bytes at a time, give the bits that contiguous ones give."""
+    results = []
+    for wider in (False, True):
+        leaves, heads = [], []
+        for x in case(2, 20, 40, heads=2, width=width).values():
+            x = x.half().to(DEVICE)
+            if wider:
+                x = torch.nn.functional.pad(x, (first, more), value=float("nan"))
+            leaves.append(x.requires_grad_())
+            heads.append(x[..., first : first + width] if wider else x)
+        out = kernels.attention(*heads, dropout=dropout(), impl="triton")
+        gradients = torch.autograd.grad(out.float().square().sum(), leaves)
+        results.append((out, *(g[..., first : first + width] if wider else g for g in gradients)))
+    for contiguous, odd in zip(*results, strict=True):
+        assert torch.equal(contiguous, odd)
+
+
 @pytest.mark.parametrize("scale", [-0.5, 0.0, 8.0])
 def test_scales(small_tiles, scale):
     kwargs = {"scale": scale, "key_lengths": torch.tensor([37])}
