@@ -187,7 +187,9 @@ for name in experiments.names():
     one = step_ledger(config, 17, 9, micro_batch=2)
     found[name] = [one.to_dict(), one.ratio]
     if name in ("Baseline", "UnifiedAttention", "Database", "MixedActSOMDropout", "NoSelfAttentionResidual"):
-        found[name].append(step_ledger(config, 17, 9, micro_batch=2, impl="torch").to_dict())
+        # heads of a width that the fused kernels do not fill up
+        config = experiments.configuration(name, **small_overrides(name) | {"dim_qkv": 16, "dim_feedforward": 32})
+        found[name] += [step_ledger(config, 17, 9, micro_batch=2, impl=impl).to_dict() for impl in ("triton", "torch")]
 print(json.dumps(found))
 """
 
@@ -196,12 +198,12 @@ def test_every_experiment_has_a_ledger():
     """No kernel without its roles, access and formula, at sizes where that is all that is tested."""
     found = json.loads(fresh("-c", EXPERIMENTS))
     assert set(found) == set(experiments.names())
-    for name, (one, ratio, *portable) in found.items():
+    for name, (one, ratio, *others) in found.items():
         assert ratio >= 1.0, name
-        for other in portable:
-            # the boundary is the operators', whoever computes them
-            sides = [{(r["operator"], r["phase"]): r["boundary"] for r in x["rows"]} for x in (one, other)]
-            assert sides[0] == sides[1], name
+        # the boundary is the operators', whoever computes them
+        sides = [{(r["operator"], r["phase"]): r["boundary"] for r in other["rows"]} for other in others]
+        assert len(sides) in (0, 2)
+        assert sides[:1] == sides[1:], name
         # the faulty mask of the published run exists in the reference only, which makes its scores
         assert bool(one["forbidden"]) == (name == "UnifiedAttentionAsPublished"), name
 
