@@ -273,6 +273,30 @@ def test_command_line_report_and_its_files(tmp_path):
         assert json.loads(file.with_suffix(".json").read_text())["registers"] == row["registers"]
 
 
+BRIEF = """
+import contextlib, io, json, sys
+from bench import compiled
+from kernels.compile_only import limits
+with contextlib.redirect_stdout(io.StringIO()) as out:
+    status = [compiled.main(["--brief", "--kernel", "_glu_dw"])]
+    limits.LIMITS.append(limits.Limit("_glu_dw_kernel", issue_per_hmma=1.0))
+    status.append(compiled.main(["--brief", "--kernel", "_glu_dw"]))
+print(json.dumps([status, out.getvalue().splitlines()]))
+"""
+
+
+def test_brief_is_one_line_an_experiment_with_its_verdict():
+    status, lines = compiled(BRIEF)
+    assert status == [0, 1]
+    header, passed = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], lines[2]))
+    row = dict(zip(header, passed, strict=True))
+    assert (row["experiment"], row["target"], row["verdict"]) == ("Baseline", "sm_86", "pass")
+    assert row["spilling"] == "-"
+    assert 0 < float(row["most slots/HMMA"]) < 4.2
+    assert [line for line in lines if "FAIL: " in line and "limit 1" in line]
+    assert lines.count("compiled, not run") == 2
+
+
 STEP = """
 import contextlib, io, json, sys
 from bench.compiled import main, missing_operators
