@@ -2,6 +2,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# what bench/ computes and prints with; its tests run with the others
+BENCH = ["scipy>=1.11", "pandas>=2.1", "pydantic>=2.5", "jinja2>=3.1"]
+
 setup(
     name="march",
     version="0.1.0",
@@ -33,9 +36,10 @@ setup(
     extras_require={
         # built from source against CUDA; selectable implementations and yardsticks, never required
         "gpu": ["flash-attn>=2.6"],
-        # rivals of the portable path in bench/, and --benchmark-histogram
-        "bench": ["transformers>=5", "x-transformers>=2", "pytest-benchmark[histogram]>=5"],
+        # libraries that bench/ compares with, and --benchmark-histogram
+        "bench": [*BENCH, "transformers>=5", "x-transformers>=2", "pytest-benchmark[histogram]>=5"],
         "dev": [
+            *BENCH,
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-timeout>=2.3",

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import kernels
 import march
-from bench import rivals
+from bench import baselines
+from bench.predecessor import Eager
 from march import experiments
 from march.config import ModelConfig
 from march.model import Transformer
@@ -63,10 +64,10 @@ def build(name: str, experiment: str, **overrides) -> nn.Module:
         overrides["precision"] = "fp32"
     if name in LIBRARIES:
         function, argument, setting = LIBRARIES[name]
-        model = getattr(rivals, function)(experiments.configuration(experiment, **overrides), argument)
-        return rivals.in_setting(model, setting)
+        model = getattr(baselines, function)(experiments.configuration(experiment, **overrides), argument)
+        return baselines.in_setting(model, setting)
     model = march.build_model(experiment, impl="torch", **overrides)
-    return rivals.Eager(model.config).load(model) if name == EAGER else model
+    return Eager(model.config).load(model) if name == EAGER else model
 
 
 def loss_of(model: nn.Module, inputs: dict[str, Tensor], step: int) -> Tensor:

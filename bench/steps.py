@@ -1,4 +1,4 @@
-"""Training steps of any experiment and of its rivals, on the device that is there: build, check, time, weigh."""
+"""Training steps of any experiment and of its baselines, on the device that is there: build, check, time, weigh."""
 
 import time
 from collections.abc import Callable
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 import kernels
 import march
-from bench import machine, rivals
+from bench import baselines, machine
 from bench.kernel_calls import Sizes
 from bench.portable_step import LIBRARIES
+from bench.predecessor import Eager
 from march import experiments
 from march.config import ModelConfig
 from march.model import Transformer
@@ -27,15 +28,15 @@ def ours() -> str:
     return "triton" if torch.cuda.is_available() else "torch"
 
 
-def rival_names() -> list[str]:
-    """Rivals of Baseline's step on this device; on a GPU those in bfloat16, whatever their parameters are in."""
+def baseline_names() -> list[str]:
+    """Baselines of Baseline's step on this device; on a GPU those in bfloat16, whatever their parameters are in."""
     cuda = torch.cuda.is_available()
     names = [name for name in LIBRARIES if not cuda or not name.endswith("float32")]
     return [EAGER, *(["torch"] if cuda else []), *names]
 
 
 def library_of(name: str) -> str | None:
-    """The module that a rival needs, None where none."""
+    """The module that a baseline needs, None where none."""
     if name not in LIBRARIES:
         return None
     return {"hugging_face_t5": "transformers", "x_transformers": "x_transformers"}[LIBRARIES[name][0]]
@@ -53,9 +54,9 @@ def build(name: str, experiment: str, **overrides: Any) -> nn.Module:
     config = experiments.configuration(experiment, **overrides)
     if name in LIBRARIES:
         function, argument, setting = LIBRARIES[name]
-        return rivals.in_setting(getattr(rivals, function)(config, argument), setting).to(machine.device())
+        return baselines.in_setting(getattr(baselines, function)(config, argument), setting).to(machine.device())
     model = march.build_model(experiment, impl=name if name in OURS else "torch", **overrides)
-    model = rivals.Eager(model.config).load(model) if name == EAGER else model
+    model = Eager(model.config).load(model) if name == EAGER else model
     return model.to(machine.device(), dtype_of(config))
 
 
@@ -72,7 +73,7 @@ def batch(config: ModelConfig, sizes: Sizes) -> dict[str, Tensor]:
 
 
 def loss_of(model: nn.Module, inputs: dict[str, Tensor], step: int) -> Tensor:
-    """Ours as the trainer calls it: packed sequences, so no padding mask; the rivals are made to take one."""
+    """Ours as the trainer calls it: packed sequences, so no padding mask; the baselines are made to take one."""
     if not isinstance(model, Transformer):
         return model(**inputs)
     given = {name: x for name, x in inputs.items() if name != "attention_mask"}

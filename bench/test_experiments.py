@@ -1,4 +1,4 @@
-"""One training step of each experiment, and of rivals at Baseline's widths and depths: forward, backward, optimiser.
+"""One training step of each experiment, and of models at Baseline's widths and depths: forward, backward, optimiser.
 
 A step and Baseline's are timed in turn, so that the ratio's two sides met the same machine. The loss is compared with
 eager PyTorch's before anything is timed, dropout off; the libraries' models are others of the same widths and depths,
@@ -18,7 +18,7 @@ from march import experiments
 
 pytestmark = pytest.mark.timeout(3600)
 # libraries in the settings that docs/portable.md found fastest
-DEFAULT_RIVALS = (steps.EAGER, "Hugging Face T5, eager, bfloat16", "x-transformers, autocast")
+COMPARED = (steps.EAGER, "Hugging Face T5, eager, bfloat16", "x-transformers, autocast")
 ROUNDS = {"smoke": 2, "default": 4, "full": 10}
 # 686M parameters: 14 GB of states, no step of a CPU's minutes
 LEFT_OUT = {"Best": "686M parameters do not fit these machines' time"}
@@ -49,15 +49,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 + (f" ({'; '.join(f'{n} never on a CPU: {why}' for n, why in LEFT_OUT.items())})" if full else "")
             )
         metafunc.parametrize(("experiment", "alike"), [pytest.param(n, every.get(n, [n])[1:], id=n) for n in chosen])
-    if "rival" in metafunc.fixturenames:
+    if "compared" in metafunc.fixturenames:
         chosen = []
-        for name in steps.rival_names():
+        for name in steps.baseline_names():
             module = steps.library_of(name)
             if module is not None and importlib.util.find_spec(module) is None:
                 results.absent("not installed; pip install -e '.[bench]'", experiment="Baseline", implementation=name)
-            elif full or name == steps.EAGER or (not smoke and (name in DEFAULT_RIVALS or torch.cuda.is_available())):
+            elif full or name == steps.EAGER or (not smoke and (name in COMPARED or torch.cuda.is_available())):
                 chosen.append(name)
-        metafunc.parametrize("rival", chosen)
+        metafunc.parametrize("compared", chosen)
 
 
 @pytest.fixture(scope="session")
@@ -120,5 +120,5 @@ def test_step(experiment, alike, benchmark, results, sizes, rounds, baseline):
     measure(benchmark, results, sizes, rounds, baseline, steps.ours(), experiment, alike=alike)
 
 
-def test_step_of_a_rival(rival, benchmark, results, sizes, rounds, baseline):
-    measure(benchmark, results, sizes, rounds, baseline, rival, "Baseline")
+def test_comparison_step(compared, benchmark, results, sizes, rounds, baseline):
+    measure(benchmark, results, sizes, rounds, baseline, compared, "Baseline")

@@ -1,7 +1,7 @@
 """Every operator at the experiments' shapes, by every implementation that runs here: forward, backward, both.
 
 Correctness first: outputs and gradients are compared with the float64 formula (bench.checking), and what disagrees gets
-no time. Ours then fails the run; a rival is listed with the reason.
+no time. Ours then fails the run; a baseline is listed with the reason.
 """
 
 import functools
@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import kernel_calls, kernel_rivals, machine, timing
+from bench import kernel_baselines, kernel_calls, machine, timing
 from bench.checking import Oracle
+from bench.kernel_baselines import Implementation
 from bench.kernel_calls import DIRECTIONS
-from bench.kernel_rivals import Implementation
 from bench.results import Results
 from kernels import cases
 from kernels.cases import Call
@@ -53,7 +53,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         )
     parameters, slow = [], set()
     for call, experiments in calls:
-        for one in kernel_rivals.implementations(call.operator):
+        for one in kernel_baselines.implementations(call.operator):
             if one.slow and not full:
                 slow.add(one.name)
                 continue

@@ -24,56 +24,65 @@ build/projection/projection_DEVICE_GPUS.json.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from bench.projection import page, table
-from bench.projection.collect import IMPLEMENTATIONS, ROOT
+from bench.predecessor import GPUS, SEQUENCES
+from bench.projection import tables
+from bench.projection.collect import IMPLEMENTATIONS, cache_folder
 from bench.projection.model import EXCHANGE_BANDWIDTH
-from bench.projection.predecessor import GPUS, SEQUENCES
 from bench.projection.project import calibrate, project
 from march import experiments
 from march.config import ConfigError
 from march.cost.devices import DEVICES
 
 
-def _choices(parser: argparse.ArgumentParser, flag: str, text: str, known: Sequence[str]) -> list[str]:
-    """Parts of `text` between commas, each of `known`; a usage error otherwise."""
-    chosen = text.split(",")
-    for one in chosen:
-        if one not in known:
-            parser.error(f"{flag}: expected one of {', '.join(known)}, got {one!r}; choose from these")
-    return chosen
+def _among(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """Parts of a text between commas, each of `known`."""
+
+    def parse(text: str) -> list[str]:
+        for one in text.split(","):
+            if one not in known:
+                raise argparse.ArgumentTypeError(f"expected one of {', '.join(known)}, got {one!r}; choose from these")
+        return text.split(",")
+
+    return parse
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _names(text: str) -> list[str]:
+    try:
+        return experiments.names() if text == "all" else [experiments.get(name).name for name in text.split(",")]
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"{error}; `python train.py --list` names them all, or give all") from error
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.projection", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--exp", default="Baseline", help="an experiment's name; several with commas; or 'all'")
-    parser.add_argument("--impl", default="eager,triton", help="eager, triton, or both with a comma (both)")
-    parser.add_argument("--device", default="a5000", help=f"one of {', '.join(DEVICES)} (a5000)")
-    parser.add_argument("--gpus", type=int, default=GPUS, metavar="N", help=f"devices in one node ({GPUS})")
-    parser.add_argument(
-        "--micro-batch", type=int, metavar="N", help="sequences; by default the published run's, 64 fused"
+    add = parser.add_argument
+    add("--exp", type=_names, default="Baseline", help="an experiment's name; several with commas; or 'all'")
+    add(
+        "--impl",
+        type=_among(IMPLEMENTATIONS),
+        default="eager,triton",
+        help="eager, triton, or both with a comma (both)",
     )
-    parser.add_argument(
+    add("--device", type=_among(DEVICES), default="a5000", help=f"one of {', '.join(DEVICES)} (a5000)")
+    add("--gpus", type=int, default=GPUS, metavar="N", help=f"devices in one node ({GPUS})")
+    add("--micro-batch", type=int, metavar="N", help="sequences; by default the published run's, 64 fused")
+    add(
         "--exchange",
         type=float,
         default=EXCHANGE_BANDWIDTH / 1e9,
         metavar="GB/S",
         help="bus bandwidth between the GPUs",
     )
-    parser.add_argument("--kernels", action="store_true", help="also kernel by kernel")
-    parser.add_argument("--fit", action="store_true", help="the fitted efficiencies and the leave-one-out errors alone")
-    parser.add_argument("--markdown", action="store_true", help="docs/projection.md, whole, on standard output")
-    parser.add_argument(
-        "--json", action="store_true", help="a JSON list on standard output; see the module's docstring"
-    )
-    parser.add_argument(
-        "--save", nargs="?", const="", metavar="FILE", help="write that list to a *projection*.json file"
-    )
+    add("--kernels", action="store_true", help="also kernel by kernel")
+    add("--fit", action="store_true", help="the fitted efficiencies and the leave-one-out errors alone")
+    add("--markdown", action="store_true", help="docs/projection.md, whole, on standard output")
+    add("--json", action="store_true", help="a JSON list on standard output; see the module's docstring")
+    add("--save", nargs="?", const="", metavar="FILE", help="write that list to a *projection*.json file")
     given = parser.parse_args(arguments)
-    device = _choices(parser, "--device", given.device, list(DEVICES))[0]
-    impls = _choices(parser, "--impl", given.impl, IMPLEMENTATIONS)
+    device = given.device = given.device[0]
     if not 1 <= given.gpus <= SEQUENCES:
         parser.error(
             f"--gpus: expected 1 to {SEQUENCES}, got {given.gpus}; a step has {SEQUENCES} sequences to share out"
@@ -82,46 +91,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--micro-batch: expected at least 1, got {given.micro_batch}; one sequence is the smallest")
     if not given.exchange > 0:
         parser.error(f"--exchange: expected GB/s above 0, got {given.exchange}; for example 12")
-    path = Path(given.save or ROOT / "build" / "projection" / f"projection_{device}_{given.gpus}.json")
-    if given.save and ("projection" not in path.name or path.suffix != ".json"):
-        parser.error(
-            f"--save: expected a name with 'projection' ending in .json, got {path.name!r}; it is no measurement"
-        )
-    try:
-        names = experiments.names() if given.exp == "all" else [experiments.get(n).name for n in given.exp.split(",")]
-    except ConfigError as error:
-        parser.error(f"--exp: {error}; `python train.py --list` names them all, or give all")
+    if given.save is not None:
+        path = given.save = Path(given.save or cache_folder() / f"projection_{device}_{given.gpus}.json")
+        if "projection" not in path.name or path.suffix != ".json":
+            parser.error(
+                f"--save: expected a name with 'projection' ending in .json, got {path.name!r}; it is no measurement"
+            )
+    return given
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parse(arguments)
 
     def progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     calibration = calibrate(progress)
     if given.markdown:
-        print(page.page(calibration, progress))
+        print(tables.page(calibration, progress))
         return 0
     if given.fit:
-        print(table.efficiencies(calibration) + "\n\n" + table.left_out(calibration))
+        print(tables.efficiencies(calibration) + "\n\n" + tables.left_out(calibration))
         return 0
     found = [
-        project(name, impl, calibration, device, given.gpus, given.micro_batch, given.exchange * 1e9, progress)
-        for name in names
-        for impl in impls
+        project(name, impl, calibration, given.device, given.gpus, given.micro_batch, given.exchange * 1e9, progress)
+        for name in given.exp
+        for impl in given.impl
     ]
     text = json.dumps([one.to_dict() for one in found], indent=1)
     if given.save is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
-        progress(f"wrote {path}")
+        given.save.parent.mkdir(parents=True, exist_ok=True)
+        given.save.write_text(text + "\n", encoding="utf-8")
+        progress(f"wrote {given.save}")
     if given.json:
         print(text)
         return 0
-    print(table.predictions(found))
-    if given.kernels or len(names) == 1:
+    print(tables.predictions(found))
+    if given.kernels or len(given.exp) == 1:
         for one in found:
-            print("\n" + table.operators(one))
+            print("\n" + tables.operators(one))
     if given.kernels:
         for one in found:
-            print("\n" + table.kernels(one, calibration))
+            print("\n" + tables.kernels(one, calibration))
     return 0
 
 

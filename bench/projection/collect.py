@@ -3,23 +3,22 @@
 `eager` counts the operators of torch that the predecessor's model dispatches on meta tensors; `triton` those of march's
 model and the launches of the fused kernels, with what the compiled programs of kernels with products show. The calls
 are the ledger's events (march.cost), grouped where they are equal; nothing here knows the network.
-
-A file of counts carries a hash of every source that they follow from, so counts are never stale: other sources,
-another file.
 """
 
-import functools
-import hashlib
-import json
+import collections
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+import triton
+from pydantic import TypeAdapter
 
-from bench.projection.predecessor import Predecessor
+from bench.cache import LENGTHS, ROOT, sources_hash, write
+from bench.predecessor import Eager
 from kernels.compile_only import ARCHITECTURES, Launch
 from kernels.compile_only.report import report
 from march import experiments
@@ -29,14 +28,10 @@ from march.cost.ledger import entry
 from march.cost.measure import DTYPES, measure
 from march.cost.parameters import total_parameters
 
-ROOT = Path(__file__).resolve().parents[2]
-ENCODER_LENGTH, DECODER_LENGTH = 921, 206
 IMPLEMENTATIONS = ("eager", "triton")
 _SHARED = ("march/config.py", "march/experiments", "march/cost", "bench/projection/collect.py")
-SOURCES = {
-    "eager": (*_SHARED, "bench/rivals.py", "bench/projection/predecessor.py"),
-    "triton": (*_SHARED, "kernels", "march/model"),
-}
+SOURCES = {"eager": (*_SHARED, "bench/predecessor.py"), "triton": (*_SHARED, "kernels", "march/model")}
+VERSIONS = {"eager": torch.__version__, "triton": f"{torch.__version__} {triton.__version__}"}
 
 
 @dataclass(frozen=True)
@@ -91,19 +86,7 @@ class Counts:
         return sum(call.count * (call.read + call.written) for call in self.calls)
 
 
-@functools.cache
-def sources_hash(impl: str) -> str:
-    """Of all sources that counts follow from, and of the versions that dispatch and compile."""
-    digest = hashlib.sha256(f"{torch.__version__} {impl}".encode())
-    if impl == "triton":
-        import triton
-
-        digest.update(triton.__version__.encode())
-    for place in SOURCES[impl]:
-        path = ROOT / place
-        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
-            digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
+_FILE = TypeAdapter(Counts)
 
 
 def cache_folder() -> Path:
@@ -113,61 +96,56 @@ def cache_folder() -> Path:
 
 def group(calls: Iterable[Call]) -> tuple[Call, ...]:
     """Equal calls as one with their number, in the order of the first."""
-    counted: dict[Call, int] = {}
-    for call in calls:
-        counted[call] = counted.get(call, 0) + 1
-    return tuple(Call(**{**call.__dict__, "count": count}) for call, count in counted.items())
+    return tuple(replace(call, count=count) for call, count in collections.Counter(calls).items())
 
 
-# ---------------------------------------------------------------- eager
+def _call(event: Event, operator: str, compiled: Compiled | None = None) -> Call:
+    cost = entry(event)
+    executed = round(cost.flops * executed_share(event.launch)) if event.launch and compiled else 0
+    traffic = cost.dram_read, cost.dram_written
+    return Call(event.phase, operator, event.name, 1, cost.flops, *traffic, event.product, compiled, executed)
+
 
 # what an operator of torch is called in the tables; the rest is "elementwise"
 _EAGER = {
     "mm": "linear products",
     "bmm": "attention products",
-    "_softmax": "softmax",
-    "_softmax_backward_data": "softmax",
     "masked_fill": "mask",
-    "native_dropout": "dropout",
-    "native_dropout_backward": "dropout",
     "clone": "copies",
     "cat": "copies",
-    "nll_loss_forward": "loss",
-    "nll_loss_backward": "loss",
-    "_log_softmax": "loss",
-    "_log_softmax_backward_data": "loss",
 }
-
-
-def _torch_call(event: Event, operator: str) -> Call:
-    counted = entry(event)
-    read, written = counted.dram_read, counted.dram_written
-    return Call(event.phase, operator, event.name, 1, counted.flops, read, written, event.product)
+_EAGER |= dict.fromkeys(("_softmax", "_softmax_backward_data"), "softmax")
+_EAGER |= dict.fromkeys(("native_dropout", "native_dropout_backward"), "dropout")
+_EAGER |= dict.fromkeys(("nll_loss_forward", "nll_loss_backward", "_log_softmax", "_log_softmax_backward_data"), "loss")
 
 
 def eager_calls(name: str, micro_batch: int, lengths: tuple[int, int]) -> tuple[Call, ...]:
-    """Of the predecessor's model."""
+    """Of the predecessor's model, its loss of logits in the working precision."""
     config = experiments.configuration(name)
     with torch.device("meta"):
-        model = Predecessor(config).to(DTYPES[config.precision]).train()
+        model = Eager(config).to(DTYPES[config.precision]).train()
         encoder, decoder = (torch.empty(micro_batch, length, dtype=torch.int64) for length in lengths)
         mask = torch.empty(micro_batch, lengths[0], dtype=torch.bool)
         with Counter() as counter:
             for parameter in model.parameters():
                 counter.ignore(parameter)
-            loss = model(encoder, decoder, decoder, mask)
+            loss = F.cross_entropy(model.logits(encoder, decoder, mask), decoder.flatten())
             counter.phase = "backward"
             loss.backward()
-    return group(
-        _torch_call(event, _EAGER.get(event.name.removeprefix("aten::"), "elementwise")) for event in counter.events
-    )
-
-
-# ---------------------------------------------------------------- fused
+    return group(_call(event, _EAGER.get(event.name.removeprefix("aten::"), "elementwise")) for event in counter.events)
 
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+# rows and columns of what a kernel with products tiles
+_TILED = {
+    "_glu": ("M", "F"),
+    "_linear_cross_entropy_fwd": ("tokens", "vocabulary"),
+    "_linear_cross_entropy_gradient": ("own_rows", "other_rows"),
+    "_linear_cross_entropy": ("tokens", "columns"),
+}
 
 
 def executed_share(launch: Launch) -> float:
@@ -178,29 +156,22 @@ def executed_share(launch: Launch) -> float:
     if m is None or n is None:
         return 1.0
     if {"Lq", "Lk"} <= set(values):
-        queries, segments = values["Lq"], [(values["Lk"], bool(values.get("CAUSAL")))]
+        queries, segments = values["Lq"], [(values["Lk"], "Lo" in values or bool(values.get("CAUSAL")))]
         if "Lo" in values:
-            segments = [(values["Lk"], True), (values["Lo"], False)]
-        tiles = 0
-        for keys, causal in segments:
-            for row in range(cdiv(queries, m)):
-                reach = min(keys, (row + 1) * m) if causal else keys
-                tiles += cdiv(reach, n)
+            segments.append((values["Lo"], False))
+        rows = range(1, cdiv(queries, m) + 1)
+        tiles = sum(cdiv(min(keys, r * m) if causal else keys, n) for keys, causal in segments for r in rows)
         return tiles * m * n / (queries * sum(keys for keys, _ in segments))
-    sizes = {
-        "_glu": ("M", "F"),
-        "_linear_cross_entropy_fwd": ("tokens", "vocabulary"),
-        "_linear_cross_entropy_gradient": ("own_rows", "other_rows"),
-        "_linear_cross_entropy": ("tokens", "columns"),
-    }
-    rows, columns = next((names for start, names in sizes.items() if launch.kernel.startswith(start)), ("", ""))
-    if rows not in values or columns not in values:
+    names = next((names for start, names in _TILED.items() if launch.kernel.startswith(start)), ("", ""))
+    if not set(names) <= set(values):
         return 1.0
-    rows, columns = values[rows], values[columns]
+    rows, columns = (values[name] for name in names)
     return cdiv(rows, m) * m * cdiv(columns, n) * n / (rows * columns)
 
 
-def _compiled(launch: Launch, precision: str) -> Compiled:
+def _compiled(launch: Launch, precision: str) -> Compiled | None:
+    if launch.compiled is None:
+        return None
     row = report(launch)
     main = row.main_loop
     slots, issued = (main.issue_per_hmma, main.hmma / main.useful_hmma) if main else (0.0, 1.0)
@@ -211,34 +182,17 @@ def _compiled(launch: Launch, precision: str) -> Compiled:
 
 def fused_calls(name: str, micro_batch: int, arch: str, lengths: tuple[int, int]) -> tuple[Call, ...]:
     """Of march's model. Kernels with products are compiled for `arch`, seconds each the first time."""
-    config = experiments.configuration(name)
-    measured = measure(
-        config, *lengths, micro_batch, "triton", config.precision, arch, compile=lambda kernel: kernel in FORMULAS
+    precision = experiments.configuration(name).precision
+    found = measure(
+        experiments.configuration(name),
+        *lengths,
+        micro_batch,
+        "triton",
+        precision,
+        arch,
+        compile=lambda kernel: kernel in FORMULAS,
     )
-    calls = []
-    for event in measured.events:
-        if event.launch is None:
-            calls.append(_torch_call(event, event.operator))
-            continue
-        counted = entry(event)
-        compiled = _compiled(event.launch, config.precision) if event.launch.compiled is not None else None
-        calls.append(
-            Call(
-                event.phase,
-                event.operator,
-                event.name,
-                1,
-                counted.flops,
-                counted.dram_read,
-                counted.dram_written,
-                compiled=compiled,
-                executed=round(counted.flops * executed_share(event.launch)) if compiled else 0,
-            )
-        )
-    return group(calls)
-
-
-# ---------------------------------------------------------------- on disk
+    return group(_call(e, e.operator, _compiled(e.launch, precision) if e.launch else None) for e in found.events)
 
 
 def collect(
@@ -246,7 +200,7 @@ def collect(
     impl: str,
     micro_batch: int,
     arch: str = "sm_86",
-    lengths: tuple[int, int] = (ENCODER_LENGTH, DECODER_LENGTH),
+    lengths: tuple[int, int] = LENGTHS,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Counts:
     """Counts of one experiment, from the file of these sources where there is one, else counted and written.
@@ -258,10 +212,10 @@ def collect(
     if impl == "triton" and arch not in ARCHITECTURES:
         raise ValueError(f"arch: expected one of {', '.join(ARCHITECTURES)}, got {arch!r}; kernels compile for these")
     arch = arch if impl == "triton" else ""
-    label = "_".join((name, impl, *([arch] if arch else []), f"{micro_batch}x{lengths[0]}x{lengths[1]}"))
-    path = cache_folder() / "counts" / f"{label}_{sources_hash(impl)}.json"
+    label = "_".join(filter(None, (name, impl, arch, f"{micro_batch}x{lengths[0]}x{lengths[1]}")))
+    path = cache_folder() / "counts" / f"{label}_{sources_hash(*SOURCES[impl], versions=VERSIONS[impl])}.json"
     if path.exists():
-        return _read(path)
+        return _FILE.validate_json(path.read_bytes())
     progress(f"counting {label}")
     config = experiments.configuration(name)
     if impl == "eager":
@@ -269,23 +223,5 @@ def collect(
     else:
         calls = fused_calls(name, micro_batch, arch, lengths)
     counts = Counts(name, impl, arch, config.precision, micro_batch, total_parameters(config), calls)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(asdict(counts)) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write(path, _FILE.dump_json(counts))
     return counts
-
-
-def _read(path: Path) -> Counts:
-    values = json.loads(path.read_text(encoding="utf-8"))
-    calls = tuple(
-        Call(
-            **{
-                **call,
-                "product": call["product"] and Product(**call["product"]),
-                "compiled": call["compiled"] and Compiled(**call["compiled"]),
-            }
-        )
-        for call in values["calls"]
-    )
-    return Counts(**{**values, "calls": calls})

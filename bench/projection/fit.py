@@ -6,18 +6,20 @@ efficiency, the bandwidth's and the host's share apart (docs/projection.md shows
 the runs cannot: they are measurements of others on cards of the same architecture, stated with each.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
+from scipy.optimize import least_squares
 
 from bench.projection.model import NAMES, Efficiencies, Work
 
 NOISE = 0.03
 
 
-@dataclass(frozen=True)
-class Prior:
+class Prior(NamedTuple):
     """Expected value, its spread as a standard deviation of the logarithm, bounds, and where it is from."""
 
     expected: float
@@ -47,100 +49,49 @@ class Fit:
 
     def spread(self, work: Work) -> float:
         """Standard deviation of the logarithm of a step's seconds that the efficiencies' uncertainty implies."""
-        slope = _slopes(lambda x: np.array([np.log(work.seconds(np.exp(x)))]), np.log(self.efficiencies.array()))[0]
+        x, h = np.log(self.efficiencies), 1e-4
+        above, below = (
+            np.log([work.seconds(np.exp(x + sign * step)) for step in h * np.eye(len(x))]) for sign in (1, -1)
+        )
+        slope = (above - below) / (2 * h)
         return float(np.sqrt(slope @ self.covariance @ slope))
 
 
-def _slopes(function, x: np.ndarray) -> np.ndarray:
-    """Jacobian by central differences; rows: outputs."""
-    step = 1e-4
-    columns = []
-    for i in range(len(x)):
-        shift = np.zeros_like(x)
-        shift[i] = step
-        columns.append((function(x + shift) - function(x - shift)) / (2 * step))
-    return np.stack(columns, 1)
-
-
 def fit(works: Mapping[str, Work], published: Mapping[str, float], priors: Mapping[str, Prior] = PRIORS) -> Fit:
-    """Efficiencies for the runs in `published` (seconds a step), whose works are given. Levenberg-Marquardt in
-    logarithms; a value that would leave its bounds stays on them."""
-    names = list(published)
-    chosen = [priors[name] for name in NAMES]
-    expected = np.log([prior.expected for prior in chosen])
-    spread = np.array([prior.spread for prior in chosen])
-    low, high = (np.log([getattr(prior, side) for prior in chosen]) for side in ("low", "high"))
+    """Efficiencies for the runs in `published` (seconds per step), whose works are given."""
+    chosen = pd.DataFrame(priors, index=Prior._fields)[list(NAMES)].T
+    expected, low, high = (np.log(chosen[side].to_numpy(float)) for side in ("expected", "low", "high"))
+    spread = chosen.spread.to_numpy(float)
 
     def residuals(x: np.ndarray) -> np.ndarray:
-        values = np.exp(x)
-        errors = [(works[name].seconds(values) / published[name] - 1) / NOISE for name in names]
+        errors = [(works[name].seconds(np.exp(x)) / seconds - 1) / NOISE for name, seconds in published.items()]
         return np.concatenate([errors, (x - expected) / spread])
 
-    x = np.clip(expected, low, high)
-    damping, current = 1e-3, residuals(x)
-    for _ in range(200):
-        slopes = _slopes(residuals, x)
-        normal, gradient = slopes.T @ slopes, slopes.T @ current
-        # what stands on a bound and is pushed further out is left alone
-        free = ~(((x <= low) & (gradient > 0)) | ((x >= high) & (gradient < 0)))
-        step = np.zeros_like(x)
-        inner = normal[np.ix_(free, free)]
-        step[free] = -np.linalg.solve(inner + damping * np.diag(np.diag(inner)), gradient[free])
-        tried = np.clip(x + step, low, high)
-        found = residuals(tried)
-        if found @ found < current @ current:
-            gain = current @ current - found @ found
-            x, current, damping = tried, found, damping / 4
-            if gain < 1e-10:
-                break
-        elif damping > 1e8:
-            break
-        else:
-            damping *= 4
-    slopes = _slopes(residuals, x)
-    values = np.exp(x)
-    return Fit(
-        Efficiencies(*map(float, values)),
-        np.linalg.inv(slopes.T @ slopes),
-        {name: works[name].seconds(values) for name in names},
+    found = least_squares(
+        residuals, expected, jac="3-point", bounds=(low, high), x_scale=spread, ftol=1e-12, xtol=1e-12, gtol=1e-12
     )
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A run projected by a fit without it; guess: the constant guess of the others, the median of their seconds."""
-
-    name: str
-    published: float
-    projected: float
-    guess: float
-    efficiencies: Efficiencies
-
-    @property
-    def error(self) -> float:
-        return self.projected / self.published - 1
-
-    @property
-    def guess_error(self) -> float:
-        return self.guess / self.published - 1
+    values = np.exp(found.x)
+    covariance = np.linalg.inv(found.jac.T @ found.jac)
+    return Fit(Efficiencies(*map(float, values)), covariance, {name: works[name].seconds(values) for name in published})
 
 
 def leave_one_out(
     works: Mapping[str, Work], published: Mapping[str, float], priors: Mapping[str, Prior] = PRIORS
-) -> list[LeftOut]:
-    """Each run projected by a fit to the others."""
-    rows = []
-    for name, seconds in published.items():
-        others = {other: value for other, value in published.items() if other != name}
-        found = fit(works, others, priors).efficiencies
-        guess = float(np.median(list(others.values())))
-        rows.append(LeftOut(name, seconds, works[name].seconds(found.array()), guess, found))
-    return rows
+) -> pd.DataFrame:
+    """Each run, by name, projected by a fit to the others; naive: the median of the others' seconds."""
+    seconds = pd.Series(published)
+    rows = {}
+    for name in published:
+        others = seconds.drop(name)
+        found = fit(works, others.to_dict(), priors).efficiencies
+        rows[name] = {"published": seconds[name], "projected": works[name].seconds(found), "naive": others.median()}
+    table = pd.DataFrame(rows).T
+    return table.assign(error=table.projected / table.published - 1, naive_error=table.naive / table.published - 1)
 
 
-def mean_error(errors: Sequence[float]) -> float:
-    return float(np.mean(np.abs(errors)))
+def mean_error(errors: pd.Series) -> float:
+    return float(errors.abs().mean())
 
 
-def root_mean_square(errors: Sequence[float]) -> float:
-    return float(np.sqrt(np.mean(np.square(errors))))
+def root_mean_square(errors: pd.Series) -> float:
+    return float((errors**2).mean() ** 0.5)

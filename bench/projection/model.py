@@ -19,11 +19,13 @@ weights (ZeRO 1); nothing is overlapped with anything.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
+from bench.predecessor import EVALUATION_SECONDS, SEQUENCES
 from bench.projection.collect import Call, Counts, cdiv
-from bench.projection.predecessor import EVALUATION_SECONDS, SEQUENCES
 from march.cost.devices import Device
 from march.cost.ledger import optimizer_row
 
@@ -34,16 +36,11 @@ EXCHANGE_BANDWIDTH = 12e9
 LIBRARY_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
 SUB_CORES = 4
 
-# efficiencies, in the order of arrays
-NAMES = ("tensor", "unaligned", "fp32", "bandwidth", "host")
-TENSOR, UNALIGNED, FP32, BANDWIDTH, HOST = range(len(NAMES))
 
-
-@dataclass(frozen=True)
-class Efficiencies:
+class Efficiencies(NamedTuple):
     """Shares of the data sheet's figures. tensor: of products on tensor cores; unaligned: of library products whose
     rows do not start at multiples of 16 bytes; fp32: of products on float32 units; bandwidth: of memory. host: seconds
-    a sequence of a micro-batch, once a step, of the eager runs (see docs/projection.md); not a share."""
+    a sequence of a micro-batch, once per step, of the eager runs (see docs/projection.md); not a share."""
 
     tensor: float
     unaligned: float
@@ -51,55 +48,48 @@ class Efficiencies:
     bandwidth: float
     host: float
 
-    def array(self) -> np.ndarray:
-        return np.array([getattr(self, name) for name in NAMES])
+
+NAMES = Efficiencies._fields
+TENSOR, UNALIGNED, FP32, BANDWIDTH, HOST = range(len(NAMES))
+Values = Efficiencies | np.ndarray
 
 
 @dataclass(frozen=True)
 class Work:
-    """A micro-batch's calls as arrays, one entry a distinct call; and a step's rest.
+    """A micro-batch's calls, a row each distinct one; and a step's rest.
 
-    kind: index of the efficiency that its products take. ideal: seconds at peak; moved: seconds at the full bandwidth;
-    both of one call. rest: seconds a step by name: (at full bandwidth, elsewhere).
+    calls: phase, operator, name, count, flops; kind: index of the efficiency that its products take; ideal: seconds at
+    peak, moved: at the full bandwidth, both of one call. rest: seconds per step by name (at full bandwidth, elsewhere).
     """
 
-    operators: tuple[str, ...]
-    names: tuple[str, ...]
-    count: np.ndarray
-    kind: np.ndarray
-    ideal: np.ndarray
-    moved: np.ndarray
+    calls: pd.DataFrame
     micro_batches: int
     micro_batch: int
     rest: Mapping[str, tuple[float, float]]
     eager: bool
     overlap: float = 1.0
 
-    def calls(self, efficiencies: np.ndarray) -> np.ndarray:
-        """Seconds of each entry in a step."""
-        products, moved = self.ideal / efficiencies[self.kind], self.moved / efficiencies[BANDWIDTH]
+    def call_seconds(self, efficiencies: Values) -> np.ndarray:
+        """Seconds of each row in a step."""
+        count, kind, ideal, moved = (self.calls[name].to_numpy() for name in ("count", "kind", "ideal", "moved"))
+        products, moved = ideal / np.asarray(efficiencies)[kind], moved / efficiencies[BANDWIDTH]
         busy = np.maximum(products, moved) + (1 - self.overlap) * np.minimum(products, moved)
-        return self.micro_batches * self.count * (busy + LAUNCH_SECONDS)
+        return self.micro_batches * count * (busy + LAUNCH_SECONDS)
 
-    def others(self, efficiencies: np.ndarray) -> dict[str, float]:
-        """Seconds a step of what is no call."""
+    def others(self, efficiencies: Values) -> dict[str, float]:
+        """Seconds per step of what is no call."""
         bandwidth = efficiencies[BANDWIDTH]
         seconds = {name: float(moved / bandwidth + fixed) for name, (moved, fixed) in self.rest.items()}
-        if self.eager:
-            seconds["host"] = float(efficiencies[HOST] * self.micro_batch)
-        return seconds
+        return seconds | ({"host": float(efficiencies[HOST] * self.micro_batch)} if self.eager else {})
 
-    def seconds(self, efficiencies: np.ndarray) -> float:
+    def seconds(self, efficiencies: Values) -> float:
         """Of a step."""
-        return float(self.calls(efficiencies).sum()) + sum(self.others(efficiencies).values())
+        return float(self.call_seconds(efficiencies).sum()) + sum(self.others(efficiencies).values())
 
-    def by_operator(self, efficiencies: np.ndarray) -> dict[str, float]:
+    def by_operator(self, efficiencies: Values) -> dict[str, float]:
         """Seconds of a step by operator, longest first; they add up to `seconds`."""
-        found: dict[str, float] = {}
-        for operator, seconds in zip(self.operators, self.calls(efficiencies), strict=True):
-            found[operator] = found.get(operator, 0.0) + float(seconds)
-        found |= self.others(efficiencies)
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+        calls = pd.Series(self.call_seconds(efficiencies)).groupby(self.calls.operator, sort=False).sum().to_dict()
+        return dict(sorted((calls | self.others(efficiencies)).items(), key=lambda item: -item[1]))
 
 
 def rounds(tiles: int, sms: int) -> float:
@@ -111,11 +101,8 @@ def library_flops(call: Call, sms: int) -> float:
     """FLOPs of a library product's tiles, with idle SMs of the last round, for the tile where that is least."""
     product = call.product
     assert product is not None
-    sizes = []
-    for m, n in LIBRARY_TILES:
-        tiles = product.batch * cdiv(product.m, m) * cdiv(product.n, n)
-        sizes.append(2 * tiles * m * n * product.k * rounds(tiles, sms))
-    return min(sizes)
+    tiles = [(product.batch * cdiv(product.m, m) * cdiv(product.n, n), m * n) for m, n in LIBRARY_TILES]
+    return min(2 * number * size * product.k * rounds(number, sms) for number, size in tiles)
 
 
 def ideal_seconds(call: Call, device: Device) -> tuple[int, float]:
@@ -146,17 +133,11 @@ def exchange_seconds(counts: Counts, gpus: int, bandwidth: float) -> float:
     return (gpus - 1) / gpus * counts.parameters * (2 + 1) * element / bandwidth
 
 
-def micro_batches(gpus: int, micro_batch: int) -> int:
-    """Of a step on each GPU."""
-    return cdiv(SEQUENCES, gpus * micro_batch)
-
-
 def work(
     counts: Counts, device: Device, gpus: int = 8, exchange: float = EXCHANGE_BANDWIDTH, overlap: float = 1.0
 ) -> Work:
     """A step of 1024 sequences on `gpus` devices."""
-    ideal = [ideal_seconds(call, device) for call in counts.calls]
-    steps = micro_batches(gpus, counts.micro_batch)
+    steps = cdiv(SEQUENCES, gpus * counts.micro_batch)
     # a gradient in the working precision is read and added to its float32 sum; what is sent is copied into one tensor,
     # converted, and back again
     gradient = 2 if counts.precision == "bf16" else 4
@@ -168,16 +149,10 @@ def work(
     }
     if counts.impl == "eager":
         rest["evaluation"] = (0.0, EVALUATION_SECONDS)
-    return Work(
-        tuple(call.operator for call in counts.calls),
-        tuple(call.name for call in counts.calls),
-        np.array([call.count for call in counts.calls], float),
-        np.array([kind for kind, _ in ideal], int),
-        np.array([seconds for _, seconds in ideal]),
-        np.array([call.read + call.written for call in counts.calls]) / device.bandwidth,
-        steps,
-        counts.micro_batch,
-        rest,
-        counts.impl == "eager",
-        overlap,
-    )
+    rows = [
+        {name: getattr(call, name) for name in ("phase", "operator", "name", "count", "flops")} for call in counts.calls
+    ]
+    calls = pd.DataFrame(rows)
+    calls["kind"], calls["ideal"] = zip(*(ideal_seconds(call, device) for call in counts.calls), strict=True)
+    calls["moved"] = [(call.read + call.written) / device.bandwidth for call in counts.calls]
+    return Work(calls, steps, counts.micro_batch, rest, counts.impl == "eager", overlap)

@@ -1,17 +1,18 @@
 """Projections of experiments: fit once on the eager runs, apply to both implementations."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
+from bench.predecessor import GPUS, SEQUENCES, micro_batch, published_seconds
+from bench.projection import Projection
 from bench.projection.collect import Counts, collect
-from bench.projection.fit import Fit, LeftOut, fit, leave_one_out, root_mean_square
-from bench.projection.model import EXCHANGE_BANDWIDTH, NAMES, Work, work
-from bench.projection.predecessor import GPUS, SEQUENCES, micro_batch, published_seconds
-from march.cost.devices import DEVICES, Device
+from bench.projection.fit import Fit, fit, leave_one_out, root_mean_square
+from bench.projection.model import BANDWIDTH, EXCHANGE_BANDWIDTH, Work, work
+from march.cost.devices import DEVICES
 
 Progress = Callable[[str], None]
 STATUS = "projection, not measured"
@@ -23,17 +24,17 @@ RANGE = 1.645
 
 @dataclass(frozen=True)
 class Calibration:
-    """fit on all published runs, and each run left out once; works of these runs."""
+    """fit on all published runs; left_out: each run left out once (fit.leave_one_out); works of these runs."""
 
     fit: Fit
-    left_out: list[LeftOut]
+    left_out: pd.DataFrame
     works: dict[str, Work]
     published: dict[str, float]
 
     @property
     def noise(self) -> float:
         """Root mean square of the leave-one-out errors: what one run differs by beyond the efficiencies."""
-        return root_mean_square([row.error for row in self.left_out])
+        return root_mean_square(self.left_out.error)
 
 
 def calibrate(progress: Progress = lambda line: None, overlap: float = 1.0) -> Calibration:
@@ -47,45 +48,22 @@ def calibrate(progress: Progress = lambda line: None, overlap: float = 1.0) -> C
 
 
 @dataclass(frozen=True)
-class Projection:
-    """Seconds a step of one experiment; low, high: 90% of what the fit's error implies; counts, work: its source."""
+class ProjectedStep(Projection):
+    """A projection and what it follows from. arithmetic_seconds: of all its FLOPs at the peak of the data sheet: no
+    implementation of these products is faster. tflop, dram_bytes: of one GPU's step."""
 
-    experiment: str
-    impl: str
-    device: str
-    gpus: int
-    seconds: float
-    low: float
-    high: float
-    by_operator: dict[str, float]
-    published: float | None
+    arithmetic_seconds: float
+    micro_batch: int
+    micro_batches: int
+    precision: str
+    tflop: float
+    dram_bytes: int
     counts: Counts
     work: Work
 
-    @property
-    def arithmetic(self) -> float:
-        """Seconds of all its FLOPs at the peak of the data sheet: no implementation of these products is faster."""
-        return self.work.micro_batches * self.counts.flops / DEVICES[self.device].peak(self.counts.precision)
-
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "status": STATUS,
-            "experiment": self.experiment,
-            "impl": self.impl,
-            "device": self.device,
-            "gpus": self.gpus,
-            "seconds": self.seconds,
-            "low": self.low,
-            "high": self.high,
-            "by_operator": self.by_operator,
-            "published_seconds": self.published,
-            "arithmetic_seconds": self.arithmetic,
-            "micro_batch": self.counts.micro_batch,
-            "micro_batches": self.work.micro_batches,
-            "precision": self.counts.precision,
-            "tflop": self.work.micro_batches * self.counts.flops / 1e12,
-            "dram_bytes": self.work.micro_batches * self.counts.dram,
-        }
+        """For JSON."""
+        return {"status": STATUS} | {field.name: getattr(self, field.name) for field in fields(self)[:-2]}
 
 
 def project(
@@ -98,62 +76,52 @@ def project(
     exchange: float = EXCHANGE_BANDWIDTH,
     progress: Progress = lambda line: None,
     overlap: float = 1.0,
-) -> Projection:
+) -> ProjectedStep:
     """Projection of one experiment. micro: sequences of a micro-batch, by default the published run's, 64 fused."""
-    device: Device = DEVICES[device_name]
+    device = DEVICES[device_name]
     batch = min(micro or micro_batch(name, impl), -(-SEQUENCES // gpus))
     counts = collect(name, impl, batch, device.arch, progress=progress)
     step = work(counts, device, gpus, exchange, overlap)
-    values = calibration.fit.efficiencies.array()
-    seconds = step.seconds(values)
-    spread = math.hypot(calibration.fit.spread(step), calibration.noise)
-    return Projection(
-        name,
-        impl,
-        device_name,
-        gpus,
-        seconds,
-        seconds * math.exp(-RANGE * spread),
-        seconds * math.exp(RANGE * spread),
-        step.by_operator(values),
-        published_seconds().get(name) if impl == "eager" and (device_name, gpus) == FITTED else None,
-        counts,
-        step,
+    values = calibration.fit.efficiencies
+    seconds, flops = step.seconds(values), step.micro_batches * counts.flops
+    factor = math.exp(RANGE * math.hypot(calibration.fit.spread(step), calibration.noise))
+    return ProjectedStep(
+        experiment=name,
+        impl=impl,
+        device=device_name,
+        gpus=gpus,
+        seconds=seconds,
+        low=seconds / factor,
+        high=seconds * factor,
+        by_operator=step.by_operator(values),
+        published_seconds=published_seconds().get(name) if impl == "eager" and (device_name, gpus) == FITTED else None,
+        arithmetic_seconds=flops / device.peak(counts.precision),
+        micro_batch=counts.micro_batch,
+        micro_batches=step.micro_batches,
+        precision=counts.precision,
+        tflop=flops / 1e12,
+        dram_bytes=step.micro_batches * counts.dram,
+        counts=counts,
+        work=step,
     )
 
 
-def kernels_of(projection: Projection, calibration: Calibration) -> list[dict[str, Any]]:
-    """Each kernel or operator of torch of a step: seconds, what of it products and bytes would take alone, and what it
-    takes beyond its useful FLOPs at 0.80 of the peak. Longest first."""
-    step, values = projection.work, calibration.fit.efficiencies.array()
-    peak = DEVICES[projection.device].peak(projection.counts.precision)
-    bandwidth = values[NAMES.index("bandwidth")]
-    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for i, (call, seconds) in enumerate(zip(projection.counts.calls, step.calls(values), strict=True)):
-        key = (call.operator, call.phase, call.name)
-        row = rows.setdefault(
-            key,
-            {
-                "operator": call.operator,
-                "phase": call.phase,
-                "kernel": call.name.removeprefix("aten::").strip("_"),
-                **dict.fromkeys(("calls", "seconds", "products", "bytes", "beyond"), 0.0),
-            },
-        )
-        times = step.micro_batches * call.count
-        row["calls"] += times
-        row["seconds"] += float(seconds)
-        row["products"] += float(times * step.ideal[i] / values[step.kind[i]])
-        row["bytes"] += float(times * step.moved[i] / bandwidth)
-        row["beyond"] += float(seconds) - times * call.flops / (0.80 * peak)
-    return sorted(rows.values(), key=lambda row: -row["seconds"])
-
-
-def all_projections(
-    names: Iterable[str], impls: Iterable[str], calibration: Calibration, **options: Any
-) -> list[Projection]:
-    return [project(name, impl, calibration, **options) for name in names for impl in impls]
-
-
-def guess_error(calibration: Calibration) -> float:
-    return float(np.mean([abs(row.guess_error) for row in calibration.left_out]))
+def kernels_of(step: ProjectedStep, calibration: Calibration) -> pd.DataFrame:
+    """Each kernel or operator of torch of a step: how often, seconds, what of it products and bytes would take alone,
+    and what it takes beyond its useful FLOPs at 0.80 of the peak. Longest first."""
+    values, calls = calibration.fit.efficiencies, step.work.calls
+    times, seconds = step.micro_batches * calls["count"], step.work.call_seconds(values)
+    table = pd.DataFrame(
+        {
+            "operator": calls["operator"],
+            "phase": calls["phase"],
+            "kernel": calls["name"].str.removeprefix("aten::").str.strip("_"),
+            "calls": times,
+            "seconds": seconds,
+            "products": times * calls["ideal"] / [values[kind] for kind in calls["kind"]],
+            "bytes": times * calls["moved"] / values[BANDWIDTH],
+            "beyond": seconds - times * calls["flops"] / (0.80 * DEVICES[step.device].peak(step.precision)),
+        }
+    )
+    grouped = table.groupby(["operator", "phase", "kernel"], sort=False, as_index=False).sum()
+    return grouped.sort_values("seconds", ascending=False, kind="stable")

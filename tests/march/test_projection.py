@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.predecessor import HALVED_EXPERIMENTS, micro_batch, published_seconds
 from bench.projection import __main__ as command
 from bench.projection import collect
 from bench.projection.collect import Call, Compiled, Counts
 from bench.projection.fit import NOISE, PRIORS, fit, leave_one_out, mean_error
 from bench.projection.model import FP32, NAMES, TENSOR, UNALIGNED, Efficiencies, ideal_seconds, rounds, work
-from bench.projection.predecessor import HALVED_EXPERIMENTS, micro_batch, published_seconds
-from bench.projection.project import calibrate, guess_error, kernels_of, project
+from bench.projection.project import calibrate, kernels_of, project
 from kernels.compile_only import Argument, Launch
 from march import experiments
 from march.cost.counter import Product
@@ -26,7 +26,7 @@ from march.cost.devices import DEVICES
 ROOT = Path(__file__).resolve().parents[2]
 A5000 = DEVICES["a5000"]
 PLANTED = Efficiencies(tensor=0.62, unaligned=0.31, fp32=0.5, bandwidth=0.66, host=0.003)
-WIDE = {name: replace(prior, spread=50.0) for name, prior in PRIORS.items()}
+WIDE = {name: prior._replace(spread=50.0) for name, prior in PRIORS.items()}
 
 
 def product_call(m: int, n: int, k: int, element_size: int = 2, alignment: int = 16, count: int = 1) -> Call:
@@ -56,16 +56,16 @@ def made_up_works() -> dict:
 
 def test_the_fit_recovers_planted_efficiencies():
     works = made_up_works()
-    seconds = {name: one.seconds(PLANTED.array()) for name, one in works.items()}
+    seconds = {name: one.seconds(PLANTED) for name, one in works.items()}
     found = fit(works, seconds, WIDE)
-    np.testing.assert_allclose(found.efficiencies.array(), PLANTED.array(), rtol=1e-3)
-    assert mean_error([row.error for row in leave_one_out(works, seconds, WIDE) if row.name != "3"]) < 1e-3
+    np.testing.assert_allclose(found.efficiencies, PLANTED, rtol=1e-3)
+    assert mean_error(leave_one_out(works, seconds, WIDE).error.drop("3")) < 1e-3
 
 
 def test_the_fit_stays_within_its_bounds():
     works = made_up_works()
     for factor in (0.1, 20.0):
-        seconds = {name: factor * one.seconds(PLANTED.array()) for name, one in works.items()}
+        seconds = {name: factor * one.seconds(PLANTED) for name, one in works.items()}
         found = fit(works, seconds, WIDE).efficiencies
         for name in NAMES:
             assert PRIORS[name].low * (1 - 1e-9) <= getattr(found, name) <= PRIORS[name].high * (1 + 1e-9)
@@ -76,19 +76,18 @@ def test_the_fit_stays_within_its_bounds():
 def test_the_priors_decide_where_the_runs_cannot():
     """No run has unaligned products: their efficiency is what was expected of it."""
     only = work(counts([product_call(58944, 2048, 2048, count=40)]), A5000)
-    found = fit({"a": only}, {"a": only.seconds(PLANTED.array())})
+    found = fit({"a": only}, {"a": only.seconds(PLANTED)})
     assert found.efficiencies.unaligned == pytest.approx(PRIORS["unaligned"].expected)
 
 
 def test_a_run_that_is_off_is_seen_when_left_out():
     works = made_up_works()
-    seconds = {name: one.seconds(PLANTED.array()) for name, one in works.items()}
+    seconds = {name: one.seconds(PLANTED) for name, one in works.items()}
     seconds["5"] *= 1.5
-    rows = {row.name: row for row in leave_one_out(works, seconds)}
-    assert rows["5"].error == pytest.approx(1 / 1.5 - 1, abs=0.05)
-    assert abs(rows["7"].error) < 0.1
-    guess = np.median([value for name, value in seconds.items() if name != "7"])
-    assert rows["7"].guess == pytest.approx(guess)
+    rows = leave_one_out(works, seconds)
+    assert rows.error["5"] == pytest.approx(1 / 1.5 - 1, abs=0.05)
+    assert abs(rows.error["7"]) < 0.1
+    assert rows.naive["7"] == pytest.approx(np.median([value for name, value in seconds.items() if name != "7"]))
 
 
 # ---------------------------------------------------------------- the time of a call
@@ -96,14 +95,14 @@ def test_a_run_that_is_off_is_seen_when_left_out():
 
 def test_more_bandwidth_is_never_slower_and_faster_where_bytes_decide():
     steps = counts([product_call(58944, 512, 512, count=30), Call("forward", "e", "aten::add", 50, 0, 10**9, 10**9)])
-    slow, fast = (work(steps, replace(A5000, bandwidth=b)).calls(PLANTED.array()) for b in (5e11, 1e12))
+    slow, fast = (work(steps, replace(A5000, bandwidth=b)).call_seconds(PLANTED) for b in (5e11, 1e12))
     assert (fast <= slow).all()
     assert fast[1] == pytest.approx(slow[1] / 2, rel=1e-3)
 
 
 def test_overlap_adds_the_shorter_part():
     steps = counts([product_call(58944, 2048, 512)])
-    times = [float(work(steps, A5000, overlap=x).calls(PLANTED.array())[0]) for x in (1.0, 0.5, 0.0)]
+    times = [float(work(steps, A5000, overlap=x).call_seconds(PLANTED)[0]) for x in (1.0, 0.5, 0.0)]
     assert times[0] < times[1] < times[2]
     assert times[1] == pytest.approx((times[0] + times[2]) / 2)
 
@@ -163,10 +162,10 @@ def test_tiles_of_a_launch_are_whole_and_causal_blocks_skipped():
 
 def test_the_exchange_grows_with_the_gpus_and_is_none_alone():
     calls = [product_call(4096, 4096, 512)]
-    alone, two, eight = (work(counts(calls, 1), A5000, gpus).others(PLANTED.array())["exchange"] for gpus in (1, 2, 8))
+    alone, two, eight = (work(counts(calls, 1), A5000, gpus).others(PLANTED)["exchange"] for gpus in (1, 2, 8))
     assert alone == 0
     assert eight / two == pytest.approx((7 / 8) / (1 / 2))
-    fused_step = work(counts(calls, 1, impl="triton"), A5000, 8).others(PLANTED.array())
+    fused_step = work(counts(calls, 1, impl="triton"), A5000, 8).others(PLANTED)
     assert fused_step["exchange"] == eight
     assert "host" not in fused_step
     assert "evaluation" not in fused_step
@@ -221,7 +220,7 @@ def test_counts_are_read_again_until_a_source_changes(monkeypatch):
     first = small("APEUnitVariance")
     monkeypatch.setattr(collect, "eager_calls", lambda *_: pytest.fail("counted again"))
     assert small("APEUnitVariance") == first
-    monkeypatch.setattr(collect, "sources_hash", lambda _: "other")
+    monkeypatch.setattr(collect, "sources_hash", lambda *_, **__: "other")
     with pytest.raises(pytest.fail.Exception, match="counted again"):
         small("APEUnitVariance")
 
@@ -245,13 +244,11 @@ def calibration(folder):
     return calibrate()
 
 
-def test_left_out_runs_are_closer_than_a_constant_guess(calibration):
+def test_left_out_runs_are_closer_than_the_naive_baseline(calibration):
     assert len(calibration.left_out) == len(published_seconds()) == 12
-    error = mean_error([row.error for row in calibration.left_out])
-    assert error < 0.5 * guess_error(calibration)
-    narrow = [row for row in calibration.left_out if row.name != "BaselineFP32"]
-    assert mean_error([row.error for row in narrow]) < 0.5 * mean_error([row.guess_error for row in narrow])
-    assert error < NOISE
+    for runs in (calibration.left_out, calibration.left_out.drop("BaselineFP32")):
+        assert mean_error(runs.error) < 0.5 * mean_error(runs.naive_error)
+    assert mean_error(calibration.left_out.error) < NOISE
 
 
 @pytest.mark.parametrize(
@@ -266,14 +263,14 @@ def test_large_differences_have_their_direction_and_half_their_size(calibration,
 def test_a_projection_adds_up(calibration):
     one = project("Baseline", "eager", calibration)
     assert sum(one.by_operator.values()) == pytest.approx(one.seconds)
-    calls = sum(row["seconds"] for row in kernels_of(one, calibration))
-    assert calls + sum(one.work.others(calibration.fit.efficiencies.array()).values()) == pytest.approx(one.seconds)
+    calls = kernels_of(one, calibration).seconds.sum()
+    assert calls + sum(one.work.others(calibration.fit.efficiencies).values()) == pytest.approx(one.seconds)
     assert one.low < one.seconds < one.high
-    assert one.arithmetic < one.seconds
-    assert one.published == 0.9262
+    assert one.arithmetic_seconds < one.seconds
+    assert one.published_seconds == 0.9262
     faster = project("Baseline", "eager", calibration, "a100")
     assert faster.seconds < one.seconds
-    assert faster.published is None
+    assert faster.published_seconds is None
 
 
 # ---------------------------------------------------------------- the command

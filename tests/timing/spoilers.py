@@ -8,8 +8,8 @@ import os
 
 import torch
 
-from bench import kernel_rivals, timing
-from bench.kernel_rivals import Implementation
+from bench import kernel_baselines, timing
+from bench.kernel_baselines import Implementation
 
 
 class Scaled(torch.autograd.Function):
@@ -49,8 +49,8 @@ def interrupted(benchmark, seconds):
 
 
 COUNT: list[int] = []
-TRUE_OURS, TRUE_RECORD = kernel_rivals._ours, timing.record
+TRUE_OURS, TRUE_RECORD = kernel_baselines._ours, timing.record
 if os.environ["SPOIL"] == "gradient":
-    kernel_rivals._ours = wrong
+    kernel_baselines._ours = wrong
 elif os.environ["SPOIL"] == "interrupt":
     timing.record = interrupted

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from bench import kernel_calls, kernel_rivals
+from bench import kernel_baselines, kernel_calls
 from bench.checking import Oracle
 from bench.kernel_calls import Sizes
 from march import cost, experiments
@@ -88,8 +88,8 @@ def test_a_nan_and_a_shape_are_refused():
 
 
 @pytest.mark.parametrize("operator", CALLS)
-def test_eager_rivals_compute_the_formula(operator):
-    assert oracle(operator, torch.float32, dropout=False).problems(kernel_rivals.EAGER[operator]) == []
+def test_eager_baselines_compute_the_formula(operator):
+    assert oracle(operator, torch.float32, dropout=False).problems(kernel_baselines.EAGER[operator]) == []
 
 
 @pytest.mark.parametrize("operator", ["attention", "glu", "linear_cross_entropy"])
@@ -100,7 +100,7 @@ def test_flops_are_those_of_the_products(operator):
     leaves = {n: x.requires_grad_() if x.dtype.is_floating_point else x for n, x in inputs.items()}
     arguments = kernel_calls.arguments(call, CPU, dropout=False)
     with FlopCounterMode(display=False) as forward:
-        out = kernel_rivals.EAGER[operator](**leaves, **arguments)
+        out = kernel_baselines.EAGER[operator](**leaves, **arguments)
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
     d = call.dims

@@ -1,8 +1,8 @@
-"""Everything that computes an operator and may be timed: our implementations, and libraries as rivals.
+"""Everything that computes an operator and may be timed: our implementations, and libraries as baselines.
 
-An implementation is a function with the operator's arguments. A rival that is not installed, or does not do what a call
-asks, says why by ImplementationError; that text stands in the table in place of a time. Rivals draw dropout from
-their own generators, so they are compared with the formula without dropout, and timed with it.
+An implementation is a function with the operator's arguments. A baseline that is not installed, or does not do what a
+call asks, says why by ImplementationError; that text stands in the table in place of a time. Baselines draw dropout
+from their own generators, so they are compared with the formula without dropout, and timed with it.
 """
 
 import functools

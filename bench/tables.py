@@ -1,0 +1,52 @@
+"""How the tables of bench/ are written: rows of {column: text}, times, rates."""
+
+from collections.abc import Mapping, Sequence
+
+Row = Mapping[str, str]
+
+
+def is_numeric(rows: Sequence[Row], column: str) -> bool:
+    """Whether every cell is a number or starts with one; never of the first column, which names the row."""
+    cells = [row[column] for row in rows if row[column] not in ("", "-")]
+    return column != next(iter(rows[0])) and all(cell[0].isdigit() or cell[0] in "+-" for cell in cells)
+
+
+def markdown(rows: Sequence[Row], padded: bool = True) -> str:
+    """A Markdown table, numbers to the right; padded for a terminal."""
+    columns = list(rows[0])
+    right = [is_numeric(rows, column) for column in columns]
+    texts = [columns, *([row[column].replace("|", "\\|") for column in columns] for row in rows)]
+    widths = [max(3, *map(len, cells)) if padded else 0 for cells in zip(*texts, strict=True)]
+    rule = [
+        "-" * (max(w, 3) - 1) + ":" if r else ":" + "-" * (max(w, 3) - 1) for w, r in zip(widths, right, strict=True)
+    ]
+    lines = [
+        [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(line, widths, right, strict=True)]
+        for line in texts
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
+
+
+def joined(separator: str, *parts: str) -> str:
+    """The parts that say something."""
+    return separator.join(filter(None, parts))
+
+
+def duration(seconds: float | None) -> str:
+    """Three digits with a unit."""
+    if seconds is None:
+        return "-"
+    unit, size = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if seconds >= s), ("us", 1e-6))
+    return f"{seconds / size:.3g} {unit}"
+
+
+def rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
+
+
+def mebibytes(size: float | None, digits: int = 0) -> str:
+    return "-" if size is None else f"{size / 2**20:.{digits}f}"
