@@ -1,7 +1,5 @@
 """What the first hour measured beside what was projected for this device."""
 
-import importlib.util
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,11 +8,12 @@ from pathlib import Path
 import torch
 
 from bench import machine
-from bench.report.load import Projection, ReportError, benchmark, projections
+from bench.cache import LENGTHS, ROOT
+from bench.predecessor import SEQUENCES
+from bench.projection import Projection
+from bench.report.load import ReportError, benchmark, projections, read_projections
 from bench.report.page import Section
 from march.cost import DEVICES, find_device
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def projected_here(paths: list[Path]) -> list[Projection]:
@@ -22,7 +21,7 @@ def projected_here(paths: list[Path]) -> list[Projection]:
     if paths:
         return projections(paths)
     device = machine.listed()
-    if device is None or importlib.util.find_spec("bench.projection") is None:
+    if device is None:
         return []
     key = next(name for name, one in DEVICES.items() if one == device)
     command = [sys.executable, "-m", "bench.projection", "--exp", "Baseline", "--impl", "triton"]
@@ -30,8 +29,7 @@ def projected_here(paths: list[Path]) -> list[Projection]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         return []
-    data = json.loads(done.stdout)
-    return [Projection(**{n: one[n] for n in Projection.__dataclass_fields__}) for one in data]
+    return read_projections(done.stdout, "bench.projection")
 
 
 def beside_the_projection(results: Path, cuda: bool, found: Sequence[Projection]) -> Section:
@@ -46,33 +44,31 @@ def beside_the_projection(results: Path, cuda: bool, found: Sequence[Projection]
         name = listed.name if listed else f"{machine.device_name()}, which march.cost.devices does not list"
         return Section(title, "", [f"No projection of the fused step is there for {name}."])
     try:
-        measured = {
-            r["experiment"]: r for r in benchmark(results).suite("experiments") if r["implementation"] == "triton"
-        }
+        rows_here = benchmark(results).suite("experiments", implementation="triton")
     except ReportError as error:
         return Section(title, "", [f"Nothing measured to compare: {error}"])
+    measured = {row["experiment"]: row["tokens_per_second"] for row in rows_here}
     rows = []
     for one in own:
-        if one.experiment not in measured:
+        here = measured.get(one.experiment)
+        if here is None:
             continue
-        here = measured[one.experiment]["tokens_per_second"]
         # of encoder and decoder positions, of one GPU
-        there, slow, fast = (1024 * (921 + 206) / (s * one.gpus) for s in (one.seconds, one.high, one.low))
-        verdict = (
-            "within the range"
-            if slow <= here <= fast
-            else "slower than projected"
-            if here < slow
-            else "faster than projected"
-        )
+        there, slow, fast = (SEQUENCES * sum(LENGTHS) / (s * one.gpus) for s in (one.seconds, one.high, one.low))
+        outside = "slower than projected" if here < slow else "faster than projected"
         rows.append(
-            [one.experiment, f"{here:.0f}", f"{there:.0f} [{slow:.0f} .. {fast:.0f}]", f"{here / there:.2f}", verdict]
+            {
+                "experiment": one.experiment,
+                "measured": f"{here:.0f}",
+                "projected": f"{there:.0f} [{slow:.0f} .. {fast:.0f}]",
+                "measured over projected": f"{here / there:.2f}",
+                "": "within the range" if slow <= here <= fast else outside,
+            }
         )
     text = [
         "Positions a second of one GPU. Measured: a micro-batch's forward, backward and AdamW. Projected: a step of "
         "1024 sequences, with gradient exchange where there are several GPUs."
     ]
-    header = ["experiment", "measured", "projected", "measured over projected", ""]
-    return Section(
-        title, "GPU time; projection", text if rows else ["No experiment is both measured and projected."], header, rows
-    )
+    if not rows:
+        text = ["No experiment is both measured and projected."]
+    return Section(title, "GPU time; projection", text, rows)

@@ -23,13 +23,15 @@ import torch
 
 import kernels
 import march
+from bench.cache import DECODER_LENGTH, ENCODER_LENGTH
+from bench.tables import markdown
 from kernels.compile_only import ARCHITECTURES, Launch, recording, reports, save, table
 from kernels.compile_only.report import Report
 from kernels.compile_only.sass import tool
 from kernels.dispatch import OPERATORS, fused_available
 from march import experiments
 
-MICRO_BATCH, ENCODER_LENGTH, DECODER_LENGTH = 64, 921, 206
+MICRO_BATCH = 64
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -108,14 +110,6 @@ def brief(name: str, arch: str, launches: Sequence[Launch], rows: Sequence[Repor
     }
 
 
-def digest(lines: Sequence[dict[str, str]]) -> str:
-    """The lines of `brief` as a Markdown table."""
-    table = [list(lines[0]), *(list(line.values()) for line in lines)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    text = ["| " + " | ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)) + " |" for row in table]
-    return "\n".join([text[0], "| " + " | ".join("-" * n for n in widths) + " |", *text[1:]])
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--arch", default="sm_86", choices=(*ARCHITECTURES, "all"))
@@ -163,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({**facts, **shapes, "missing": missing, "passed": not failed, "results": results}, indent=1))
     else:
         if lines:
-            print(digest(lines) + "\n\ncompiled, not run")
+            print(markdown(lines) + "\n\ncompiled, not run")
         print(f"{facts['date']}, " + ", ".join(f"{key} {value}" for key, value in versions().items()))
         print(f"micro-batch {MICRO_BATCH}, encoder {ENCODER_LENGTH}, decoder {DECODER_LENGTH} positions")
         if missing:

@@ -17,6 +17,7 @@ from pytest_benchmark.utils import get_tag
 from bench import machine
 from bench.kernel_calls import PAPER, REDUCED, SMOKE, Sizes
 from bench.results import Results, experiment_table, kernel_table
+from bench.tables import markdown
 
 # minutes each on two cores: see docs/portable.md. A few stay, so that a plain run sees every path, and `-k portable`
 # asks for all.
@@ -27,7 +28,7 @@ RESULTS = pytest.StashKey[Results]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("march's benchmarks")
-    group.addoption("--full", action="store_true", help="every experiment, shape and rival: an hour on two cores")
+    group.addoption("--full", action="store_true", help="every experiment, shape and baseline: an hour on two cores")
     group.addoption("--smoke", action="store_true", help="tiny shapes, few rounds: does it run? Its times say nothing")
 
 
@@ -84,7 +85,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     for title, table in (("operators", kernel_table(results)), ("training steps", experiment_table(results))):
         if table:
             terminalreporter.section(f"{title}: {machine.kind()}, {machine.device_name()}, {sizes_of(config).label}")
-            for line in table:
+            for line in markdown(table).splitlines():
                 write(line)
     if results.without:
         terminalreporter.section("without a time")

@@ -29,7 +29,7 @@ from bench.beside_projection import beside_the_projection, projected_here
 from bench.report import page
 from bench.report.load import Projection, ReportError, benchmark
 from bench.report.page import Section
-from bench.results import duration
+from bench.tables import duration
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDS, FAILED, SKIPPED, INTERRUPTED = "holds", "failed", "skipped", "interrupted"
@@ -236,22 +236,22 @@ def sections(given: Context, outcomes: Mapping[str, Outcome], found: Sequence[Pr
     for key, (title, _) in PARTS.items():
         one = outcomes.get(key)
         if one is None:
-            rows.append([title, "not run yet", "", "", "-"])
+            rows.append({"part": title, "outcome": "not run yet", "where": "", "first line": "", "took": "-"})
             continue
-        rows.append(
-            [title, one.status, one.where, (one.lines or [""])[0], duration(one.seconds) if one.seconds else "-"]
-        )
+        took = duration(one.seconds or None)
+        first = (one.lines or [""])[0]
+        rows.append({"part": title, "outcome": one.status, "where": one.where, "first line": first, "took": took})
         detail = [f"{one.status}: {one.where}."]
         detail += [f"`{one.command}`"] if one.command else []
-        shown.append(Section(title.replace("`", ""), "", detail, ["what it said"], [[line] for line in one.lines]))
-    held = [r[0] for r in rows if r[1] == HOLDS]
-    wrong = [f"{r[0]} ({r[1]})" for r in rows if r[1] in (FAILED, INTERRUPTED)]
-    skipped = [f"{r[0]}: {r[3]}" for r in rows if r[1] == SKIPPED]
+        shown.append(Section(title.replace("`", ""), "", detail, [{"what it said": line} for line in one.lines]))
+    held = [row["part"] for row in rows if row["outcome"] == HOLDS]
+    wrong = [f"{row['part']} ({row['outcome']})" for row in rows if row["outcome"] in (FAILED, INTERRUPTED)]
+    skipped = [f"{row['part']}: {row['first line']}" for row in rows if row["outcome"] == SKIPPED]
     text = [f"Holds: {', '.join(held) or 'nothing yet'}.", f"Does not hold: {', '.join(wrong) or 'nothing that ran'}."]
     text += [f"Skipped: {'; '.join(skipped)}."] if skipped else []
     if not given.cuda:
         text.append("There is no GPU here: whatever holds, holds on the CPU or in the interpreter, not on a GPU.")
-    first = Section("What holds", "", text, ["part", "outcome", "where", "first line", "took"], rows)
+    first = Section("What holds", "", text, rows)
     return [first, beside_the_projection(given.out / "bench.json", given.cuda, found), *shown]
 
 

@@ -5,8 +5,8 @@
 
 One micro-batch's forward and backward at 921 and 206 positions in the experiment's precision, on meta tensors through
 the launch code of a GPU run, and one optimiser step. read, written: each tensor of a launch or an operator of torch
-once; DRAM: what comes from and goes to memory under the cache model of march.cost.cache; boundary: each tensor once at
-the operators' boundaries; kept: saved for backward. --fits: the largest micro-batch of each experiment that fits.
+once; DRAM: what comes from and goes to memory under the cache model of march.cost.cache; compulsory: each tensor once
+at the operators' boundaries; kept: saved for backward. --fits: the largest micro-batch of each experiment that fits.
 """
 
 import argparse
@@ -19,58 +19,32 @@ from typing import Any
 import torch
 
 import kernels
+from bench.cache import LENGTHS
+from bench.tables import markdown, mebibytes
 from march import cost, experiments
 from march.cost import Ledger
-from march.cost.ledger import Row
+from march.cost.ledger import Row as OpRow
 
-ENCODER_LENGTH, DECODER_LENGTH = 921, 206
-GB, GIB, MIB = 1e9, 2**30, 2**20
+GB, GIB = 1e9, 2**30
 FITS = ("triton", "torch", "reference")
-COLUMNS = (
-    "phase",
-    "operator",
-    "launches",
-    "calls",
-    "TFLOP",
-    "read",
-    "written",
-    "DRAM",
-    "boundary",
-    "ratio",
-    "kept MiB",
-)
 
 
-def _cells(row: Row) -> list[str]:
-    ratio = f"{row.dram / row.boundary:.2f}" if row.boundary else "-"
-    numbers = (row.bytes_read, row.bytes_written, row.dram, row.boundary)
-    return [
-        row.phase,
-        row.operator,
-        str(row.launches),
-        str(row.calls),
-        f"{row.flops / 1e12:.3f}",
-        *(f"{n / GB:.3f}" for n in numbers),
-        ratio,
-        f"{row.saved / MIB:.0f}",
-    ]
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with text to the left and numbers to the right, padded for a terminal."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    left = [all(not line[i].lstrip("-").replace(".", "").isdigit() for line in lines[1:]) for i in range(len(header))]
-    rule = [":" + "-" * (w - 1) if to_left else "-" * (w - 1) + ":" for w, to_left in zip(widths, left, strict=True)]
-    padded = [
-        [x.ljust(w) if to_left else x.rjust(w) for x, w, to_left in zip(line, widths, left, strict=True)]
-        for line in lines
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (padded[0], rule, *padded[1:]))
+def _cells(row: OpRow) -> dict[str, str]:
+    numbers = {"read": row.bytes_read, "written": row.bytes_written, "DRAM": row.dram, "compulsory": row.boundary}
+    return {
+        "phase": row.phase,
+        "operator": row.operator,
+        "launches": str(row.launches),
+        "calls": str(row.calls),
+        "TFLOP": f"{row.flops / 1e12:.3f}",
+        **{name: f"{size / GB:.3f}" for name, size in numbers.items()},
+        "ratio": f"{row.dram / row.boundary:.2f}" if row.boundary else "-",
+        "kept MiB": mebibytes(row.saved),
+    }
 
 
 def _excess(ledger: Ledger) -> str:
-    """Rows by the bytes that they move beyond their boundary, those above 1% of the sum of all boundaries."""
+    """Rows by the bytes that they move beyond the compulsory ones, those above 1% of the sum of these."""
     least = ledger.total("forward", "backward").boundary / 100
     rows = sorted((r for r in ledger.rows if r.dram - r.boundary > least), key=lambda r: r.boundary - r.dram)
     return ", ".join(f"{r.operator} {r.phase} {(r.dram - r.boundary) / GB:.2f} GB" for r in rows) or "none"
@@ -83,10 +57,10 @@ def report(name: str, impl: str, ledger: Ledger, names: bool) -> str:
         f"{name}, {impl}, micro-batch {ledger.micro_batch}, {ledger.encoder_length}/{ledger.decoder_length} positions, "
         f"{ledger.precision}: counted, not run. Bytes in GB.",
         "",
-        markdown(COLUMNS, [_cells(row) for row in (*ledger.rows, *totals)]),
+        markdown([_cells(row) for row in (*ledger.rows, *totals)]),
         "",
         f"kept for backward {ledger.saved / GIB:.2f} GiB, at most alive beyond the weights {ledger.peak / GIB:.2f} GiB",
-        f"DRAM bytes of forward and backward {ledger.ratio:.3f} times the boundary; excess: {_excess(ledger)}",
+        f"DRAM bytes of forward and backward {ledger.ratio:.3f} times the compulsory; excess: {_excess(ledger)}",
     ]
     if names:
         lines.append("")
@@ -98,7 +72,8 @@ def report(name: str, impl: str, ledger: Ledger, names: bool) -> str:
         ]
     lines.append("forbidden tensors: " + ("none" if not ledger.forbidden else str(len(ledger.forbidden))))
     lines += [
-        f"  {one.reason}: {one.phase} {one.operator} {one.name} {one.dtype} {list(one.shape)} {one.bytes / MIB:.0f} MiB"
+        f"  {one.reason}: {one.phase} {one.operator} {one.name} {one.dtype} {list(one.shape)} "
+        f"{mebibytes(one.bytes)} MiB"
         for one in ledger.forbidden
     ]
     return "\n".join(lines)
@@ -110,27 +85,26 @@ def fits(memory: float) -> list[dict[str, Any]]:
     for name in experiments.names():
         config = experiments.configuration(name)
         row: dict[str, Any] = {"experiment": name, "parameters": cost.total_parameters(config)}
-        estimate = cost.memory(config, ENCODER_LENGTH, DECODER_LENGTH, impl="triton")
+        estimate = cost.memory(config, *LENGTHS, impl="triton")
         row["per_sequence"], row["fixed"] = estimate.per_sequence, estimate.total(0)
         for impl in FITS:
-            row[impl] = cost.fitting_micro_batch(config, ENCODER_LENGTH, DECODER_LENGTH, memory * GIB, impl)
+            row[impl] = cost.fitting_micro_batch(config, *LENGTHS, memory * GIB, impl)
         rows.append(row)
     return rows
 
 
 def fits_table(rows: Sequence[dict[str, Any]], memory: float) -> str:
-    header = ("experiment", "parameters", "fixed GiB", "a sequence MiB", *FITS)
     cells = [
-        [
-            row["experiment"],
-            f"{row['parameters']:,}",
-            f"{row['fixed'] / GIB:.2f}",
-            f"{row['per_sequence'] / MIB:.1f}",
-            *(str(row[impl]) for impl in FITS),
-        ]
+        {
+            "experiment": row["experiment"],
+            "parameters": f"{row['parameters']:,}",
+            "fixed GiB": f"{row['fixed'] / GIB:.2f}",
+            "MiB per sequence": mebibytes(row["per_sequence"], 1),
+            **{impl: str(row[impl]) for impl in FITS},
+        }
         for row in rows
     ]
-    return f"Largest micro-batch in {memory:g} GiB; fixed and a sequence: of triton.\n\n" + markdown(header, cells)
+    return f"Largest micro-batch in {memory:g} GiB; fixed and per sequence: of triton.\n\n{markdown(cells)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,8 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in list(experiments.names()) if given.exp == "all" else given.exp.split(","):
         ledger = cost.step_ledger(
             experiments.configuration(name),
-            ENCODER_LENGTH,
-            DECODER_LENGTH,
+            *LENGTHS,
             micro_batch=given.micro_batch,
             impl=kernels.parse_impl(given.impl),
         )

@@ -15,9 +15,8 @@ from pathlib import Path
 from bench.report import page
 from bench.report.compare import compare, threshold
 from bench.report.counted import collect
-from bench.report.load import Benchmark, Projection, ReportError, benchmark, newest, projections
+from bench.report.load import Benchmark, Projection, ReportError, Sources, benchmark, newest, projections
 from bench.report.sections import all_sections
-from bench.report.sources import Sources
 from march import experiments
 from march.config import ConfigError
 
@@ -30,39 +29,34 @@ def counted_names(main: str) -> list[str]:
     return list(dict.fromkeys([main, *first.values()]))
 
 
-def build(
-    given: Benchmark, found: Sequence[Projection], out: Path, experiment: str, names: Sequence[str] | None = None
-) -> list[Path]:
+def build(given: Benchmark, found: Sequence[Projection], out: Path, experiment: str) -> list[Path]:
     """Writes report.md, report.html and the pictures into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    sources = Sources(given, collect(names or counted_names(experiment)), found, out)
+    sources = Sources(given, collect(counted_names(experiment)), found, out)
+    busy = (
+        " Where the load average is above the number of cores, other work ran, and seconds are longer than on an idle "
+        "machine."
+    )
+    shown = sources.projected("triton") | sources.projected("eager")
+    nothing = "for the reference device was" if found else "was"
     intro = [
-        f"Measured: {given.describe()}."
-        + (
-            " Where the load average is above the number of cores, other work ran, and seconds are longer than on an "
-            "idle machine."
-            if given.kind == "CPU time"
-            else ""
-        ),
+        f"Measured: {given.describe()}." + (busy if given.kind == "CPU time" else ""),
         "Every number says what it is: a GPU's or a CPU's time, a projection from counts, or a count of what a step "
-        "would do. Only times were measured." + ("" if found else " No projection was given, so none is shown."),
+        "would do. Only times were measured." + ("" if shown else f" No projection {nothing} given, so none is shown."),
     ]
     return page.write(out, "report", "What the experiments cost", intro, all_sections(sources, experiment))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument(
-        "file", nargs="?", type=Path, help="JSON of `pytest bench/`; default the newest in .benchmarks/"
-    )
-    parser.add_argument(
-        "--projection", nargs="+", type=Path, default=[], metavar="FILE", help="of python -m bench.projection"
-    )
-    parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="where the page goes (report)")
-    parser.add_argument("--exp", default="Baseline", help="the experiment whose operators stand under the roof")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two files instead of a page")
-    parser.add_argument("--threshold", default="5%", help="with --compare: by how much a median may grow (5%%)")
-    parser.add_argument("--other-machine", action="store_true", help="compare files of different machines all the same")
+    add = parser.add_argument
+    add("file", nargs="?", type=Path, help="JSON of `pytest bench/`; default the newest in .benchmarks/")
+    add("--projection", nargs="+", type=Path, default=[], metavar="FILE", help="of python -m bench.projection")
+    add("--out", type=Path, default=Path("report"), metavar="DIR", help="where the page goes (report)")
+    add("--exp", default="Baseline", help="the experiment whose operators stand under the roof")
+    add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two files instead of a page")
+    add("--threshold", default="5%", help="with --compare: by how much a median may grow (5%%)")
+    add("--other-machine", action="store_true", help="compare files of different machines all the same")
     given = parser.parse_args(arguments)
     try:
         given.threshold = threshold(given.threshold)

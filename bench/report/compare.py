@@ -1,22 +1,11 @@
 """Two benchmark files beside each other, with a threshold that fails."""
 
-from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+
 from bench.report.load import Benchmark, ReportError
-from bench.results import aligned, duration
-
-
-@dataclass(frozen=True)
-class Difference:
-    name: str
-    before: float
-    after: float
-
-    @property
-    def change(self) -> float:
-        """Share by which it became slower; negative: faster."""
-        return self.after / self.before - 1
+from bench.tables import duration, markdown
 
 
 def threshold(text: str) -> float:
@@ -29,63 +18,52 @@ def threshold(text: str) -> float:
 
 def _conditions(one: Benchmark) -> dict[str, Any]:
     """What must be equal for two times to be of one thing."""
-    info = {"kind": one.kind, "device": one.device, "threads": one.facts.get("threads"), "sizes": one.run.get("sizes")}
-    return info | {
+    versions = {
         f"{name} version": v for name, v in one.facts.get("versions", {}).items() if name in ("torch", "triton")
     }
-
-
-def differing_conditions(a: Benchmark, b: Benchmark) -> list[str]:
-    """In which conditions the two files differ, as text."""
-    first, second = _conditions(a), _conditions(b)
-    return [
-        f"{name}: {first.get(name)} and {second.get(name)}"
-        for name in dict.fromkeys((*first, *second))
-        if first.get(name) != second.get(name)
-    ]
-
-
-def differences(a: Benchmark, b: Benchmark) -> list[Difference]:
-    """Medians of the benchmarks that both files have, by name; ReportError where there are none."""
-    before = {row["fullname"]: row["stats"]["median"] for row in a.rows}
-    found = [
-        Difference(row["fullname"].split("::")[-1], before[row["fullname"]], row["stats"]["median"])
-        for row in b.rows
-        if before.get(row["fullname"])
-    ]
-    if not found:
-        raise ReportError(
-            f"{a.path} and {b.path}: expected benchmarks that both have, found none; compare the same suites"
-        )
-    return found
+    threads, sizes = one.facts.get("threads"), one.run.get("sizes")
+    return {"kind": one.kind, "device": one.device, "threads": threads, "sizes": sizes} | versions
 
 
 def compare(a: Benchmark, b: Benchmark, limit: float, other_machine: bool) -> tuple[str, bool]:
-    """(text, whether anything became slower by more than `limit`). ReportError where the machines, threads or sizes
-    differ, unless `other_machine`."""
-    differing = differing_conditions(a, b)
+    """(medians of what both have, whether anything became slower by more than `limit`). ReportError where
+    the machines, threads or sizes differ, unless `other_machine`, and where nothing is in both."""
+    first, second = _conditions(a), _conditions(b)
+    names = [name for name in first | second if first.get(name) != second.get(name)]
+    differing = [f"{name}: {first.get(name)} and {second.get(name)}" for name in names]
     if differing and not other_machine:
         raise ReportError(
             f"{a.path} and {b.path} were not measured under the same conditions ({'; '.join(differing)}): their times "
             "are of different things; --other-machine compares them all the same"
         )
-    found = sorted(differences(a, b), key=lambda d: -d.change)
-    slower = [d for d in found if d.change > limit]
-    table = aligned(
-        ["benchmark", "", "before", "after", "change"],
-        [
-            [d.name, "SLOWER" if d in slower else "", duration(d.before), duration(d.after), f"{d.change:+.1%}"]
-            for d in found
-        ],
+    medians = pd.DataFrame(
+        {
+            side: pd.Series({row["fullname"]: row["stats"]["median"] for row in one.rows}, dtype=float)
+            for side, one in (("before", a), ("after", b))
+        }
     )
-    names = {row["fullname"] for row in a.rows}, {row["fullname"] for row in b.rows}
+    both = medians[(medians.before > 0) & medians.after.notna()]
+    if both.empty:
+        raise ReportError(
+            f"{a.path} and {b.path}: expected benchmarks that both have, found none; compare the same suites"
+        )
+    both = both.assign(change=both.after / both.before - 1).sort_values("change", ascending=False, kind="stable")
+    slower = int((both.change > limit).sum())
+    rows = [
+        {
+            "benchmark": row.Index.split("::")[-1],
+            "": "SLOWER" if row.change > limit else "",
+            "before": duration(row.before),
+            "after": duration(row.after),
+            "change": f"{row.change:+.1%}",
+        }
+        for row in both.itertuples()
+    ]
     lines = [f"before: {a.path}: {a.describe()}", f"after:  {b.path}: {b.describe()}"]
     lines += [f"conditions differ: {text}" for text in differing]
-    lines += ["medians:", *table, ""]
-    lines += (
-        [f"only before: {len(names[0] - names[1])}, only after: {len(names[1] - names[0])}"]
-        if names[0] != names[1]
-        else []
-    )
-    lines.append(f"{len(slower)} of {len(found)} slower by more than {limit:.1%}")
+    lines += ["medians:", markdown(rows), ""]
+    only_before, only_after = medians.after.isna().sum(), medians.before.isna().sum()
+    if only_before or only_after:
+        lines.append(f"only before: {only_before}, only after: {only_after}")
+    lines.append(f"{slower} of {len(both)} slower by more than {limit:.1%}")
     return "\n".join(lines), bool(slower)

@@ -4,7 +4,6 @@ Counting an experiment takes seconds, so the result is kept under .benchmarks/, 
 depends on.
 """
 
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -12,29 +11,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.ledger import DECODER_LENGTH, ENCODER_LENGTH
-from bench.report.load import STORAGE
+from bench.cache import LENGTHS, sources_hash, write
 from march import cost, experiments
 
+STORAGE = Path(".benchmarks")
+SOURCES = ("kernels", "march/config.py", "march/cost", "march/model", "march/experiments", "bench/report/counted.py")
 MICRO_BATCH, MEMORY_GIB = 64, 24
-ROOT = Path(__file__).resolve().parents[2]
+COUNTED = "counted, not run"
+# the device of the published runs, whose data sheet the counts are held against
+REFERENCE = cost.DEVICES["a5000"]
 
 Counted = dict[str, Any]
-
-
-def _fingerprint() -> str:
-    digest = hashlib.sha256()
-    for folder in ("kernels", "march/cost", "march/model", "march/experiments"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def count(name: str, micro_batch: int = MICRO_BATCH) -> Counted:
     """One experiment through the fused kernels at the paper's lengths: rows of the ledger, bytes, what fits."""
     config = experiments.configuration(name)
-    ledger = cost.step_ledger(config, ENCODER_LENGTH, DECODER_LENGTH, micro_batch=micro_batch, impl="triton")
-    memory = cost.memory(config, ENCODER_LENGTH, DECODER_LENGTH, impl="triton")
+    ledger = cost.step_ledger(config, *LENGTHS, micro_batch=micro_batch, impl="triton")
+    memory = cost.memory(config, *LENGTHS, impl="triton")
     return {
         "micro_batch": micro_batch,
         "precision": ledger.precision,
@@ -46,23 +40,22 @@ def count(name: str, micro_batch: int = MICRO_BATCH) -> Counted:
         "states": memory.states,
         "fixed": memory.fixed,
         "per_sequence": memory.per_sequence,
-        "fits": cost.fitting_micro_batch(config, ENCODER_LENGTH, DECODER_LENGTH, MEMORY_GIB * 2**30, "triton"),
+        "fits": cost.fitting_micro_batch(config, *LENGTHS, MEMORY_GIB * 2**30, "triton"),
     }
 
 
 def collect(names: Sequence[str]) -> dict[str, Counted]:
     """`count` of every experiment of `names`, from the file of these sources where it is there."""
-    path = STORAGE / f"counted_{_fingerprint()}.json"
+    path = STORAGE / f"counted_{sources_hash(*SOURCES)}.json"
     known: dict[str, Counted] = json.loads(path.read_text()) if path.exists() else {}
     missing = [name for name in names if name not in known]
     for i, name in enumerate(missing):
         print(f"counting {name} ({i + 1} of {len(missing)})", file=sys.stderr, flush=True)
         known[name] = count(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(known))
+        write(path, json.dumps(known).encode())
     return {name: known[name] for name in names}
 
 
-def floor(row: dict[str, Any], device: cost.Device, precision: str) -> float:
-    """Seconds that a row takes at least on `device`: its products at the peak, or its DRAM bytes at the bandwidth."""
-    return max(row["flops"] / device.peak(precision), row["dram"] / device.bandwidth)
+def floor(row: dict[str, Any], precision: str) -> float:
+    """Seconds that a row takes at least on the reference: products at the peak, or DRAM bytes at the bandwidth."""
+    return max(row["flops"] / REFERENCE.peak(precision), row["dram"] / REFERENCE.bandwidth)

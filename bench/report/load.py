@@ -1,13 +1,20 @@
-"""What a report is made from: a benchmark's JSON file, projections, and the repository's own numbers."""
+"""What a report is made from: a benchmark's JSON file, projections, counts."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from march.training.published import PUBLISHED
+from pydantic import TypeAdapter, ValidationError
 
-STORAGE = Path(".benchmarks")
+from bench.projection import Projection
+from bench.report.counted import REFERENCE, STORAGE, Counted
+from bench.tables import joined
+from march.cost import find_device
+
+OURS = ("triton", "torch")
+_PROJECTIONS = TypeAdapter(list[Projection])
 
 
 class ReportError(Exception):
@@ -25,9 +32,10 @@ class Benchmark:
     commit: str
     date: str
 
-    def suite(self, name: str) -> list[dict[str, Any]]:
-        """The `extra_info` of the rows of one suite: kernels, experiments, machine."""
-        return [row["extra_info"] for row in self.rows if row.get("extra_info", {}).get("suite") == name]
+    def suite(self, name: str, **wanted: str) -> list[dict[str, Any]]:
+        """The `extra_info` of the rows of one suite (kernels, experiments, machine) with the values that are wanted."""
+        rows = [row["extra_info"] for row in self.rows if row.get("extra_info", {}).get("suite") == name]
+        return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
     @property
     def kind(self) -> str:
@@ -39,19 +47,18 @@ class Benchmark:
 
     def describe(self) -> str:
         """One line: what, where, when, under which load."""
-        versions = self.facts.get("versions", {})
-        load = self.run.get("load")
-        parts = [
+        versions, load = self.facts.get("versions", {}), self.run.get("load")
+        return joined(
+            "; ",
             f"{self.kind} on {self.device}",
             f"threads: {self.facts.get('threads', '?')}" if self.kind == "CPU time" else "",
             ", ".join(f"{name} {version}" for name, version in versions.items() if name in ("torch", "triton")),
             f"{self.date[:16].replace('T', ' ')} UTC, commit {self.commit}",
             f"load average {load} at the end" if load is not None else "",
-        ]
-        return "; ".join(part for part in parts if part)
+        )
 
 
-def _json(path: Path, what: str) -> Any:
+def _read(path: Path, what: str) -> str:
     if not path.exists():
         raise ReportError(
             f"{path}: expected {what}, found no such file; `pytest bench/ --benchmark-json={path}` writes one"
@@ -59,16 +66,16 @@ def _json(path: Path, what: str) -> Any:
     text = path.read_text(encoding="utf-8", errors="replace")
     if not text.strip():
         raise ReportError(f"{path}: expected {what}, got an empty file; was the run killed? run it again")
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ReportError(f"{path}: expected {what}, got text that is not JSON ({error}); give another file") from error
+    return text
 
 
 def benchmark(path: Path) -> Benchmark:
     """Reads what `pytest bench/ --benchmark-json` or its autosave wrote; ReportError says what is wrong."""
     what = "pytest-benchmark's JSON"
-    data = _json(path, what)
+    try:
+        data = json.loads(_read(path, what))
+    except ValueError as error:
+        raise ReportError(f"{path}: expected {what}, got text that is not JSON ({error}); give another file") from error
     if not isinstance(data, dict) or not isinstance(data.get("benchmarks"), list) or "machine_info" not in data:
         raise ReportError(
             f"{path}: expected {what}, with benchmarks and machine_info, got other JSON; give another file"
@@ -92,40 +99,43 @@ def newest() -> Path:
     return found[-1]
 
 
-@dataclass(frozen=True)
-class Projection:
-    """The projected step of one experiment. impl: "eager" or "triton". seconds, low, high: of a step on `gpus` devices
-    `device`, with the range that the fit's error implies; by_operator: what adds up to it."""
-
-    experiment: str
-    impl: str
-    device: str
-    gpus: int
-    seconds: float
-    low: float
-    high: float
-    by_operator: dict[str, float]
-    published_seconds: float | None
-
-
-def projections(paths: list[Path]) -> list[Projection]:
+def projections(paths: Sequence[Path]) -> list[Projection]:
     """Entries of files that bench.projection wrote; each is a list of objects."""
-    found = []
-    for path in paths:
-        data = _json(path, "a projection's JSON")
-        if not isinstance(data, list):
-            raise ReportError(f"{path}: expected a list of projections, got {type(data).__name__}; see docs/bench.md")
-        for entry in data:
-            try:
-                found.append(Projection(**{name: entry[name] for name in Projection.__dataclass_fields__}))
-            except (KeyError, TypeError) as error:
-                raise ReportError(
-                    f"{path}: expected {', '.join(Projection.__dataclass_fields__)} in every entry, got one without "
-                    f"{error}; see docs/bench.md"
-                ) from error
-    return found
+    return [one for path in paths for one in read_projections(_read(path, "a projection's JSON"), path)]
 
 
-def published() -> dict[str, float]:
-    """Seconds of a step of the published runs on 8 RTX A5000, as far as the repository carries them."""
-    return {name: run.seconds_per_step for name, run in PUBLISHED.items() if run.seconds_per_step is not None}
+def read_projections(text: str, source: object) -> list[Projection]:
+    """From JSON of `source`, which errors name."""
+    try:
+        return _PROJECTIONS.validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ReportError(
+            f"{source}: expected a list of projections with {', '.join(Projection.__dataclass_fields__)}, got at "
+            f"{list(first['loc'])}: {first['msg']}; see docs/bench.md"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Everything that the sections are made from; out: where their pictures go."""
+
+    benchmark: Benchmark
+    counted: Mapping[str, Counted]
+    projections: Sequence[Projection]
+    out: Path
+
+    @property
+    def ours(self) -> str:
+        """Which of our implementations was measured."""
+        names = {row["implementation"] for suite in ("kernels", "experiments") for row in self.benchmark.suite(suite)}
+        return next((name for name in OURS if name in names), OURS[0])
+
+    def projected(self, impl: str) -> dict[str, Projection]:
+        """Projections on the reference device, by experiment."""
+        return {p.experiment: p for p in self.projections if p.impl == impl and find_device(p.device) == REFERENCE}
+
+    @property
+    def sizes(self) -> str:
+        """Of the measured steps; "" where none was."""
+        return next((row.get("sizes", "") for row in self.benchmark.suite("experiments")), "")

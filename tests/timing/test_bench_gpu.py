@@ -136,7 +136,7 @@ def test_training_that_does_not_learn_does_not_hold(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("tokens", "verdict"), [(27_000, "within the range"), (20_000, "slower"), (40_000, "faster")])
 def test_beside_the_projection(tmp_path, monkeypatch, tokens, verdict):
     """4.5 to 5.5 s a step on 8 devices: 1024 x 1127 positions over 8 x 5 s are 28,851 a second and device."""
-    from bench.report.load import Projection
+    from bench.projection import Projection
     from march.cost import DEVICES
 
     monkeypatch.setattr(gpu.machine, "listed", lambda: DEVICES["a5000"])
@@ -145,4 +145,4 @@ def test_beside_the_projection(tmp_path, monkeypatch, tokens, verdict):
     content = {"benchmarks": [{"fullname": "x", "stats": {}, "extra_info": row}], "machine_info": {}}
     (tmp_path / "bench.json").write_text(json.dumps(content))
     section = gpu.beside_the_projection(tmp_path / "bench.json", True, [own])
-    assert verdict in section.rows[0][-1]
+    assert verdict in section.rows[0][""]

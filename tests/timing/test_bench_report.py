@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+from matplotlib.figure import Figure
 
 from bench.report import __main__ as command
 from bench.report import page
@@ -146,6 +147,57 @@ def test_the_page_says_what_each_number_is(tmp_path, no_counting, projected, cap
     assert "<b>" not in html
 
 
+PLAIN = {"machine_info": {"node": "host"}, "datetime": "2026"}
+ELSEWHERE = {**PROJECTION, "device": "h100"}
+
+
+@pytest.mark.parametrize(
+    ("kept", "found", "extra"),
+    [
+        (range(6), [PROJECTION], {}),
+        (range(4), None, {}),  # operators alone
+        ([0], [ELSEWHERE], {}),
+        ([2], None, PLAIN),  # an operator without products
+        ([0, 1, 2, 3, 4], None, {}),  # Baseline's step alone has no ratio
+        ([1, 4, 5], [], PLAIN),
+        ([4, 5], None, {}),
+        ([6], [PROJECTION], PLAIN),  # the machine alone
+    ],
+)
+def test_titles_and_subtitles_say_what_is_drawn_and_nothing_else(
+    tmp_path, no_counting, monkeypatch, kept, found, extra
+):
+    """Files of a part of the suites, as `-k` and `--smoke` write them: no empty fields, no kind without its numbers."""
+    made, content = {}, copy.deepcopy(data() | extra)
+    machine = {"suite": "machine", "what": "copy", "bytes_per_second": 1e9, "median": 1.0, "p20": 1.0, "p80": 1.0}
+    content["benchmarks"].append({"fullname": "m", "stats": {"median": 1.0}, "extra_info": machine})
+    content["benchmarks"] = [content["benchmarks"][i] for i in kept]
+    for row in content["benchmarks"] if extra else ():
+        row["extra_info"].pop("sizes", None)
+
+    def save_figure(figure, path):
+        *_, subtitle = (text.get_text() for text in figure.texts)
+        made[path.name] = (figure.get_suptitle().strip(), subtitle, figure.axes[0])
+
+    monkeypatch.setattr(Figure, "savefig", save_figure)
+    projection = [] if found is None else ["--projection", str(save(tmp_path / "projection.json", found))]
+    assert command.main([str(save(tmp_path / "b.json", content)), "--out", str(tmp_path), *projection]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert {"experiments.png", "memory.png", "operators_counted.png", "roofline_counted.png"} <= set(made)
+    for title, subtitle, _ in made.values():
+        for one in (title, subtitle):
+            assert not re.search(r"^\s*[,;:]|[,;:]\s*[,;:]|[,;:]\s*$|\(\)", one), one
+    title, subtitle, axes = made["experiments.png"]
+    drawn_kinds = [entry.get_text().split(",")[0] for entry in axes.get_legend().get_texts()]
+    assert title.split(": ")[1].split(", ") == list(dict.fromkeys(drawn_kinds))
+    assert f"**{title.split(': ')[1]}**" in text
+    assert ("measured on" in subtitle) == (5 in kept)
+    assert ("CPU time" in title) == (5 in kept and not extra)
+    assert ("none is shown" in text) == (found != [PROJECTION])
+    for sentence in re.findall(r"^Forward, backward and AdamW.*", text, re.M):
+        assert not sentence.startswith("Forward, backward and AdamW, .")
+
+
 def test_published_ratios_are_the_repositorys(tmp_path, no_counting):
     save(tmp_path / "b.json", data())
     command.main([str(tmp_path / "b.json"), "--out", str(tmp_path)])
@@ -154,11 +206,10 @@ def test_published_ratios_are_the_repositorys(tmp_path, no_counting):
 
 
 def test_markdown_and_html_have_the_same_cells():
-    section = Section("T", "CPU time", ["a `b`"], ["x", "y"], [["p|q", "1.5"], ["r", "-"]])
-    assert page.markdown("t", [], [section]).count("| ") > 0
-    assert "p\\|q" in page.markdown("t", [], [section])
-    html = page.page("t", [], [section])
-    assert '<td class="text">p|q</td><td>1.5</td>' in html.replace('<td class="text">r', '\n<td class="text">r')
+    section = Section("T", "CPU time", ["a `b`"], [{"x": "p|q", "y": "1.5"}, {"x": "r", "y": "-"}])
+    assert "| p\\|q | 1.5 |" in section.markdown()
+    html = page.html("t", [], [section])
+    assert '<td class="text">p|q</td><td>1.5</td>' in html
     assert "a <code>b</code>" in html
 
 
