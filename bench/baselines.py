@@ -87,3 +87,19 @@ def in_setting(model: nn.Module, setting: str) -> nn.Module:
     if setting == "bfloat16":
         return model.to(torch.bfloat16)
     return _Adapted(model, call) if setting == "autocast" else model
+
+
+# name in the tables -> function above, its argument, setting
+LIBRARIES = {
+    **{
+        f"Hugging Face T5, {attention}, {setting}": ("hugging_face_t5", attention, setting)
+        for attention in ("eager", "sdpa")
+        for setting in ("float32", "autocast", "bfloat16")
+    },
+    **{
+        f"x-transformers{', flash' if flash else ''}, {setting}": ("x_transformers", flash, setting)
+        for flash in (False, True)
+        # its bfloat16 parameters meet its own float32 tensors: it does not run
+        for setting in ("float32", "autocast")
+    },
+}

@@ -20,27 +20,12 @@ import torch
 
 import kernels
 from bench.cache import LENGTHS
-from bench.tables import markdown, mebibytes
+from bench.tables import markdown, table
 from march import cost, experiments
 from march.cost import Ledger
-from march.cost.ledger import Row as OpRow
 
 GB, GIB = 1e9, 2**30
 FITS = ("triton", "torch", "reference")
-
-
-def _cells(row: OpRow) -> dict[str, str]:
-    numbers = {"read": row.bytes_read, "written": row.bytes_written, "DRAM": row.dram, "compulsory": row.boundary}
-    return {
-        "phase": row.phase,
-        "operator": row.operator,
-        "launches": str(row.launches),
-        "calls": str(row.calls),
-        "TFLOP": f"{row.flops / 1e12:.3f}",
-        **{name: f"{size / GB:.3f}" for name, size in numbers.items()},
-        "ratio": f"{row.dram / row.boundary:.2f}" if row.boundary else "-",
-        "kept MiB": mebibytes(row.saved),
-    }
 
 
 def _excess(ledger: Ledger) -> str:
@@ -52,12 +37,20 @@ def _excess(ledger: Ledger) -> str:
 
 def report(name: str, impl: str, ledger: Ledger, names: bool) -> str:
     """The ledger as text."""
-    totals = [ledger.total("forward"), ledger.total("backward"), ledger.total()]
+    rows = table(
+        "phase | operator | launches | calls | TFLOP | read | written | DRAM | compulsory | ratio | kept MiB",
+        "{row.phase} | {row.operator} | {row.launches} | {row.calls} | {row.flops:.3TFLOP} | {row.bytes_read:.3GB} | "
+        "{row.bytes_written:.3GB} | {row.dram:.3GB} | {row.boundary:.3GB} | {ratio:.2f} | {row.saved:.0MiB}",
+        [
+            {"row": row, "ratio": row.dram / row.boundary if row.boundary else None}
+            for row in (*ledger.rows, ledger.total("forward"), ledger.total("backward"), ledger.total())
+        ],
+    )
     lines = [
         f"{name}, {impl}, micro-batch {ledger.micro_batch}, {ledger.encoder_length}/{ledger.decoder_length} positions, "
         f"{ledger.precision}: counted, not run. Bytes in GB.",
         "",
-        markdown([_cells(row) for row in (*ledger.rows, *totals)]),
+        markdown(rows),
         "",
         f"kept for backward {ledger.saved / GIB:.2f} GiB, at most alive beyond the weights {ledger.peak / GIB:.2f} GiB",
         f"DRAM bytes of forward and backward {ledger.ratio:.3f} times the compulsory; excess: {_excess(ledger)}",
@@ -73,7 +66,7 @@ def report(name: str, impl: str, ledger: Ledger, names: bool) -> str:
     lines.append("forbidden tensors: " + ("none" if not ledger.forbidden else str(len(ledger.forbidden))))
     lines += [
         f"  {one.reason}: {one.phase} {one.operator} {one.name} {one.dtype} {list(one.shape)} "
-        f"{mebibytes(one.bytes)} MiB"
+        f"{one.bytes / 2**20:.0f} MiB"
         for one in ledger.forbidden
     ]
     return "\n".join(lines)
@@ -94,16 +87,12 @@ def fits(memory: float) -> list[dict[str, Any]]:
 
 
 def fits_table(rows: Sequence[dict[str, Any]], memory: float) -> str:
-    cells = [
-        {
-            "experiment": row["experiment"],
-            "parameters": f"{row['parameters']:,}",
-            "fixed GiB": f"{row['fixed'] / GIB:.2f}",
-            "MiB per sequence": mebibytes(row["per_sequence"], 1),
-            **{impl: str(row[impl]) for impl in FITS},
-        }
-        for row in rows
-    ]
+    cells = table(
+        " | ".join(("experiment", "parameters", "fixed GiB", "MiB per sequence", *FITS)),
+        "{experiment} | {parameters:,} | {fixed:.2GiB} | {per_sequence:.1MiB} | "
+        + " | ".join(f"{{{impl}}}" for impl in FITS),
+        rows,
+    )
     return f"Largest micro-batch in {memory:g} GiB; fixed and per sequence: of triton.\n\n{markdown(cells)}"
 
 

@@ -1,4 +1,4 @@
-"""Training steps of one configuration through several implementations, timed in turn; and their memory.
+"""Training steps of one configuration on the CPU through several implementations, timed in turn; and their memory.
 
 `python -m bench.portable_step memory|profile NAME [EXPERIMENT]` measures one of them in a process of its own.
 """
@@ -6,104 +6,30 @@
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 import kernels
-import march
-from bench import baselines
-from bench.predecessor import Eager
-from march import experiments
-from march.config import ModelConfig
-from march.model import Transformer
+from bench import steps
+from bench.cache import LENGTHS
+from bench.kernel_calls import Sizes
 
-BATCH, ENCODER, DECODER, THREADS = 4, 921, 206, 2
-TOKENS = BATCH * (ENCODER + DECODER)
-Step = Callable[[], float]
-
+SIZES, THREADS = Sizes("the paper's lengths", 4, *LENGTHS), 2
+CPU = torch.device("cpu")
 EAGER, BF16, FP32 = "eager, float32", "torch, bf16 configuration", "torch, float32 throughout"
-LIBRARIES = {
-    **{
-        f"Hugging Face T5, {attention}, {setting}": ("hugging_face_t5", attention, setting)
-        for attention in ("eager", "sdpa")
-        for setting in ("float32", "autocast", "bfloat16")
-    },
-    **{
-        f"x-transformers{', flash' if flash else ''}, {setting}": ("x_transformers", flash, setting)
-        for flash in (False, True)
-        # its bfloat16 parameters meet its own float32 tensors: it does not run
-        for setting in ("float32", "autocast")
-    },
-}
 
 
-def batch(config: ModelConfig) -> dict[str, Tensor]:
-    """Random tokens; every position real, as packed text has them."""
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(length: int) -> Tensor:
-        return torch.randint(111, config.vocab_size, (BATCH, length), generator=generator)
-
-    mask = torch.ones(BATCH, ENCODER, dtype=torch.bool)
-    return {
-        "input_ids": draw(ENCODER),
-        "decoder_input_ids": draw(DECODER),
-        "labels": draw(DECODER),
-        "attention_mask": mask,
-    }
+def arguments(name: str) -> dict[str, str]:
+    """Of bench.steps, for an entry of the tables."""
+    own = {EAGER: steps.EAGER, BF16: "torch", FP32: "torch"}
+    return {"name": own.get(name, name)} | ({"precision": "fp32"} if name == FP32 else {})
 
 
-def build(name: str, experiment: str, **overrides) -> nn.Module:
-    """The model of an entry of the tables, the same parameters in eager and ours."""
-    torch.manual_seed(0)
-    if name == FP32:
-        overrides["precision"] = "fp32"
-    if name in LIBRARIES:
-        function, argument, setting = LIBRARIES[name]
-        model = getattr(baselines, function)(experiments.configuration(experiment, **overrides), argument)
-        return baselines.in_setting(model, setting)
-    model = march.build_model(experiment, impl="torch", **overrides)
-    return Eager(model.config).load(model) if name == EAGER else model
-
-
-def loss_of(model: nn.Module, inputs: dict[str, Tensor], step: int) -> Tensor:
-    if isinstance(model, Transformer):
-        return model(**inputs, dropout_state=kernels.dropout_state(1, step)).loss
-    return model(**inputs)
-
-
-def training_step(name: str, experiment: str) -> Step:
-    """Forward, backward, AdamW of the recipe; the same fused AdamW for all. Returns the loss."""
-    model = build(name, experiment).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    inputs = batch(experiments.configuration(experiment))
-    count = 0
-
-    def step() -> float:
-        nonlocal count
-        count += 1
-        loss = loss_of(model, inputs, count)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
-
-
-def losses_without_dropout(experiment: str, names: tuple[str, ...]) -> dict[str, float]:
-    """The loss of each before any step: equal, or there is nothing to compare the speed of."""
-    losses = {}
-    for name in names:
-        model = build(name, experiment, dropout=0.0, slow_dropout=0.0).train()
-        with torch.no_grad():
-            one = {key: value[:1] for key, value in batch(model.config).items()}
-            losses[name] = loss_of(model, one, 1).item()
-    return losses
+def training_step(name: str, experiment: str) -> steps.Step:
+    return steps.Step(experiment=experiment, sizes=SIZES, device=CPU, **arguments(name))
 
 
 @dataclass
@@ -121,14 +47,14 @@ class Timing:
         return sorted(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
-def interleaved(steps: dict[str, Step], repetitions: int) -> dict[str, Timing]:
+def interleaved(runs: Mapping[str, steps.Step], repetitions: int) -> dict[str, Timing]:
     """Each step once for warm-up, then in turn: what else the machine does hits all of them."""
     torch.set_num_threads(THREADS)
-    for step in steps.values():
+    for step in runs.values():
         step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repetitions):
-        for name, step in steps.items():
+        for name, step in runs.items():
             start = time.perf_counter()
             step()
             times[name].append(time.perf_counter() - start)
@@ -152,7 +78,7 @@ def memory(name: str, experiment: str) -> int:
     step()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     step()
-    parameters = sum(p.numel() * p.element_size() for p in build(name, experiment).parameters())
+    parameters = sum(p.numel() * p.element_size() for p in step.model.parameters())
     return _status("VmHWM") - start - 4 * parameters  # two moments
 
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.tables import duration, mebibytes, percent, rate
+from bench.kernel_calls import DIRECTIONS
+from bench.tables import table
 
 Row = dict[str, Any]
 
@@ -31,36 +32,26 @@ class Results:
 
 def kernel_table(results: Results) -> list[dict[str, str]]:
     """One line an implementation of a call: its directions side by side, rates of forward and backward together."""
-    lines: dict[tuple[str, str], dict[str, Row]] = {}
+    lines: dict[tuple[str, str], dict[str, Any]] = {}
     for row in results.kernels:
-        lines.setdefault((f"{row['operator']} {row['shape']}", row["implementation"]), {})[row["direction"]] = row
-    wholes = {key: by.get("both") or next(iter(by.values())) for key, by in lines.items()}
-    return [
-        {
-            "operator and shape": call,
-            "by": name,
-            **{d: duration(by[d]["median"] if d in by else None) for d in ("forward", "backward", "both")},
-            "20% .. 80%": f"{duration(whole['p20'])} .. {duration(whole['p80'])}",
-            "TFLOP/s": rate(whole["tflops"]),
-            "GB/s": rate(whole["gbs"]),
-            "peak": percent(whole["share_of_peak"]),
-            "first call": duration(whole["first_call"]),
-            "kept MiB": mebibytes(whole["kept_bytes"], 1),
-        }
-        for ((call, name), by), whole in zip(lines.items(), wholes.values(), strict=True)
-    ]
+        line = lines.setdefault((f"{row['operator']} {row['shape']}", row["implementation"]), dict.fromkeys(DIRECTIONS))
+        line[row["direction"]] = row["median"]
+        if "operator" not in line or row["direction"] == "both":
+            line |= row
+    return table(
+        "operator and shape | by | forward | backward | both | 20% .. 80% | TFLOP/s | GB/s | peak | first call | "
+        "kept MiB",
+        "{operator} {shape} | {implementation} | {forward:time} | {backward:time} | {both:time} | "
+        "{p20:time} .. {p80:time} | {tflops:.3g} | {gbs:.3g} | {share_of_peak:.0%} | "
+        "{first_call:time} | {kept_bytes:.1MiB}",
+        lines.values(),
+    )
 
 
 def experiment_table(results: Results) -> list[dict[str, str]]:
-    return [
-        {
-            "experiment": row["experiment"],
-            "by": row["implementation"],
-            "per step": duration(row["median"]),
-            "tokens/s": f"{row['tokens_per_second']:.0f}",
-            "times Baseline's time": f"{row['ratio']:.2f} [{row['ratio_low']:.2f} .. {row['ratio_high']:.2f}]",
-            "kept MiB": mebibytes(row["kept_bytes"]),
-            "peak MiB": mebibytes(row["peak_bytes"]),
-        }
-        for row in results.experiments
-    ]
+    return table(
+        "experiment | by | per step | tokens/s | times Baseline's time | kept MiB | peak MiB",
+        "{experiment} | {implementation} | {median:time} | {tokens_per_second:.0f} | "
+        "{ratio:.2f} [{ratio_low:.2f} .. {ratio_high:.2f}] | {kept_bytes:.0MiB} | {peak_bytes:.0MiB}",
+        results.experiments,
+    )

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import kernels
 import march
-from bench import baselines, machine
+from bench import baselines, machine, timing
+from bench.baselines import LIBRARIES
 from bench.kernel_calls import Sizes
-from bench.portable_step import LIBRARIES
 from bench.predecessor import Eager
 from march import experiments
 from march.config import ModelConfig
@@ -42,76 +42,76 @@ def library_of(name: str) -> str | None:
     return {"hugging_face_t5": "transformers", "x_transformers": "x_transformers"}[LIBRARIES[name][0]]
 
 
-def dtype_of(config: ModelConfig) -> torch.dtype:
-    """Of the parameters: float32 on a CPU, whose products may still be bfloat16; on a GPU the configuration's."""
-    on_gpu = torch.cuda.is_available() and config.precision == "bf16"
-    return torch.bfloat16 if on_gpu else torch.float32
+def distinct(**fields: Any) -> dict[str, list[str]]:
+    """Experiments that compute different things, the first of each with all that cost the same; `fields` of their
+    configurations are taken for equal, initial positions always."""
+    groups: dict[object, list[str]] = {}
+    for name in experiments.names():
+        groups.setdefault(experiments.configuration(name, position_init="scaled", **fields), []).append(name)
+    return {alike[0]: alike for alike in groups.values()}
 
 
-def build(name: str, experiment: str, **overrides: Any) -> nn.Module:
-    """A model on the device: one of OURS, EAGER, or a library's; ours and eager with the same parameters."""
+def build(name: str, experiment: str, device: torch.device, **overrides: Any) -> nn.Module:
+    """One of OURS, EAGER, or a library's model; ours and eager with the same parameters: float32 on a CPU, whose
+    products may still be bfloat16, on a GPU in the configuration's precision."""
     torch.manual_seed(0)
     config = experiments.configuration(experiment, **overrides)
     if name in LIBRARIES:
         function, argument, setting = LIBRARIES[name]
-        return baselines.in_setting(getattr(baselines, function)(config, argument), setting).to(machine.device())
+        return baselines.in_setting(getattr(baselines, function)(config, argument), setting).to(device)
     model = march.build_model(experiment, impl=name if name in OURS else "torch", **overrides)
     model = Eager(model.config).load(model) if name == EAGER else model
-    return model.to(machine.device(), dtype_of(config))
+    return model.to(device, torch.bfloat16 if device.type == "cuda" and config.precision == "bf16" else torch.float32)
 
 
-def batch(config: ModelConfig, sizes: Sizes) -> dict[str, Tensor]:
+def batch(config: ModelConfig, sizes: Sizes, device: torch.device) -> dict[str, Tensor]:
     """Random tokens; every position real, as packed text has them."""
     generator = torch.Generator().manual_seed(1)
-
-    def draw(length: int) -> Tensor:
-        return torch.randint(111, config.vocab_size, (sizes.batch, length), generator=generator)
-
-    given = {"input_ids": draw(sizes.encoder), "decoder_input_ids": draw(sizes.decoder), "labels": draw(sizes.decoder)}
-    mask = torch.ones(sizes.batch, sizes.encoder, dtype=torch.bool)
-    return {key: value.to(machine.device()) for key, value in (given | {"attention_mask": mask}).items()}
+    lengths = {"input_ids": sizes.encoder, "decoder_input_ids": sizes.decoder, "labels": sizes.decoder}
+    given = {
+        name: torch.randint(111, config.vocab_size, (sizes.batch, length), generator=generator)
+        for name, length in lengths.items()
+    }
+    given["attention_mask"] = torch.ones(sizes.batch, sizes.encoder, dtype=torch.bool)
+    return {key: value.to(device) for key, value in given.items()}
 
 
 def loss_of(model: nn.Module, inputs: dict[str, Tensor], step: int) -> Tensor:
-    """Ours as the trainer calls it: packed sequences, so no padding mask; the baselines are made to take one."""
+    """Ours as the trainer calls it: packed sequences, so no padding mask; the others are made to take one."""
     if not isinstance(model, Transformer):
         return model(**inputs)
     given = {name: x for name, x in inputs.items() if name != "attention_mask"}
-    return model(**given, dropout_state=kernels.dropout_state(1, step, 0, machine.device())).loss
+    return model(**given, dropout_state=kernels.dropout_state(1, step, 0, inputs["labels"].device)).loss
 
 
-def overrides_of(sizes: Sizes) -> dict[str, Any]:
-    return {"vocab_size": sizes.vocabulary}
-
-
-def loss_problem(name: str, experiment: str, sizes: Sizes) -> str:
+def loss_problem(name: str, experiment: str, sizes: Sizes, device: torch.device | None = None, **overrides: Any) -> str:
     """What is wrong with the loss of `name` on one sequence without dropout, beside eager PyTorch's; "" if nothing."""
-    losses = []
-    for one in (name, EAGER):
-        config = overrides_of(sizes) | {"dropout": 0.0, "slow_dropout": 0.0}
-        model = build(one, experiment, **config).train()
+    losses, device = [], device or machine.device()
+    config = experiments.configuration(experiment, vocab_size=sizes.vocabulary, **overrides)
+    no_dropout = {"vocab_size": sizes.vocabulary, "dropout": 0.0, "slow_dropout": 0.0}
+    for one, fields in ((name, no_dropout | overrides), (EAGER, no_dropout)):
+        model = build(one, experiment, device, **fields).train()
         with torch.no_grad():
-            few = {key: value[:1] for key, value in batch(model.config, sizes).items()}
+            few = {key: value[:1] for key, value in batch(config, sizes, device).items()}
             losses.append(loss_of(model, few, 1).item())
     got, expected = losses
     # a float32 model's products may be bfloat16 on a CPU
-    tolerance = TOLERANCE[
-        torch.bfloat16 if experiments.configuration(experiment).precision == "bf16" else torch.float32
-    ]
+    tolerance = TOLERANCE[torch.bfloat16 if config.precision == "bf16" else torch.float32]
     if abs(got - expected) <= tolerance * abs(expected):
         return ""
     return f"loss {got:.5f} without dropout, expected {expected:.5f} within {tolerance:g}"
 
 
 class Step:
-    """Forward, backward and AdamW of one model; the same fused AdamW for all."""
+    """Forward, backward and AdamW of one model on `device`, by default the machine's; the same fused AdamW for all."""
 
-    def __init__(self, name: str, experiment: str, sizes: Sizes):
-        self.model = build(name, experiment, **overrides_of(sizes)).train()
+    def __init__(self, name: str, experiment: str, sizes: Sizes, device: torch.device | None = None, **overrides: Any):
+        device, overrides = device or machine.device(), {"vocab_size": sizes.vocabulary} | overrides
+        self.model = build(name, experiment, device, **overrides).train()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
-        self.inputs = batch(experiments.configuration(experiment, **overrides_of(sizes)), sizes)
+        self.inputs = batch(experiments.configuration(experiment, **overrides), sizes, device)
         self.count = 0
 
     def __call__(self) -> None:
@@ -122,20 +122,7 @@ class Step:
 
     def kept_bytes(self) -> int:
         """Bytes that forward keeps for backward, parameters left out, each storage once."""
-        weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        storages: dict[int, int] = {}
-
-        def pack(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in weights:
-                storages[storage.data_ptr()] = storage.nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            loss = loss_of(self.model, self.inputs, 1)
-        size = sum(storages.values())
-        del loss
-        return size
+        return timing.kept_bytes(lambda: loss_of(self.model, self.inputs, 1), self.model.parameters())
 
     def peak_bytes(self) -> int | None:
         """The most that a GPU holds during a step, weights and optimiser state included; None on a CPU."""

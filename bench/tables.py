@@ -1,6 +1,8 @@
-"""How the tables of bench/ are written: rows of {column: text}, times, rates."""
+"""How the tables of bench/ are written: rows of {column: text} from a line of columns and a line of formats."""
 
-from collections.abc import Mapping, Sequence
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 Row = Mapping[str, str]
 
@@ -40,13 +42,22 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / size:.3g} {unit}"
 
 
-def rate(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+UNITS = {"MiB": 2**20, "GiB": 2**30, "GB": 1e9, "TFLOP": 1e12, "ms": 1e-3}
 
 
-def percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"
+class _Formatter(string.Formatter):
+    """str.format with units: "{x:.2GiB}" of bytes, "{x:.1ms}" of seconds; "{x:time}" is a duration; None is "-"."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        unit = next((unit for unit in UNITS if format_spec.endswith(unit)), "")
+        if value is None:
+            return "-"
+        if format_spec == "time":
+            return duration(value)
+        return format(value / UNITS[unit], f"{format_spec.removesuffix(unit)}f") if unit else format(value, format_spec)
 
 
-def mebibytes(size: float | None, digits: int = 0) -> str:
-    return "-" if size is None else f"{size / 2**20:.{digits}f}"
+def table(columns: str, cells: str, items: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """A row an item: "a | b" names the columns, "{x} | {y:.2f}" formats the item's values for them."""
+    names, formats, formatter = columns.split(" | "), cells.split(" | "), _Formatter()
+    return [dict(zip(names, (formatter.vformat(f, (), item) for f in formats), strict=True)) for item in items]

@@ -14,7 +14,6 @@ import torch
 from bench import machine, steps, timing
 from bench.test_kernels import DEFAULT
 from kernels.dispatch import ImplementationError
-from march import experiments
 
 pytestmark = pytest.mark.timeout(3600)
 # libraries in the settings that docs/portable.md found fastest
@@ -24,22 +23,13 @@ ROUNDS = {"smoke": 2, "default": 4, "full": 10}
 LEFT_OUT = {"Best": "686M parameters do not fit these machines' time"}
 
 
-def distinct(names: list[str]) -> dict[str, list[str]]:
-    """Experiments that compute different things: the first of each, with those that cost the same."""
-    groups: dict[object, list[str]] = {}
-    for name in names:
-        fields = {"position_init": "scaled", "precision": "bf16"} if machine.kind() == machine.CPU_TIME else {}
-        groups.setdefault(experiments.configuration(name, **({"position_init": "scaled"} | fields)), []).append(name)
-    return {alike[0]: alike for alike in groups.values()}
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     from bench.conftest import RESULTS
 
     config = metafunc.config
     full, smoke, results = config.getoption("--full"), config.getoption("--smoke"), config.stash[RESULTS]
     if "experiment" in metafunc.fixturenames:
-        every = distinct(experiments.names())
+        every = steps.distinct(**({"precision": "bf16"} if machine.kind() == machine.CPU_TIME else {}))
         chosen = list(every) if full else list(DEFAULT[:2] if smoke else DEFAULT)
         if machine.kind() == machine.CPU_TIME:
             chosen = [name for name in chosen if name not in LEFT_OUT]

@@ -138,19 +138,7 @@ class Prepared:
 
     def kept_bytes(self) -> int:
         """Bytes that forward keeps for backward beyond the operator's inputs, each storage once."""
-        mine = {x.untyped_storage().data_ptr() for x in self.leaves.values() if x is not None}
-        storages: dict[int, int] = {}
-
-        def pack(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in mine:
-                storages[storage.data_ptr()] = storage.nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            out = self.function()
-        del out
-        return sum(storages.values())
+        return timing.kept_bytes(self.function, [x for x in self.leaves.values() if x is not None])
 
 
 def share_of_peak(flops: int, size: int, seconds: float, dtype: torch.dtype) -> float | None:

@@ -5,7 +5,6 @@ ratio's two sides met the same machine; no speed is printed of a step whose loss
 """
 
 import importlib.util
-import platform
 import statistics
 import subprocess
 import sys
@@ -15,9 +14,10 @@ import pytest
 import torch
 
 import kernels
+from bench import machine, steps
 from bench import portable_step as bench
-from bench.portable_step import BF16, EAGER, FP32, LIBRARIES
-from march import experiments
+from bench.baselines import LIBRARIES
+from bench.portable_step import BF16, EAGER, FP32
 
 # on a busy machine a step of two threads takes ten times its time
 pytestmark = pytest.mark.timeout(3600)
@@ -25,69 +25,57 @@ ROOT = Path(__file__).resolve().parents[1]
 BASELINE_REPETITIONS, LIBRARY_REPETITIONS, REPETITIONS = 5, 3, 2
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
-
-
-def distinct() -> dict[str, list[str]]:
-    """Experiments that compute different things: the first of each, and those that cost the same."""
-    groups: dict[object, list[str]] = {}
-    for name in experiments.names():
-        fields = {"position_init": "scaled", "precision": "bf16"}
-        groups.setdefault(experiments.configuration(name, **fields), []).append(name)
-    return {names[0]: names for names in groups.values() if names[0] != "Best"}
+DISTINCT = {name: alike for name, alike in steps.distinct(precision="bf16").items() if name != "Best"}
 
 
 @pytest.fixture(scope="session")
-def machine(report) -> None:
+def described(report) -> None:
     torch.set_num_threads(bench.THREADS)
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     kinds = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in flags]
     report += [
-        f"processor: {processor()} ({' '.join(kinds)}); torch {torch.__version__}, {bench.THREADS} threads",
-        f"step: forward, backward, AdamW(fused); batch {bench.BATCH}, {bench.ENCODER}/{bench.DECODER} positions, "
-        "dropout on",
+        f"processor: {machine.processor()} ({' '.join(kinds)}); torch {torch.__version__}, {bench.THREADS} threads",
+        f"step: forward, backward, AdamW(fused); {bench.SIZES}, dropout on",
         kernels.portable.describe_products(),
         "attention: own chunks of heads (the library's fused CPU attention takes no dropout)",
     ]
 
 
 def check(experiment: str) -> None:
-    losses = bench.losses_without_dropout(experiment, (EAGER, BF16, FP32))
-    assert losses[FP32] == pytest.approx(losses[EAGER], rel=1e-5), losses
-    assert losses[BF16] == pytest.approx(losses[EAGER], rel=2e-3), losses
+    for name in (BF16, FP32):
+        problem = steps.loss_problem(
+            experiment=experiment, sizes=bench.SIZES, device=bench.CPU, **bench.arguments(name)
+        )
+        assert not problem, f"{name}: {problem}"
 
 
 def line(name: str, timing: bench.Timing, eager: bench.Timing) -> str:
     ratios = timing.ratios(eager)
     return (
-        f"{name:45s} {timing.median:7.3f} s {bench.TOKENS / timing.median:8.0f} tokens/s   "
+        f"{name:45s} {timing.median:7.3f} s {bench.SIZES.tokens / timing.median:8.0f} tokens/s   "
         f"{statistics.median(ratios):5.2f} x eager [{ratios[0]:.2f} .. {ratios[-1]:.2f}]"
     )
 
 
 def installed() -> list[str]:
-    modules = {"hugging_face_t5": "transformers", "x_transformers": "x_transformers"}
-    return [name for name, (function, *_) in LIBRARIES.items() if importlib.util.find_spec(modules[function])]
+    return [name for name in LIBRARIES if importlib.util.find_spec(steps.library_of(name))]
 
 
-def test_portable_baseline(machine, report, benchmark):
+def test_portable_baseline(described, report, benchmark):
     check("Baseline")
-    steps = {name: bench.training_step(name, "Baseline") for name in (EAGER, BF16, FP32)}
-    times = bench.interleaved(steps, BASELINE_REPETITIONS)
+    runs = {name: bench.training_step(name, "Baseline") for name in (EAGER, BF16, FP32)}
+    times = bench.interleaved(runs, BASELINE_REPETITIONS)
     report += ["", f"Baseline, median of {BASELINE_REPETITIONS} interleaved repetitions [spread of the ratio]"]
-    report += [line(name, times[name], times[EAGER]) for name in steps]
-    benchmark.pedantic(steps[BF16], rounds=3, iterations=1)
-    gains = {name: statistics.median(times[name].ratios(times[EAGER])) for name in steps}
+    report += [line(name, times[name], times[EAGER]) for name in runs]
+    benchmark.pedantic(runs[BF16], rounds=3, iterations=1)
+    gains = {name: statistics.median(times[name].ratios(times[EAGER])) for name in runs}
     benchmark.extra_info["times as fast as eager"] = gains
     if kernels.portable.product_dtype() == torch.bfloat16:
         assert gains[BF16] >= 2.2, gains
     assert gains[FP32] >= 1.3, gains
 
 
-def test_portable_libraries(machine, report):
+def test_portable_libraries(described, report):
     """Ahead of each library in its best setting."""
     if not installed():
         report += ["", "libraries: not installed; pip install -e '.[bench]' adds them"]
@@ -105,14 +93,14 @@ def test_portable_libraries(machine, report):
     assert gains[closest] > 1, gains
 
 
-@pytest.mark.parametrize("experiment", [name for name in distinct() if name != "Baseline"])
-def test_portable_experiment(experiment, machine, report):
+@pytest.mark.parametrize("experiment", [name for name in DISTINCT if name != "Baseline"])
+def test_portable_experiment(experiment, described, report):
     check(experiment)
-    steps = {name: bench.training_step(name, experiment) for name in (EAGER, BF16)}
-    times = bench.interleaved(steps, REPETITIONS)
+    runs = {name: bench.training_step(name, experiment) for name in (EAGER, BF16)}
+    times = bench.interleaved(runs, REPETITIONS)
     if not any(text.startswith("every experiment") for text in report):
         report += ["", f"every experiment but Best, torch in bf16, median of {REPETITIONS} interleaved repetitions"]
-    alike = distinct()[experiment][1:]
+    alike = DISTINCT[experiment][1:]
     report.append(line(experiment, times[BF16], times[EAGER]) + (f"   also {', '.join(alike)}" if alike else ""))
     gain = statistics.median(times[BF16].ratios(times[EAGER]))
     if kernels.portable.product_dtype() == torch.bfloat16:
@@ -120,7 +108,7 @@ def test_portable_experiment(experiment, machine, report):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
-def test_portable_memory(machine, report):
+def test_portable_memory(described, report):
     peaks = {}
     for name in (EAGER, BF16, FP32):
         command = [sys.executable, "-m", "bench.portable_step", "memory", name]

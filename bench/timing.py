@@ -6,22 +6,15 @@ benchmark; quantiles go into `extra_info`, since its own statistics have quartil
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
-
-
-def quantile(values: list[float], q: float) -> float:
-    """The q-quantile of `values`, linear between neighbours."""
-    ordered = sorted(values)
-    place = q * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 @dataclass(frozen=True)
@@ -39,11 +32,8 @@ class Samples:
 
     def quantiles(self) -> dict[str, float]:
         """Median, 20th and 80th percentile, in seconds."""
-        return {
-            "median": self.median,
-            "p20": quantile(self.seconds, 0.2),
-            "p80": quantile(self.seconds, 0.8),
-        }
+        low, high = np.quantile(self.seconds, (0.2, 0.8)).tolist()
+        return {"median": self.median, "p20": low, "p80": high}
 
 
 def _first(run: Callable[[], Any], cuda: bool) -> tuple[float, int | None]:
@@ -79,6 +69,23 @@ def measure(run: Callable[[], Any], budget: float, rounds: int = MIN_ROUNDS) -> 
         run()
         seconds.append(time.perf_counter() - began)
     return Samples(seconds, first, peak)
+
+
+def kept_bytes(forward: Callable[[], Any], inputs: Iterable[Tensor]) -> int:
+    """Bytes that `forward` keeps for backward beyond `inputs`, each storage once."""
+    given = {x.untyped_storage().data_ptr() for x in inputs}
+    storages: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in given:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = forward()
+    del out
+    return sum(storages.values())
 
 
 def record(benchmark: Any, seconds: list[float]) -> None:

@@ -17,22 +17,15 @@ from bench.report.compare import compare, threshold
 from bench.report.counted import collect
 from bench.report.load import Benchmark, Projection, ReportError, Sources, benchmark, newest, projections
 from bench.report.sections import all_sections
+from bench.steps import distinct
 from march import experiments
 from march.config import ConfigError
-
-
-def counted_names(main: str) -> list[str]:
-    """Experiments whose counts differ: the first of those that cost the same, `main` before them."""
-    first: dict[object, str] = {}
-    for name in experiments.names():
-        first.setdefault(experiments.configuration(name, position_init="scaled"), name)
-    return list(dict.fromkeys([main, *first.values()]))
 
 
 def build(given: Benchmark, found: Sequence[Projection], out: Path, experiment: str) -> list[Path]:
     """Writes report.md, report.html and the pictures into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    sources = Sources(given, collect(counted_names(experiment)), found, out)
+    sources = Sources(given, collect(list(dict.fromkeys([experiment, *distinct()]))), found, out)
     busy = (
         " Where the load average is above the number of cores, other work ran, and seconds are longer than on an idle "
         "machine."

@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 
 from bench.report.load import Benchmark, ReportError
-from bench.tables import duration, markdown
+from bench.tables import markdown, table
 
 
 def threshold(text: str) -> float:
@@ -49,16 +49,12 @@ def compare(a: Benchmark, b: Benchmark, limit: float, other_machine: bool) -> tu
         )
     both = both.assign(change=both.after / both.before - 1).sort_values("change", ascending=False, kind="stable")
     slower = int((both.change > limit).sum())
-    rows = [
-        {
-            "benchmark": row.Index.split("::")[-1],
-            "": "SLOWER" if row.change > limit else "",
-            "before": duration(row.before),
-            "after": duration(row.after),
-            "change": f"{row.change:+.1%}",
-        }
-        for row in both.itertuples()
-    ]
+    both = both.assign(name=both.index.str.split("::").str[-1], slower=["SLOWER" * (x > limit) for x in both.change])
+    rows = table(
+        "benchmark |  | before | after | change",
+        "{name} | {slower} | {before:time} | {after:time} | {change:+.1%}",
+        both.to_dict("records"),
+    )
     lines = [f"before: {a.path}: {a.describe()}", f"after:  {b.path}: {b.describe()}"]
     lines += [f"conditions differ: {text}" for text in differing]
     lines += ["medians:", markdown(rows), ""]

@@ -12,7 +12,7 @@ from bench.report.counted import COUNTED, MICRO_BATCH, REFERENCE, floor
 from bench.report.figures import Point
 from bench.report.load import Benchmark, Sources
 from bench.report.page import Section
-from bench.tables import duration, joined
+from bench.tables import joined, table
 from march.cost import find_device
 
 
@@ -102,25 +102,26 @@ def counted_roofline(given: Sources, experiment: str) -> list[Section]:
         (peak, bandwidth),
         "RTX A5000, data sheet",
     )
-    table = [
-        {
-            "operator": row["operator"],
-            "phase": row["phase"],
-            "TFLOP": f"{row['flops'] / 1e12:.3f}",
-            "DRAM GB": f"{row['dram'] / 1e9:.3f}",
-            "FLOP a byte": f"{row['flops'] / row['dram']:.0f}",
-            "floor on an A5000": duration(floor(row, precision)),
-            "bound by": "products" if row["flops"] / peak > row["dram"] / bandwidth else "bytes",
-        }
-        for row in counted["rows"]
-        if row["dram"] > 1e6
-    ]
+    floors = table(
+        "operator | phase | TFLOP | DRAM GB | FLOP a byte | floor on an A5000 | bound by",
+        "{operator} | {phase} | {flops:.3TFLOP} | {dram:.3GB} | {intensity:.0f} | {floor:time} | {bound}",
+        [
+            {
+                **row,
+                "intensity": row["flops"] / row["dram"],
+                "floor": floor(row, precision),
+                "bound": "products" if row["flops"] / peak > row["dram"] / bandwidth else "bytes",
+            }
+            for row in counted["rows"]
+            if row["dram"] > 1e6
+        ],
+    )
     text = [
         "FLOPs and DRAM bytes as the ledger counts them (`python -m bench.ledger`). The floor is the longer of "
         "products at the data sheet's peak and bytes at its bandwidth: no kernel reaches it."
     ]
     pictures = [("roofline_counted.png", f"Roofline of {experiment}, {kind}")]
-    return [Section(f"{experiment} under an A5000's roof", kind, text, table, pictures)]
+    return [Section(f"{experiment} under an A5000's roof", kind, text, floors, pictures)]
 
 
 def by_operator(given: Sources) -> list[Section]:
@@ -180,20 +181,24 @@ def _projected(given: Sources) -> list[Section]:
         {name: {part: 1000 * s for part, s in p.by_operator.items()} for name, p in shown.items()},
         "milliseconds",
     )
-    table = [
+    seconds = {name: one.seconds for name, one in eager.items()}
+    items = [
         {
-            "experiment": name,
-            "triton s": f"{p.seconds:.3f}",
-            "low .. high": f"{p.low:.3f} .. {p.high:.3f}",
-            "eager s": f"{eager[name].seconds:.3f}" if name in eager else "-",
-            "published s": f"{measured[name]:.3f}" if name in measured else "-",
-            "eager over triton": f"{eager[name].seconds / p.seconds:.1f}" if name in eager else "-",
+            "p": p,
+            "eager": seconds.get(n),
+            "published": measured.get(n),
+            "ratio": seconds[n] / p.seconds if n in seconds else None,
         }
-        for name, p in projected.items()
+        for n, p in projected.items()
     ]
+    rows = table(
+        "experiment | triton s | low .. high | eager s | published s | eager over triton",
+        "{p.experiment} | {p.seconds:.3f} | {p.low:.3f} .. {p.high:.3f} | {eager:.3f} | {published:.3f} | {ratio:.1f}",
+        items,
+    )
     text = [f"Seconds of a step on {where}, as bench.projection gives them; published: measured, eager."]
     pictures = [("operators_projected.png", "Time by operator, projection")]
-    return [Section("Time by operator, projected", "projection", text, table, pictures)]
+    return [Section("Time by operator, projected", "projection", text, rows, pictures)]
 
 
 def _floors(given: Sources) -> list[Section]:

@@ -8,9 +8,9 @@ from bench.report.counted import COUNTED, MEMORY_GIB, MICRO_BATCH
 from bench.report.load import Sources
 from bench.report.operators import by_operator, counted_roofline, measured_roofline
 from bench.report.page import Section
-from bench.tables import duration, joined, mebibytes, percent, rate
+from bench.tables import joined, table
 
-GIB, MIB = 2**30, 2**20
+GIB = 2**30
 Ratio = tuple[float, float, float]
 
 
@@ -54,61 +54,44 @@ def experiments(given: Sources) -> list[Section]:
         return f"{value:.2f}" + (f" [{low:.2f} .. {high:.2f}]" if low != high else "")
 
     names = [name for name in given.counted if any(name in values for values in series.values())]
-    table = [{"experiment": n} | {label: cell(values, n) for label, values in series.items()} for n in names]
+    rows = [{"experiment": n} | {label: cell(values, n) for label, values in series.items()} for n in names]
     text = [
         "Published: seconds per step of the original runs, eager PyTorch, at the paper's shapes. Measured ratios are "
         "of steps run in turn, with the smallest and the largest. Ratios at reduced shapes on a CPU are not those of a "
         "GPU at the paper's: widths weigh more there, lengths less."
     ]
     pictures = [("experiments.png", f"Ratios to Baseline: {said}")]
-    return [Section("Experiments beside Baseline", said, text, table, pictures)]
+    return [Section("Experiments beside Baseline", said, text, rows, pictures)]
 
 
 def steps(given: Sources) -> list[Section]:
-    table = [
-        {
-            "experiment": row["experiment"],
-            "by": row["implementation"],
-            "per step": duration(row["median"]),
-            "20% .. 80%": f"{duration(row['p20'])} .. {duration(row['p80'])}",
-            "tokens/s": f"{row['tokens_per_second']:.0f}",
-            "times Baseline's": f"{row['ratio']:.2f}",
-            "kept for backward": f"{mebibytes(row['kept_bytes'])} MiB",
-            "peak": "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / GIB:.2f} GiB",
-        }
-        for row in given.benchmark.suite("experiments")
-    ]
+    rows = table(
+        "experiment | by | per step | 20% .. 80% | tokens/s | times Baseline's | kept for backward | peak GiB",
+        "{experiment} | {implementation} | {median:time} | {p20:time} .. {p80:time} | {tokens_per_second:.0f} | "
+        "{ratio:.2f} | {kept_bytes:.0MiB} MiB | {peak_bytes:.2GiB}",
+        given.benchmark.suite("experiments"),
+    )
     text = [
         f"{joined(', ', 'Forward, backward and AdamW', given.sizes)}. Libraries and eager PyTorch at Baseline's widths "
         "and depths; `times Baseline's` is against ours, of steps run in turn: seconds of different rows met different "
         "loads."
     ]
-    return [Section("Training steps", given.benchmark.kind, text, table)] if table else []
+    return [Section("Training steps", given.benchmark.kind, text, rows)] if rows else []
 
 
 def kernels(given: Sources) -> list[Section]:
-    table = [
-        {
-            "operator": row["operator"],
-            "shape": row["shape"],
-            "by": row["implementation"],
-            "direction": row["direction"],
-            "median": duration(row["median"]),
-            "20% .. 80%": f"{duration(row['p20'])} .. {duration(row['p80'])}",
-            "TFLOP/s": rate(row["tflops"]),
-            "GB/s": rate(row["gbs"]),
-            "of peak": percent(row["share_of_peak"]),
-            "first call": duration(row["first_call"]),
-            "kept MiB": mebibytes(row["kept_bytes"], 1),
-            "peak MiB": mebibytes(row["peak_bytes"]),
-        }
-        for row in given.benchmark.suite("kernels")
-    ]
+    rows = table(
+        "operator | shape | by | direction | median | 20% .. 80% | TFLOP/s | GB/s | of peak | first call | kept MiB | "
+        "peak MiB",
+        "{operator} | {shape} | {implementation} | {direction} | {median:time} | {p20:time} .. {p80:time} | "
+        "{tflops:.3g} | {gbs:.3g} | {share_of_peak:.0%} | {first_call:time} | {kept_bytes:.1MiB} | {peak_bytes:.0MiB}",
+        given.benchmark.suite("kernels"),
+    )
     text = [
         "Every time here belongs to an implementation whose outputs and gradients agreed with the float64 formula. "
         "First call: with compilation and warm-up. Rates: of the formula's FLOPs and bytes, whatever is done."
     ]
-    return [Section("Operators", given.benchmark.kind, text, table)] if table else []
+    return [Section("Operators", given.benchmark.kind, text, rows)] if rows else []
 
 
 def memory(given: Sources) -> list[Section]:
@@ -125,20 +108,14 @@ def memory(given: Sources) -> list[Section]:
         shown[["states", "fixed", "sequences"]].astype(float) / GIB,
         shown[["fits"]].astype(int),
     )
-    table = [
-        {
-            "experiment": name,
-            "states GiB": f"{row.states / GIB:.2f}",
-            "fixed GiB": f"{row.fixed / GIB:.2f}",
-            "MiB per sequence": f"{row.per_sequence / MIB:.1f}",
-            "kept at 64 GiB": f"{row.kept / GIB:.2f}",
-            f"micro-batch in {MEMORY_GIB} GiB": str(row.fits),
-        }
-        for name, row in counted.iterrows()
-    ]
+    rows = table(
+        f"experiment | states GiB | fixed GiB | MiB per sequence | kept at 64 GiB | micro-batch in {MEMORY_GIB} GiB",
+        "{name} | {states:.2GiB} | {fixed:.2GiB} | {per_sequence:.1MiB} | {kept:.2GiB} | {fits}",
+        [{"name": name, **one} for name, one in given.counted.items()],
+    )
     text = ["Best (686M parameters) is in the table only."] if "Best" in counted.index else []
     pictures = [("memory.png", f"Memory, {COUNTED}")]
-    return [Section("Memory, and the largest micro-batch", COUNTED, text, table, pictures)]
+    return [Section("Memory, and the largest micro-batch", COUNTED, text, rows, pictures)]
 
 
 def without(given: Sources) -> list[Section]:
@@ -148,12 +125,9 @@ def without(given: Sources) -> list[Section]:
     for row in run.get("without", []):
         key = row.get("operator") or row.get("experiment", ""), row.get("implementation", ""), row["reason"]
         merged.setdefault(key, {})[row.get("shape", "all shapes")] = None
-    table = [
-        {"what": what, "by": name, "shape": ", ".join(shapes), "why": reason}
-        for (what, name, reason), shapes in merged.items()
-    ]
+    rows = [{"what": a, "by": b, "shape": ", ".join(shapes), "why": c} for (a, b, c), shapes in merged.items()]
     text = [f"Left out of this run, `pytest bench/ --full` has it: {line}." for line in run.get("left_out", [])]
-    return [Section("Without a time", "", text, table)] if table or text else []
+    return [Section("Without a time", "", text, rows)] if rows or text else []
 
 
 def all_sections(given: Sources, experiment: str) -> list[Section]:
