@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,6 @@ from bench.cache import LENGTHS, ROOT
 from bench.predecessor import SEQUENCES
 from bench.projection import Projection
 from bench.report.load import ReportError, benchmark, projections, read_projections
-from bench.report.page import Section
 from march.cost import DEVICES, find_device
 
 
@@ -27,48 +27,33 @@ def projected_here(paths: list[Path]) -> list[Projection]:
     command = [sys.executable, "-m", "bench.projection", "--exp", "Baseline", "--impl", "triton"]
     command += ["--device", key, "--gpus", str(torch.cuda.device_count()), "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return []
-    return read_projections(done.stdout, "bench.projection")
+    return [] if done.returncode else read_projections(done.stdout, "bench.projection")
 
 
-def beside_the_projection(results: Path, cuda: bool, found: Sequence[Projection]) -> Section:
-    """Measured tokens/s of a GPU beside what was projected for it; a CPU's times beside nothing."""
-    title = "Beside the projection"
+def beside_the_projection(results: Path, cuda: bool, found: Sequence[Projection]) -> tuple[list[dict[str, Any]], str]:
+    """(measured positions/s of a GPU beside what was projected for it, by experiment; why there is none)."""
     if not cuda:
-        text = "The projections are of GPUs; a CPU's times are not comparable with them, so nothing is compared here."
-        return Section(title, "", [text])
+        return (
+            [],
+            "The projections are of GPUs; a CPU's times are not comparable with them, so nothing is compared here.",
+        )
     listed = machine.listed()
     own = [p for p in found if p.impl == "triton" and listed is not None and find_device(p.device) == listed]
     if not own:
         name = listed.name if listed else f"{machine.device_name()}, which march.cost.devices does not list"
-        return Section(title, "", [f"No projection of the fused step is there for {name}."])
+        return [], f"No projection of the fused step is there for {name}."
     try:
-        rows_here = benchmark(results).suite("experiments", implementation="triton")
+        rows = benchmark(results).suite("experiments", implementation="triton")
     except ReportError as error:
-        return Section(title, "", [f"Nothing measured to compare: {error}"])
-    measured = {row["experiment"]: row["tokens_per_second"] for row in rows_here}
-    rows = []
-    for one in own:
-        here = measured.get(one.experiment)
-        if here is None:
-            continue
+        return [], f"Nothing measured to compare: {error}"
+    measured = {row["experiment"]: row["tokens_per_second"] for row in rows}
+    compared = []
+    for one in (p for p in own if p.experiment in measured):
+        here = measured[one.experiment]
         # of encoder and decoder positions, of one GPU
         there, slow, fast = (SEQUENCES * sum(LENGTHS) / (s * one.gpus) for s in (one.seconds, one.high, one.low))
         outside = "slower than projected" if here < slow else "faster than projected"
-        rows.append(
-            {
-                "experiment": one.experiment,
-                "measured": f"{here:.0f}",
-                "projected": f"{there:.0f} [{slow:.0f} .. {fast:.0f}]",
-                "measured over projected": f"{here / there:.2f}",
-                "": "within the range" if slow <= here <= fast else outside,
-            }
-        )
-    text = [
-        "Positions a second of one GPU. Measured: a micro-batch's forward, backward and AdamW. Projected: a step of "
-        "1024 sequences, with gradient exchange where there are several GPUs."
-    ]
-    if not rows:
-        text = ["No experiment is both measured and projected."]
-    return Section(title, "GPU time; projection", text, rows)
+        numbers = {"measured": here, "projected": there, "slow": slow, "fast": fast, "ratio": here / there}
+        verdict = "within the range" if slow <= here <= fast else outside
+        compared.append({"experiment": one.experiment, **numbers, "verdict": verdict})
+    return compared, "No experiment is both measured and projected."

@@ -24,12 +24,10 @@ from xml.etree import ElementTree
 
 import torch
 
-from bench import first_start, machine
+from bench import first_start, machine, pages
 from bench.beside_projection import beside_the_projection, projected_here
-from bench.report import page
-from bench.report.load import Projection, ReportError, benchmark
-from bench.report.page import Section
-from bench.tables import duration
+from bench.projection import Projection
+from bench.report.load import ReportError, benchmark
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDS, FAILED, SKIPPED, INTERRUPTED = "holds", "failed", "skipped", "interrupted"
@@ -49,6 +47,10 @@ class Outcome:
     seconds: float = 0.0
     command: str = ""
     fingerprint: str = ""
+
+    @classmethod
+    def of(cls, holds: bool, where: str, lines: list[str], command: Sequence[str]) -> "Outcome":
+        return cls(HOLDS if holds else FAILED, where, lines, command=" ".join(command))
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def kernel_tests(given: Context) -> Outcome:
         where = (
             f"Triton's interpreter on the CPU, float32 and float16, {' '.join(tests)} only: no kernel ran on a device"
         )
-    return Outcome(HOLDS if status == 0 else FAILED, where, lines, command=" ".join(command))
+    return Outcome.of(status == 0, where, lines, command)
 
 
 def first_start_check(given: Context) -> Outcome:
@@ -137,12 +139,7 @@ def first_start_check(given: Context) -> Outcome:
     status, output = given.run("first_start", command, environment)
     lines = [line for line in output.splitlines() if line.startswith(first_start.MARK)]
     where = given.where if given.cuda else "Triton's interpreter on the CPU, float32: no kernel ran on a device"
-    return Outcome(
-        HOLDS if status == 0 else FAILED,
-        where,
-        [x.removeprefix(first_start.MARK) for x in lines],
-        command=" ".join(command),
-    )
+    return Outcome.of(status == 0, where, [x.removeprefix(first_start.MARK) for x in lines], command)
 
 
 def tuner(given: Context) -> Outcome:
@@ -151,9 +148,7 @@ def tuner(given: Context) -> Outcome:
     command = [sys.executable, "-m", "kernels.tune"]
     status, output = given.run("tuner", command)
     changed = [line for line in output.splitlines() if " -> " in line or line.startswith("wrote")]
-    return Outcome(
-        HOLDS if status == 0 else FAILED, given.where, changed or _last(output, 3), command=" ".join(command)
-    )
+    return Outcome.of(status == 0, given.where, changed or _last(output, 3), command)
 
 
 def benchmarks(given: Context) -> Outcome:
@@ -165,7 +160,7 @@ def benchmarks(given: Context) -> Outcome:
     try:
         measured = benchmark(results)
     except ReportError as error:
-        return Outcome(FAILED, given.where, [*lines, str(error)], command=" ".join(command))
+        return Outcome.of(False, given.where, [*lines, str(error)], command)
     lines.append(f"{len(measured.rows)} benchmarks in {results.name}; `python -m bench.report {results}` draws them")
     lines += [
         " ".join(str(value) for value in row.values())
@@ -173,7 +168,7 @@ def benchmarks(given: Context) -> Outcome:
         if "refused" in row["reason"]
     ]
     where = given.where + (", tiny shapes: its times say nothing" if given.quick else "")
-    return Outcome(HOLDS if status == 0 else FAILED, where, lines, command=" ".join(command))
+    return Outcome.of(status == 0, where, lines, command)
 
 
 def training(given: Context) -> Outcome:
@@ -205,7 +200,7 @@ def training(given: Context) -> Outcome:
         if given.cuda
         else f"{given.where}, {steps} steps of the demo budget in place of {STEPS} of the paper's"
     )
-    return Outcome(HOLDS if status == 0 and falls else FAILED, where, lines, command=" ".join(command))
+    return Outcome.of(status == 0 and falls, where, lines, command)
 
 
 PARTS: dict[str, tuple[str, Callable[[Context], Outcome]]] = {
@@ -230,36 +225,28 @@ def fingerprint(quick: bool) -> str:
     return f"{commit} | {kernel_fingerprint('all', 'triton', machine.device(), torch.bfloat16)} | quick {quick}"
 
 
-def sections(given: Context, outcomes: Mapping[str, Outcome], found: Sequence[Projection]) -> list[Section]:
-    shown = []
-    rows = []
-    for key, (title, _) in PARTS.items():
-        one = outcomes.get(key)
-        if one is None:
-            rows.append({"part": title, "outcome": "not run yet", "where": "", "first line": "", "took": "-"})
-            continue
-        took = duration(one.seconds or None)
-        first = (one.lines or [""])[0]
-        rows.append({"part": title, "outcome": one.status, "where": one.where, "first line": first, "took": took})
-        detail = [f"{one.status}: {one.where}."]
-        detail += [f"`{one.command}`"] if one.command else []
-        shown.append(Section(title.replace("`", ""), "", detail, [{"what it said": line} for line in one.lines]))
-    held = [row["part"] for row in rows if row["outcome"] == HOLDS]
-    wrong = [f"{row['part']} ({row['outcome']})" for row in rows if row["outcome"] in (FAILED, INTERRUPTED)]
-    skipped = [f"{row['part']}: {row['first line']}" for row in rows if row["outcome"] == SKIPPED]
-    text = [f"Holds: {', '.join(held) or 'nothing yet'}.", f"Does not hold: {', '.join(wrong) or 'nothing that ran'}."]
-    text += [f"Skipped: {'; '.join(skipped)}."] if skipped else []
-    if not given.cuda:
-        text.append("There is no GPU here: whatever holds, holds on the CPU or in the interpreter, not on a GPU.")
-    first = Section("What holds", "", text, rows)
-    return [first, beside_the_projection(given.out / "bench.json", given.cuda, found), *shown]
-
-
 def write_page(given: Context, outcomes: Mapping[str, Outcome], found: Sequence[Projection]) -> None:
-    versions = ", ".join(f"{name} {version}" for name, version in machine.versions().items())
-    intro = [f"{given.where}; {versions}; {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC."]
-    name = torch.cuda.get_device_name() if given.cuda else "a machine without a GPU"
-    page.write(given.out, "page", f"march on {name}", intro, sections(given, outcomes, found))
+    parts = [
+        {"title": title, **asdict(outcomes.get(key) or Outcome("not run yet", ""))} for key, (title, _) in PARTS.items()
+    ]
+    for part in parts:
+        part |= {"first": (part["lines"] or [""])[0], "took": part["seconds"] or None}
+    compared, nothing = beside_the_projection(given.out / "bench.json", given.cuda, found)
+    text = pages.render(
+        Path(__file__).with_name("gpu.md"),
+        name=torch.cuda.get_device_name() if given.cuda else "a machine without a GPU",
+        where=given.where,
+        cuda=given.cuda,
+        versions=", ".join(f"{name} {version}" for name, version in machine.versions().items()),
+        now=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}",
+        parts=parts,
+        held=[part["title"] for part in parts if part["status"] == HOLDS],
+        wrong=[f"{part['title']} ({part['status']})" for part in parts if part["status"] in (FAILED, INTERRUPTED)],
+        skipped=[f"{part['title']}: {part['first']}" for part in parts if part["status"] == SKIPPED],
+        compared=compared,
+        nothing=nothing,
+    )
+    pages.write(given.out, "page", text)
 
 
 def load_state(path: Path) -> dict[str, Outcome]:

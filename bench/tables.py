@@ -57,7 +57,12 @@ class _Formatter(string.Formatter):
         return format(value / UNITS[unit], f"{format_spec.removesuffix(unit)}f") if unit else format(value, format_spec)
 
 
-def table(columns: str, cells: str, items: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """A row an item: "a | b" names the columns, "{x} | {y:.2f}" formats the item's values for them."""
+def table(columns: str, cells: str, items: Iterable[Any]) -> list[Row]:
+    """A row an item: "a | b" names the columns, "{x} | {y:.2f}" formats the item's values for them, {0} itself."""
     names, formats, formatter = columns.split(" | "), cells.split(" | "), _Formatter()
-    return [dict(zip(names, (formatter.vformat(f, (), item) for f in formats), strict=True)) for item in items]
+
+    def row(item: Any) -> list[str]:
+        values = item if isinstance(item, Mapping) else {}
+        return [formatter.vformat(text, (item,), values) for text in formats]
+
+    return [dict(zip(names, row(item), strict=True)) for item in items]

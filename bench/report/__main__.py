@@ -12,32 +12,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.report import page
+from bench import pages
 from bench.report.compare import compare, threshold
+from bench.report.contents import contents
 from bench.report.counted import collect
 from bench.report.load import Benchmark, Projection, ReportError, Sources, benchmark, newest, projections
-from bench.report.sections import all_sections
 from bench.steps import distinct
 from march import experiments
 from march.config import ConfigError
+
+TEMPLATE = Path(__file__).with_name("report.md")
 
 
 def build(given: Benchmark, found: Sequence[Projection], out: Path, experiment: str) -> list[Path]:
     """Writes report.md, report.html and the pictures into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     sources = Sources(given, collect(list(dict.fromkeys([experiment, *distinct()]))), found, out)
-    busy = (
-        " Where the load average is above the number of cores, other work ran, and seconds are longer than on an idle "
-        "machine."
-    )
-    shown = sources.projected("triton") | sources.projected("eager")
-    nothing = "for the reference device was" if found else "was"
-    intro = [
-        f"Measured: {given.describe()}." + (busy if given.kind == "CPU time" else ""),
-        "Every number says what it is: a GPU's or a CPU's time, a projection from counts, or a count of what a step "
-        "would do. Only times were measured." + ("" if shown else f" No projection {nothing} given, so none is shown."),
-    ]
-    return page.write(out, "report", "What the experiments cost", intro, all_sections(sources, experiment))
+    return pages.write(out, "report", pages.render(TEMPLATE, **contents(sources, experiment)))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

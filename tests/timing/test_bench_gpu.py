@@ -144,5 +144,6 @@ def test_beside_the_projection(tmp_path, monkeypatch, tokens, verdict):
     row = {"suite": "experiments", "implementation": "triton", "experiment": "Baseline", "tokens_per_second": tokens}
     content = {"benchmarks": [{"fullname": "x", "stats": {}, "extra_info": row}], "machine_info": {}}
     (tmp_path / "bench.json").write_text(json.dumps(content))
-    section = gpu.beside_the_projection(tmp_path / "bench.json", True, [own])
-    assert verdict in section.rows[0][""]
+    ((row,), _) = gpu.beside_the_projection(tmp_path / "bench.json", True, [own])
+    assert verdict in row["verdict"]
+    assert row["projected"] == pytest.approx(28_851, rel=1e-4)

@@ -3,15 +3,15 @@
 import copy
 import json
 import re
+from html import unescape
 
 import pytest
 from matplotlib.figure import Figure
 
+from bench import pages
 from bench.report import __main__ as command
-from bench.report import page
 from bench.report.compare import threshold
 from bench.report.load import ReportError, benchmark, projections
-from bench.report.page import Section
 
 FACTS = {"kind": "CPU time", "device": "a processor", "threads": 2, "versions": {"torch": "2.13.0", "triton": "3.9.0"}}
 
@@ -205,12 +205,20 @@ def test_published_ratios_are_the_repositorys(tmp_path, no_counting):
     assert f"{1.7620 / 0.9262:.2f}" in row
 
 
-def test_markdown_and_html_have_the_same_cells():
-    section = Section("T", "CPU time", ["a `b`"], [{"x": "p|q", "y": "1.5"}, {"x": "r", "y": "-"}])
-    assert "| p\\|q | 1.5 |" in section.markdown()
-    html = page.html("t", [], [section])
-    assert '<td class="text">p|q</td><td>1.5</td>' in html
-    assert "a <code>b</code>" in html
+def test_markdown_and_html_have_the_same_cells(tmp_path):
+    """Whatever a name or an error's text is made of stands there as it is."""
+    cells = ["p|q", "__init__", "a*b*c", "<b>&amp;</b>", "[x](y)", "a\\b\\*", "`code`", "1. x", "x" * 70, "1_000 {z}"]
+    template = tmp_path / "t.md"
+    template.write_text('# T\n\n## One\n\n**CPU time**\n\na `b`\n\n{{ table("x | y", "{a} | {b:.1f}", items) }}\n')
+    text = pages.render(template, items=[{"a": cell, "b": 1.5} for cell in cells] + [{"a": "none", "b": None}])
+    assert "| p\\|q | 1.5 |" in text
+    html = pages.html(text)
+    found = re.findall(r"<td[^>]*>(.*?)</td>\s*<td[^>]*>(.*?)</td>", html)
+    assert [unescape(re.sub("</?code>", "`", cell)) for cell, _ in found] == [*cells, "none"]
+    assert [value for _, value in found] == ["1.5"] * len(cells) + ["-"]
+    assert "<code>b</code>" in html
+    assert '<p class="kind ">CPU time</p>' in html
+    assert '<a href="#s0">One</a>' in html
 
 
 @pytest.mark.parametrize(
