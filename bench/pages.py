@@ -17,19 +17,23 @@ RULES = ["heading", "table", "backticks", "image"]
 LONG = 60
 
 
-def _environment(folder: Path, autoescape: bool) -> jinja2.Environment:
-    loader, undefined = jinja2.FileSystemLoader(folder), jinja2.StrictUndefined
-    return jinja2.Environment(
-        loader=loader, undefined=undefined, autoescape=autoescape, trim_blocks=True, lstrip_blocks=True
+def templates(folder: Path, padded: bool = False, autoescape: bool = False) -> jinja2.Environment:
+    """Templates of a folder. In them table(columns, cells, items) of bench.tables, rows(list of {column: text})."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        undefined=jinja2.StrictUndefined,
+        autoescape=autoescape,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.globals["rows"] = lambda rows: markdown(rows, padded)
+    environment.globals["table"] = lambda *of: markdown(table(*of), padded) if of[-1] else ""
+    return environment
 
 
-def render(template: Path, **values: Any) -> str:
-    """Markdown. In the template: table(columns, cells, items) of bench.tables, rows(list of {column: text})."""
-    environment = _environment(template.parent, autoescape=False)
-    environment.globals["rows"] = lambda rows: markdown(rows, padded=False)
-    environment.globals["table"] = lambda *of: markdown(table(*of), padded=False) if of[-1] else ""
-    text = environment.get_template(template.name).render(values)
+def render(template: Path, padded: bool = False, **values: Any) -> str:
+    """Markdown from a template; tables padded for a terminal, or not."""
+    text = templates(template.parent, padded).get_template(template.name).render(values)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
@@ -57,7 +61,7 @@ def html(text: str) -> str:
     first = next((i for i, token in enumerate(tokens) if token.tag == "h2"), len(tokens))
     intro, body = (Markup(parser.renderer.render(t, parser.options, {})) for t in (tokens[:first], tokens[first:]))
     title = text.splitlines()[0].removeprefix("# ")
-    shell = _environment(FOLDER, autoescape=True).get_template("page.html")
+    shell = templates(FOLDER, autoescape=True).get_template("page.html")
     return shell.render(title=title, sections=sections, intro=intro, body=body) + "\n"
 
 

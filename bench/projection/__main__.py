@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     calibration = calibrate(progress)
     if given.markdown:
-        print(tables.page(calibration, progress))
+        print(tables.page(calibration, progress), end="")
         return 0
     if given.fit:
         print(tables.efficiencies(calibration) + "\n\n" + tables.left_out(calibration))
