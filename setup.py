@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 # what bench/ computes and prints with; its tests run with the others
-BENCH = ["scipy>=1.11", "pandas>=2.1", "pydantic>=2.5", "jinja2>=3.1"]
+BENCH = ["scipy>=1.11", "pandas>=2.1", "pydantic>=2.5", "jinja2>=3.1", "markdown-it-py>=3"]
 
 setup(
     name="march",

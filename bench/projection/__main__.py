@@ -37,14 +37,15 @@ from march.config import ConfigError
 from march.cost.devices import DEVICES
 
 
-def _among(known: Iterable[str]) -> Callable[[str], list[str]]:
-    """Parts of a text between commas, each of `known`."""
+def _among(known: Iterable[str], several: bool = False) -> Callable[[str], str | list[str]]:
+    """A text, or its parts between commas, of `known`."""
 
-    def parse(text: str) -> list[str]:
-        for one in text.split(","):
+    def parse(text: str) -> str | list[str]:
+        parts = text.split(",") if several else [text]
+        for one in parts:
             if one not in known:
                 raise argparse.ArgumentTypeError(f"expected one of {', '.join(known)}, got {one!r}; choose from these")
-        return text.split(",")
+        return parts if several else text
 
     return parse
 
@@ -62,27 +63,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--exp", type=_names, default="Baseline", help="an experiment's name; several with commas; or 'all'")
     add(
         "--impl",
-        type=_among(IMPLEMENTATIONS),
+        type=_among(IMPLEMENTATIONS, True),
         default="eager,triton",
-        help="eager, triton, or both with a comma (both)",
+        help="eager, triton or eager,triton (both)",
     )
     add("--device", type=_among(DEVICES), default="a5000", help=f"one of {', '.join(DEVICES)} (a5000)")
     add("--gpus", type=int, default=GPUS, metavar="N", help=f"devices in one node ({GPUS})")
     add("--micro-batch", type=int, metavar="N", help="sequences; by default the published run's, 64 fused")
-    add(
-        "--exchange",
-        type=float,
-        default=EXCHANGE_BANDWIDTH / 1e9,
-        metavar="GB/S",
-        help="bus bandwidth between the GPUs",
-    )
+    add("--exchange", type=float, default=EXCHANGE_BANDWIDTH / 1e9, metavar="GB/S", help="bus bandwidth between GPUs")
     add("--kernels", action="store_true", help="also kernel by kernel")
     add("--fit", action="store_true", help="the fitted efficiencies and the leave-one-out errors alone")
     add("--markdown", action="store_true", help="docs/projection.md, whole, on standard output")
     add("--json", action="store_true", help="a JSON list on standard output; see the module's docstring")
     add("--save", nargs="?", const="", metavar="FILE", help="write that list to a *projection*.json file")
     given = parser.parse_args(arguments)
-    device = given.device = given.device[0]
     if not 1 <= given.gpus <= SEQUENCES:
         parser.error(
             f"--gpus: expected 1 to {SEQUENCES}, got {given.gpus}; a step has {SEQUENCES} sequences to share out"
@@ -92,7 +86,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not given.exchange > 0:
         parser.error(f"--exchange: expected GB/s above 0, got {given.exchange}; for example 12")
     if given.save is not None:
-        path = given.save = Path(given.save or cache_folder() / f"projection_{device}_{given.gpus}.json")
+        path = given.save = Path(given.save or cache_folder() / f"projection_{given.device}_{given.gpus}.json")
         if "projection" not in path.name or path.suffix != ".json":
             parser.error(
                 f"--save: expected a name with 'projection' ending in .json, got {path.name!r}; it is no measurement"

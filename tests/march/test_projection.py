@@ -300,6 +300,7 @@ def test_every_table_says_that_it_is_a_projection(calibration, capsys):
     ("arguments", "said"),
     [
         (["--device", "a500"], "expected one of a5000, a6000"),
+        (["--device", "a5000,h100"], "got 'a5000,h100'"),
         (["--impl", "torch"], "expected one of eager, triton, got 'torch'"),
         (["--exp", "Basline"], "did you mean Baseline"),
         (["--gpus", "0"], "expected 1 to 1024, got 0"),

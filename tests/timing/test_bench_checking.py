@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from bench import kernel_baselines, kernel_calls
+from bench import kernel_baselines, kernel_calls, steps
 from bench.checking import Oracle
 from bench.kernel_calls import Sizes
 from march import cost, experiments
@@ -131,3 +131,19 @@ def test_bytes_are_the_ledgers_boundary(name):
     counted = {(row.operator, row.phase): row.boundary for row in ledger.rows if (row.operator, row.phase) in sums}
     # the ledger's loss has an output more, the losses of single tokens
     assert sums == {key: pytest.approx(value, abs=8 * SIZES.batch * SIZES.decoder) for key, value in counted.items()}
+
+
+STEP = Sizes("test", 2, 20, 12, 200)
+KINDS = ("Baseline", "MixedActSOMDropout", "GELUGatedLinearUnit", "Database", "UnifiedAttention", "ScalingHeads")
+
+
+@pytest.mark.parametrize(
+    "name", [*KINDS, "UnifiedAttentionAsPublished", "NoSelfAttentionResidual", "APESumOverAverage"]
+)
+def test_the_predecessors_model_computes_the_same_function(name):
+    """What benchmarks time as the baseline and the projection counts, beside ours."""
+    assert steps.loss_problem("torch", name, STEP, CPU, precision="fp32") == ""
+
+
+def test_another_function_than_the_predecessors_is_noticed():
+    assert "expected" in steps.loss_problem("torch", "Baseline", STEP, CPU, embedding_combine="sum", precision="fp32")
