@@ -6,6 +6,7 @@ are the ledger's events (march.cost), grouped where they are equal; nothing here
 """
 
 import collections
+import importlib.metadata
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from pydantic import TypeAdapter
 
 from bench.cache import LENGTHS, ROOT, sources_hash, write
@@ -31,7 +31,11 @@ from march.cost.parameters import total_parameters
 IMPLEMENTATIONS = ("eager", "triton")
 _SHARED = ("march/config.py", "march/experiments", "march/cost", "bench/projection/collect.py")
 SOURCES = {"eager": (*_SHARED, "bench/predecessor.py"), "triton": (*_SHARED, "kernels", "march/model")}
-VERSIONS = {"eager": torch.__version__, "triton": f"{torch.__version__} {triton.__version__}"}
+
+
+def versions(impl: str) -> str:
+    """Of what dispatches and compiles."""
+    return torch.__version__ + (f" {importlib.metadata.version('triton')}" if impl == "triton" else "")
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,7 @@ def collect(
         raise ValueError(f"arch: expected one of {', '.join(ARCHITECTURES)}, got {arch!r}; kernels compile for these")
     arch = arch if impl == "triton" else ""
     label = "_".join(filter(None, (name, impl, arch, f"{micro_batch}x{lengths[0]}x{lengths[1]}")))
-    path = cache_folder() / "counts" / f"{label}_{sources_hash(*SOURCES[impl], versions=VERSIONS[impl])}.json"
+    path = cache_folder() / "counts" / f"{label}_{sources_hash(*SOURCES[impl], versions=versions(impl))}.json"
     if path.exists():
         return _FILE.validate_json(path.read_bytes())
     progress(f"counting {label}")
