@@ -94,7 +94,7 @@ OUTSIDE = [9, -1, 10**6, 2**32, 2**32 + 1, 2**63 - 1, -(2**63)]
 
 
 @contextlib.contextmanager
-def _no_stray_access():
+def no_stray_access():
     """Every address that the interpreter loads from or stores to lies in a tensor of the launch."""
     from triton.runtime import interpreter
 
@@ -138,7 +138,7 @@ def test_labels_outside_the_vocabulary_give_nan_and_touch_nothing(label, ignored
     known = label == ignored
     labels = torch.tensor([[1, label, 5], [ignored, 8, 3]], device=DEVICE)
     results = []
-    with _no_stray_access():
+    with no_stray_access():
         for impl, logits in (("reference", "auto"), ("torch", "auto"), ("triton", "recompute"), ("triton", "chunks")):
             h, weight = (x.float().to(DEVICE).requires_grad_() for x in (randn(2, 3, 16), randn(9, 16)))
             loss, each = kernels.linear_cross_entropy(
@@ -165,7 +165,7 @@ def test_ids_outside_the_table_give_nan_and_touch_nothing(token, drops):
     rng = RNG.to(DEVICE)
     kwargs = {"dropout": Dropout(0.5, rng, 1), "position_dropout": Dropout(0.5, rng, 2)} if drops else {}
     results = []
-    with _no_stray_access():
+    with no_stray_access():
         for impl in IMPLS:
             tables = [randn(n, 16).float().to(DEVICE).requires_grad_() for n in (9, 4)]
             out = kernels.embedding(ids, *tables, **kwargs, impl=impl)
