@@ -6,10 +6,12 @@ bfloat16, float32; float64 where `reference` or `torch` computes) and one device
 differentiable in all its floating inputs. `impl`: see kernels.dispatch.
 """
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from kernels import packed, reference
 from kernels.dispatch import Impl, ImplementationError, choice, implementation
@@ -41,6 +43,13 @@ def _same(operator: str, dropouts: tuple[Dropout | None, ...] = (), **tensors: T
         f"convert it with {first_name}.to(torch.float32)",
     )
     for name, x in given.items():
+        _check(
+            x.layout == torch.strided and not x.is_nested,
+            operator,
+            f"{name} as a dense tensor",
+            x.layout,
+            f"convert it with {name}.to_dense() or pad it",
+        )
         _check(
             x.dtype == first.dtype,
             operator,
@@ -137,6 +146,23 @@ def _check_keys_values(operator: str, q: Tensor, k: Tensor, v: Tensor, names: tu
         )
 
 
+def _check_indices(operator: str, name: str, indices: Tensor, rows: int, ignored: int | None = None) -> None:
+    """ValueError for a table without rows. With KERNELS_DEBUG=1 in the environment ValueError names the first index
+    outside [0, rows) other than `ignored`, for which it waits for the device."""
+    _check(rows > 0 or indices.numel() == 0, operator, "a vocabulary of at least 1", rows, "give a table [V, D]")
+    if torch.compiler.is_compiling() or os.environ.get("KERNELS_DEBUG") != "1":
+        return
+    if isinstance(indices, FakeTensor) or indices.device.type == "meta":
+        return
+    wrong = (indices < 0) | (indices >= rows)
+    if ignored is not None:
+        wrong &= indices != ignored
+    if bool(wrong.any()):
+        at = wrong.nonzero()[0].tolist()
+        expected = f"{name} in [0, {rows})" + ("" if ignored is None else f" or {ignored}")
+        _check(False, operator, expected, f"{indices[tuple(at)].item()} at {at}", "look at how they were made")
+
+
 def _active(dropout: Dropout | None) -> Dropout | None:
     return dropout if dropout is not None and dropout.p > 0 else None
 
@@ -158,8 +184,9 @@ def attention(
     q [B, Lq, H, K]; k [B or 1, Lk, G, K]; v [B or 1, Lk, G, Kv], H a multiple of G: query head h reads key/value
     head h // (H / G); a batch of 1 is shared by all sequences. K, Kv from 1 to 512. Returns [B, Lq, H, Kv].
 
-    causal: query i sees keys j <= i (both counted from 0). key_lengths: integers [B], keys from there on are padding.
-    key_mask: bool [B, Lk], True where a key is real. A query that sees no key gives zeros and zero gradients.
+    causal: query i sees keys j <= i (both counted from 0). key_lengths: integers [B] of any value, keys from there on
+    are padding. key_mask: bool [B, Lk], True where a key is real; one of the two. A query that sees no key gives zeros
+    and zero gradients. What lies in padding keys and their values, NaN included, reaches neither output nor gradient.
     dropout: on the probabilities, rows (sequence, head, query), columns keys.
     """
     op = "attention"
@@ -504,8 +531,9 @@ def linear_cross_entropy(
     """Mean cross entropy of the logits (h scale) weight^T. h [B, L, D], weight [V, D], labels int64 [B, L].
 
     Returns the float32 (float64 for float64) mean over the labels other than ignore_index, 0 where there are none;
-    with return_per_token also the loss of each token [B, L], 0 where ignored, detached. Labels outside
-    [0, V) other than ignore_index are the caller's error: they are not checked, which would synchronise the device.
+    with return_per_token also the loss of each token [B, L], 0 where ignored, detached. A label outside [0, V) other
+    than ignore_index reads nothing and gives NaN: its loss, the mean, its row of dh and all of dweight; the device is
+    not waited for. KERNELS_DEBUG=1 in the environment names such a label instead (ValueError), and waits.
     logits: how the fused kernels' backward gets them, "recompute" (in registers), "chunks" (of at most 200 MB), or
     "auto" (the first for 16 bits and D up to 512, else the second); the other implementations have one way.
     """
@@ -527,6 +555,7 @@ def linear_cross_entropy(
     )
     _check(labels.device == h.device, op, f"labels on {h.device}", labels.device, "move them there")
     _same(op, h=h, weight=weight)
+    _check_indices(op, "labels", labels, weight.shape[0], ignore_index)
     function = implementation(op, impl, h.device, h.dtype)
     extra = {"logits": logits} if logits != "auto" and choice(op, impl, h.device) == "triton" else {}
     loss, per_token = function(h, weight, labels, scale=float(scale), ignore_index=ignore_index, **extra)
@@ -546,7 +575,8 @@ def embedding(
     """dropout(E[ids]) and position_dropout(T[:L]), summed, or averaged (halved sum). Returns [B, L, D].
 
     ids int64 [B, L] in [0, V); table E [V, D]; positions T [P, D] with P >= L. The position dropout is drawn for
-    each sequence.
+    each sequence. An id outside [0, V) reads nothing: its row of the result is NaN, and E gets no gradient from it (T
+    does); the device is not waited for. KERNELS_DEBUG=1 in the environment names it instead (ValueError), and waits.
     """
     op = "embedding"
     _check(
@@ -574,6 +604,7 @@ def embedding(
     _check(combine in ("average", "sum"), op, "combine average or sum", repr(combine), "name one of them")
     _check(ids.device == table.device, op, f"ids on {table.device}", ids.device, "move them there")
     _same(op, (dropout, position_dropout), table=table, positions=positions)
+    _check_indices(op, "ids", ids, table.shape[0])
     return implementation(op, impl, table.device, table.dtype)(
         ids,
         table,

@@ -184,9 +184,11 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(mean loss, loss of each token [...]) of logits (h scale) weight^T; contract in kernels.api."""
     logits = ((h * scale) @ weight.T).to(at_least_float32(h.dtype))
-    per_token = F.cross_entropy(
-        logits.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="none"
-    ).view(labels.shape)
+    unknown = ((labels < 0) | (labels >= weight.shape[0])) & (labels != ignore_index)
+    target = labels.masked_fill(labels == ignore_index, -1).masked_fill(unknown, 0)
+    per_token = F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=-1, reduction="none")
+    # a factor, so that the gradients of an unknown label are NaN too
+    per_token = per_token.view(labels.shape) * torch.ones_like(logits[..., 0]).masked_fill(unknown, torch.nan)
     count = (labels != ignore_index).sum().clamp(min=1)
     return per_token.sum() / count, per_token
 
@@ -201,7 +203,8 @@ def embedding(
     position_dropout: Dropout | None = None,
 ) -> Tensor:
     """dropout(E[ids]) and dropout(T[:L]), averaged or summed; contract in kernels.api.embedding."""
-    tokens = drop(table[ids], dropout)
+    unknown = ((ids < 0) | (ids >= table.shape[0]))[..., None]
+    tokens = drop(table[ids.masked_fill(unknown[..., 0], 0)], dropout).masked_fill(unknown, torch.nan)
     places = drop(positions[: ids.shape[1]].expand(ids.shape[0], -1, -1), position_dropout)
     total = tokens + places
     return total / 2 if combine == "average" else total

@@ -11,13 +11,19 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.compile_only.record import launches
-from kernels.dispatch import triton_interpreted
 from kernels.dropout import SEGMENT_COLUMNS, Dropout, keep_scale
 from kernels.fused import attention_kernels as programs
-from kernels.fused import tiles_attention
+from kernels.fused import launch, tiles_attention
+from kernels.fused.launch import (
+    alignment,
+    architecture,
+    differentiable,
+    drop_arguments,
+    launches,
+    needs_backward,
+    operator,
+)
 from kernels.fused.primitives import signed_threshold
-from kernels.fused.vectors import in_vectors
 from kernels.packed import head_stride, unpack
 
 LOG2_E = 1.4426950408889634
@@ -29,26 +35,15 @@ SHARED_PROGRAMS = 256
 SUM_BLOCK = 1024
 
 
-def architecture() -> str:
-    """Target of the launches: the current device's, or that of kernels.compile_only; the interpreter's is sm_86."""
-    if triton_interpreted():
-        return "sm_86"
-    return f"sm_{triton.runtime.driver.active.get_current_target().arch}"
-
-
-def check_supported(operator: str, *tensors: Tensor) -> None:
-    """ValueError for what the kernels cannot do: float64, and tensors whose offsets within one sequence pass 2^31."""
-    if tensors[0].dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(
-            f"{operator}: expected float16, bfloat16 or float32 for impl='triton', got {tensors[0].dtype}; "
-            "use impl='torch' or 'reference'"
-        )
+def check_supported(operator: str, *tensors: Tensor, value_width: int = 0) -> None:
+    """ValueError for what the kernels cannot do: float64, sequences of q, k, v or O whose offsets pass 2^31."""
+    launch.check_supported(operator, *tensors)
     for x in tensors:
-        length, stride = x.shape[1], max(x.stride(1), math.prod(x.shape[2:]))
-        if length * stride >= 1 << 31 or length >= SEGMENT_COLUMNS:
+        length, row = x.shape[1], math.prod(x.shape[2:-1]) * max(head_stride(x.shape[-1]), value_width)
+        if length * row >= launch.INT32 or length >= SEGMENT_COLUMNS:
             raise ValueError(
                 f"{operator}: expected fewer than 2^24 positions and 2^31 elements in a sequence, got {length} "
-                f"positions of {stride} elements; shorten the sequences"
+                f"positions of {row} elements; shorten the sequences"
             )
 
 
@@ -59,19 +54,11 @@ def padded_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.nn.functional.pad(x, (0, n)) if n else x for x, n in zip(tensors, missing, strict=True))
 
 
-def needs_backward(*inputs: Tensor) -> bool:
-    """Whether autograd records this call."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-
-
-def strides_of(x: Tensor) -> list[int]:
-    """Strides of [B, L, H, K] without the last; 0 for dimensions of size 1, which then broadcast."""
-    return [0 if n == 1 else s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
-
-
-def alignment(*tensors: Tensor) -> int:
-    """Greatest power of two up to 16 that divides every stride: the kernels' ALIGN."""
-    return math.gcd(16, *(s for x in tensors for s in strides_of(x)))
+def strides_of(*tensors: Tensor) -> tuple[int, list[int]]:
+    """(ALIGN, strides of each [B, L, H, K] without the last, in units of ALIGN); 0 for dimensions of size 1."""
+    strides = [0 if n == 1 else s for x in tensors for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    align = alignment(strides)
+    return align, [s // align for s in strides]
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -99,7 +86,7 @@ def key_directions(q: Tensor, v: Tensor) -> tuple[str, ...]:
 def tile_for(direction: str, q: Tensor, v: Tensor, causal: bool, dropout: bool) -> dict[str, int]:
     """Launch options from the table."""
     bits = q.element_size() * 8
-    return tiles_attention.tile(direction, architecture(), q.shape[3], v.shape[3], causal, dropout, bits).options()
+    return tiles_attention.tile(direction, architecture(q), q.shape[3], v.shape[3], causal, dropout, bits).options()
 
 
 def padded_columns(keys: int) -> int:
@@ -124,10 +111,15 @@ def forward_columns(p: float, rng: Tensor | None, site: int, segments: tuple[int
     return table
 
 
-def mask_bias(mask: Tensor | None) -> Tensor | None:
-    """A bool mask [B, Lk] as float32 0 (real) or -inf, with columns padded by -inf so that no load needs a mask."""
+def mask_bias(mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+    """A bool mask [B, Lk] as float32 0 (real) or -inf, with columns padded by -inf so that no load needs a mask.
+    ValueError for lengths beside it: no kernel reads both."""
     if mask is None:
         return None
+    if lengths is not None:
+        raise ValueError(
+            "attention: expected key_lengths or key_mask, got both; give the mask alone, it can express the lengths"
+        )
     batch, keys = mask.shape
     bias = torch.full((batch, padded_columns(keys)), -math.inf, dtype=torch.float32, device=mask.device)
     bias[:, :keys].masked_fill_(mask, 0.0)
@@ -147,20 +139,27 @@ def present(x: Tensor) -> Tensor | None:
 
 
 def empty_rows(q: Tensor, v: Tensor, direction: str, causal: bool, p: float) -> Tensor:
-    """rows [2 or 4, B, H, Lpad] float32: what dQ writes of every query for dK and dV. Lpad: whole blocks of both."""
+    """rows [2 or 4, B, H, Lpad] float32: what dQ writes of every query for dK and dV. Lpad: whole blocks of both.
+    ValueError where an offset in it could pass 2^31."""
     batch, queries, heads, _ = q.shape
     directions = (direction, *key_directions(q, v))
     block = max(tile_for(d, q, v, causal, p > 0)["BLOCK_M"] for d in directions)
     padded = triton.cdiv(queries, block) * block
+    if 4 * batch * heads * padded >= launch.INT32:
+        raise ValueError(
+            f"attention: expected fewer than 2^29 rows of queries in blocks of {block} for a backward pass, got "
+            f"{batch} sequences of {heads} heads and {queries} queries; split the batch"
+        )
     return torch.empty((4 if p > 0 else 2, batch, heads, padded), dtype=torch.float32, device=q.device)
 
 
-def forward(
+@operator("march_kernels::attention", vectors=("q", "k", "v"))
+def attention_op(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None,
     scale: float, causal: bool, p: float, site: int, backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(O [B, Lq, H, Kv], lse [B, H, Lq] float32 in units of log2, O's further bits: `rest_of`)."""
-    q, k, v, mask = in_vectors(q), in_vectors(k), in_vectors(v), mask_bias(mask)
+    mask = mask_bias(mask, lengths)
     batch, queries, heads, _ = q.shape
     keys, groups, value_width = k.shape[1], k.shape[2], v.shape[3]
     o = torch.empty((batch, queries, heads, value_width), dtype=q.dtype, device=q.device)
@@ -171,13 +170,13 @@ def forward(
     if keys == 0:
         return o.zero_(), lse.fill_(math.inf), rest.zero_()
     columns = forward_columns(p, rng, site, (keys,), q)
-    align = alignment(q, k, v)
+    align, strides = strides_of(q, k, v)
     tile = tile_for("forward" if mask is None else "forward_extra", q, v, causal, p > 0)
     scale_log2, constants = scale_constants(scale, q.dtype)
     grid = (triton.cdiv(queries, tile["BLOCK_M"]) * heads * batch,)
     programs._attention_fwd_kernel[grid](
         q, k, v, o, present(rest), lse, lengths, mask, rng, columns,
-        *(s // align for x in (q, k, v) for s in strides_of(x)), 0 if mask is None else mask.stride(0),
+        *strides, 0 if mask is None else mask.stride(0),
         scale_log2, keep_scale(p), site, signed_threshold(p), heads, heads // groups, queries, keys,
         CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
         **constants, **width_constants("forward", q, v), **tile,
@@ -202,8 +201,7 @@ def launch_dkdv(
         return
     pairs = batch // shared * (heads // groups)
     assert handed is None or pairs == 1, "keys that are handed on belong to one query head"
-    k_and_v = None if handed is None else handed.contiguous()
-    align = alignment(q, k, v, do)
+    align, strides = strides_of(q, k, v, do)
     scale_log2, constants = scale_constants(scale, q.dtype)
     for direction in key_directions(q, v):
         tile = tile_for(direction, q, v, causal, p > 0)
@@ -212,7 +210,7 @@ def launch_dkdv(
         wanted = {"dk": dk, "dv": dv}
         wanted = {n: x for n, x in wanted.items() if n in direction}
         # of two launches each reads its own part
-        added = k_and_v if k_and_v is None or len(wanted) == 2 else k_and_v.select(2, 0 if "dk" in wanted else 1)
+        added = handed if handed is None or len(wanted) == 2 else handed.select(2, 0 if "dk" in wanted else 1)
         parts = wanted
         if splits > 1:
             parts = {
@@ -220,7 +218,7 @@ def launch_dkdv(
             }
         programs._attention_bwd_dkdv_kernel[(base * splits,)](
             q, k, v, do, parts.get("dk"), parts.get("dv"), added, rows, lengths, mask, columns,
-            *(s // align for x in (q, k, v, do) for s in strides_of(x)), 0 if mask is None else mask.stride(0),
+            *strides, 0 if mask is None else mask.stride(0),
             scale_log2, scale * keep_scale(p), keep_scale(p), signed_threshold(p), rows.stride(0),
             heads, heads // groups, queries, rows.shape[3], keys, pairs, splits, shared,
             CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
@@ -235,13 +233,14 @@ def launch_dkdv(
             )
 
 
-def backward(
+@operator("march_kernels::attention_backward", vectors=("do", "sources"))
+def attention_backward_op(
     do: Tensor, sources: list[Tensor], o: Tensor, lse: Tensor, rest: Tensor, handed: Tensor | None,
     lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, causal: bool, p: float, site: int,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of `sources`, contiguous: [q, k, v], or packed as [qkv] or [q, kv]. handed: see `launch_dkdv`."""
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in sources]
-    do, q, k, v, mask = *(in_vectors(x) for x in (do, *unpack(*sources))), mask_bias(mask)
+    (q, k, v), mask = unpack(*sources), mask_bias(mask, lengths)
     batch, queries, heads, _ = q.shape
     keys, groups = k.shape[1], k.shape[2]
     if not launches(q):
@@ -252,12 +251,12 @@ def backward(
     direction = "dq" if mask is None else "dq_extra"
     rows = empty_rows(q, v, direction, causal, p)
     columns = forward_columns(p, rng, site, (keys,), q)
-    align = alignment(q, k, v, do)
+    align, strides = strides_of(q, k, v, do)
     tile = tile_for(direction, q, v, causal, p > 0)
     scale_log2, constants = scale_constants(scale, q.dtype)
     programs._attention_bwd_dq_kernel[(rows.shape[3] // tile["BLOCK_M"] * heads * batch,)](
         q, k, v, o, present(rest), lse, do, dq, rows, lengths, mask, rng, columns,
-        *(s // align for x in (q, k, v, do) for s in strides_of(x)), 0 if mask is None else mask.stride(0),
+        *strides, 0 if mask is None else mask.stride(0),
         scale_log2, scale * keep_scale(p), 1.0 / keep_scale(p), site, signed_threshold(p), rows.stride(0),
         heads, heads // groups, queries, rows.shape[3], keys,
         CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
@@ -265,29 +264,6 @@ def backward(
     )  # fmt: skip
     launch_dkdv(dk, dv, q, k, v, do, rows, columns, lengths, mask, scale, causal, p, handed)
     return gradients
-
-
-@torch.library.custom_op("march_kernels::attention", mutates_args=())
-def attention_op(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None,
-    scale: float, causal: bool, p: float, site: int, backward: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(O, lse, rest); `forward` as a registered operator."""
-    return forward(q, k, v, lengths, mask, rng, scale, causal, p, site, backward)
-
-
-@torch.library.custom_op("march_kernels::attention_backward", mutates_args=())
-def attention_backward_op(
-    do: Tensor, sources: list[Tensor], o: Tensor, lse: Tensor, rest: Tensor, handed: Tensor | None,
-    lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, causal: bool, p: float, site: int,
-) -> list[Tensor]:  # fmt: skip
-    """Gradients of `sources`; `backward` as a registered operator."""
-    return backward(do, sources, o, lse, rest, handed, lengths, mask, rng, scale, causal, p, site)
-
-
-# `launches` tells the fake implementations from the real ones: one function, so shapes and strides cannot disagree
-attention_op.register_fake(forward)
-attention_backward_op.register_fake(backward)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -315,17 +291,24 @@ class PackedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, lengths, mask, rng, scale, causal, p, site, backward, *sources):
+    def forward(lengths, mask, rng, scale, causal, p, site, backward, *sources):
         o, lse, rest = attention_op(*unpack(*sources), lengths, mask, rng, scale, causal, p, site, backward)
-        ctx.save_for_backward(o, lse, rest, lengths, mask, rng, *sources)
-        ctx.settings = scale, causal, p, site
-        ctx.set_materialize_grads(False)
-        return (o, sources[0][:, :, 1:]) if len(sources) == 1 else o
+        return o, lse, rest, *([sources[0][:, :, 1:]] if len(sources) == 1 else [])
 
     @staticmethod
-    def backward(ctx, do, handed=None):
+    def setup_context(ctx, inputs, output) -> None:
+        *padding, rng, scale, causal, p, site, _ = inputs[:8]
+        ctx.settings = scale, causal, p, site
+        ctx.save_for_backward(*output[:3], *padding, rng, *inputs[8:])
+        ctx.mark_non_differentiable(*output[1:3])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, do, _lse, _rest, handed=None):
         o, lse, rest, lengths, mask, rng, *sources = ctx.saved_tensors
-        do = torch.zeros_like(o) if do is None else do
+        if do is None:
+            # the keys and values alone were used
+            return *[None] * 8, None if handed is None else torch.cat([torch.zeros_like(handed[:, :, :1]), handed], 2)
         gradients = attention_backward_op(do, sources, o, lse, rest, handed, lengths, mask, rng, *ctx.settings)
         return *[None] * 8, *gradients
 
@@ -344,16 +327,11 @@ def attention(
     """Contract in kernels.api.attention. Rows that cannot be read 16 bytes at a time cost a copy (`in_vectors`,
     `padded_heads`)."""
     rng, p, site = drop_arguments(dropout)
-    check_supported("attention", q, k, v)
+    check_supported("attention", q, k, v, value_width=v.shape[3])
     value_width = v.shape[3]
     q, k, v = padded_heads(q, k, v)
     backward = needs_backward(q, k, v)
     return attention_op(q, k, v, key_lengths, key_mask, rng, scale, causal, p, site, backward)[0][..., :value_width]
-
-
-def drop_arguments(dropout: Dropout | None) -> tuple[Tensor | None, float, int]:
-    """(rng, p, site) as the operators take them."""
-    return (None, 0.0, 0) if dropout is None else (dropout.rng, dropout.p, dropout.site)
 
 
 def self_attention(
@@ -370,7 +348,9 @@ def self_attention(
     check_supported("self_attention", qkv)
     width = qkv.shape[-1]
     (qkv,) = padded_heads(qkv)
-    out, kv = PackedAttention.apply(key_lengths, key_mask, rng, scale, causal, p, site, needs_backward(qkv), qkv)
+    backward = needs_backward(qkv)
+    padding = key_lengths, key_mask
+    out, *_, kv = differentiable(PackedAttention, backward, *padding, rng, scale, causal, p, site, backward, qkv)
     return out[..., :width], kv[..., :width]
 
 
@@ -390,4 +370,6 @@ def cross_attention(
     width = q.shape[-1]
     sources = padded_heads(q, kv)
     backward = needs_backward(*sources)
-    return PackedAttention.apply(key_lengths, key_mask, rng, scale, causal, p, site, backward, *sources)[..., :width]
+    padding = key_lengths, key_mask
+    out, *_ = differentiable(PackedAttention, backward, *padding, rng, scale, causal, p, site, backward, *sources)
+    return out[..., :width]

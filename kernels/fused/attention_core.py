@@ -20,12 +20,16 @@ NO_KEY = tl.constexpr(-1.0e30)
 
 @triton.jit
 def load_part(
-    ptr, offs, stride, end, START: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS_MASKED: tl.constexpr
-):
-    """[rows, D]: columns START ... START + D of rows `offs`; 0 from row `end` (ROWS_MASKED) and column WIDTH on."""
+    ptr, offs, stride, end, START: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS_MASKED: tl.constexpr,
+    real=None,
+):  # fmt: skip
+    """[rows, D]: columns START ... START + D of rows `offs`; 0 from row `end` (ROWS_MASKED) and column WIDTH on, and in
+    rows that are not `real`, if given."""
     d = START + tl.arange(0, D)
     ptrs = ptr + offs[:, None] * stride + d[None, :]
-    if START + D > WIDTH:
+    if real is not None:
+        return tl.load(ptrs, mask=real[:, None] & (d[None, :] < WIDTH), other=0.0)
+    elif START + D > WIDTH:
         if ROWS_MASKED:
             return tl.load(ptrs, mask=(offs[:, None] < end) & (d[None, :] < WIDTH), other=0.0)
         else:
@@ -53,15 +57,16 @@ def store_part(ptr, x, offs, stride, end, START: tl.constexpr, D: tl.constexpr, 
 def load_row_block(
     ptr, offs, stride, end,
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, WIDTH: tl.constexpr, ROWS_MASKED: tl.constexpr = True,
+    real=None,
 ):  # fmt: skip
-    """The parts of a block of rows; an absent part repeats the first and is never used."""
-    x0 = load_part(ptr, offs, stride, end, 0, D0, WIDTH, ROWS_MASKED)
+    """The parts of a block of rows (`load_part`); an absent part repeats the first and is never used."""
+    x0 = load_part(ptr, offs, stride, end, 0, D0, WIDTH, ROWS_MASKED, real)
     x1 = x0
     x2 = x0
     if D1 > 0:
-        x1 = load_part(ptr, offs, stride, end, D0, D1, WIDTH, ROWS_MASKED)
+        x1 = load_part(ptr, offs, stride, end, D0, D1, WIDTH, ROWS_MASKED, real)
     if D2 > 0:
-        x2 = load_part(ptr, offs, stride, end, D0 + D1, D2, WIDTH, ROWS_MASKED)
+        x2 = load_part(ptr, offs, stride, end, D0 + D1, D2, WIDTH, ROWS_MASKED, real)
     return x0, x1, x2
 
 
@@ -127,7 +132,8 @@ def query_block(blocks, H, REVERSED: tl.constexpr, BLOCK_M: tl.constexpr):
 def key_end_of(lengths_ptr, b, Lk, HAS_LENGTHS: tl.constexpr):
     """Number of leading keys of sequence b that can be real."""
     if HAS_LENGTHS:
-        return tl.minimum(tl.maximum(tl.load(lengths_ptr + b).to(tl.int32), 0), Lk)
+        # bounded before it is narrowed: a length may be any int64
+        return tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), Lk).to(tl.int32)
     else:
         return Lk
 
@@ -168,13 +174,20 @@ def scores_of(
     EDGE: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
     K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
-    """(Q K^T [M, N], masked, and the parts of the keys start + offs_n)."""
+    """(Q K^T [M, N], masked, the parts of the keys start + offs_n, and, with a mask, which of these are real).
+
+    Keys and values of padding are not loaded, since NaN in them would outlast a probability of 0."""
+    real = offs_n
+    if HAS_MASK:
+        real = tl.load(mask_ptr + start + offs_n) == 0.0
     k_base = k_ptr + tl.cast(start, tl.int64) * stride_kl
-    k0, k1, k2 = load_row_block(k_base, offs_n, stride_kl, key_end - start, D0, D1, D2, K, EDGE)
+    k0, k1, k2 = load_row_block(
+        k_base, offs_n, stride_kl, key_end - start, D0, D1, D2, K, EDGE, real if HAS_MASK else None
+    )
     s = product_over_width(q0, q1, q2, k0, k1, k2, PRECISION, D1, D2)
     if NEGATIVE:
         s = -s
-    return masked_scores(s, start, offs_m, offs_n, key_end, mask_ptr, EDGE, CAUSAL, HAS_MASK), k0, k1, k2
+    return masked_scores(s, start, offs_m, offs_n, key_end, mask_ptr, EDGE, CAUSAL, HAS_MASK), k0, k1, k2, real
 
 
 @triton.jit
@@ -209,7 +222,7 @@ def softmax_segment(
     full, hi = key_ranges(start_m, key_end, CAUSAL, BLOCK_M, BLOCK_N)
     for EDGE in tl.static_range(2):
         for start in tl.range(full if EDGE else 0, hi if EDGE else full, BLOCK_N):
-            s, _, _, _ = scores_of(
+            s, _, _, _, real = scores_of(
                 q0, q1, q2, k_ptr, stride_kl, mask_ptr, start, offs_m, offs_n, key_end,
                 EDGE, CAUSAL, HAS_MASK, NEGATIVE, PRECISION, K, D0, D1, D2,
             )  # fmt: skip
@@ -222,7 +235,9 @@ def softmax_segment(
                 c = tl.load(ckeys_ptr + start + offs_n)
                 p = tl.where(keep(row_a[:, None], row_b[:, None], c[None, :], threshold), p, 0.0)
             v_base = v_ptr + tl.cast(start, tl.int64) * stride_vl
-            v0, v1, v2 = load_row_block(v_base, offs_n, stride_vl, key_end - start, E0, E1, E2, KV, EDGE)
+            v0, v1, v2 = load_row_block(
+                v_base, offs_n, stride_vl, key_end - start, E0, E1, E2, KV, EDGE, real if HAS_MASK else None
+            )
             acc0 *= alpha[:, None]
             if E1 > 0:
                 acc1 *= alpha[:, None]
@@ -249,13 +264,15 @@ def dq_segment(
     full, hi = key_ranges(start_m, key_end, CAUSAL, BLOCK_M, BLOCK_N)
     for EDGE in tl.static_range(2):
         for start in tl.range(full if EDGE else 0, hi if EDGE else full, BLOCK_N):
-            s, k0, k1, k2 = scores_of(
+            s, k0, k1, k2, real = scores_of(
                 q0, q1, q2, k_ptr, stride_kl, mask_ptr, start, offs_m, offs_n, key_end,
                 EDGE, CAUSAL, HAS_MASK, NEGATIVE, PRECISION, K, D0, D1, D2,
             )  # fmt: skip
             p = tl.exp2(s * scale_log2 - lse[:, None])
             v_base = v_ptr + tl.cast(start, tl.int64) * stride_vl
-            v0, v1, v2 = load_row_block(v_base, offs_n, stride_vl, key_end - start, E0, E1, E2, KV, EDGE)
+            v0, v1, v2 = load_row_block(
+                v_base, offs_n, stride_vl, key_end - start, E0, E1, E2, KV, EDGE, real if HAS_MASK else None
+            )
             dp = product_over_width(do0, do1, do2, v0, v1, v2, PRECISION, E1, E2)
             if DROPOUT:
                 c = tl.load(ckeys_ptr + start + offs_n)

@@ -198,6 +198,7 @@ def _attention_bwd_dkdv_kernel(
     Writes [SPLITS, Bk, Lk, PARTS, G, width], one part. HANDED: adds what came from elsewhere, [Bk, Lk, 2, G, K] for K
     and V (or one of them where one is wanted), to the float32 sums.
     """
+    PADDED: tl.constexpr = HAS_LENGTHS or HAS_MASK
     blocks = tl.cdiv(Lk, BLOCK_N)
     heads = H // GROUP
     pid = tl.program_id(0)
@@ -245,19 +246,24 @@ def _attention_bwd_dkdv_kernel(
                 dk0, dk1, dk2, dv0, dv1, dv2, k0, k1, k2, v0, v1, v2, real, column_c,
                 q_base, do_base, rows, stride_ql * ALIGN, stride_dol * ALIGN, plane, threshold, scale_log2, offs_n,
                 edge, lo, Lq,
-                True, SHARED and (HAS_LENGTHS or HAS_MASK), DROPOUT, NEGATIVE, PRECISION, WANT_DK, WANT_DV,
+                True, SHARED and PADDED, DROPOUT, NEGATIVE, PRECISION, WANT_DK, WANT_DV,
                 K, D0, D1, D2, KV, E0, E1, E2, BLOCK_M,
             )  # fmt: skip
         dk0, dk1, dk2, dv0, dv1, dv2 = dkdv_queries(
             dk0, dk1, dk2, dv0, dv1, dv2, k0, k1, k2, v0, v1, v2, real, column_c,
             q_base, do_base, rows, stride_ql * ALIGN, stride_dol * ALIGN, plane, threshold, scale_log2, offs_n,
             lo, end, Lq,
-            False, SHARED and (HAS_LENGTHS or HAS_MASK), DROPOUT, NEGATIVE, PRECISION, WANT_DK, WANT_DV,
+            False, SHARED and PADDED, DROPOUT, NEGATIVE, PRECISION, WANT_DK, WANT_DV,
             K, D0, D1, D2, KV, E0, E1, E2, BLOCK_M,
         )  # fmt: skip
+    # only now: alive through the loop it spills two or three registers
     if not SHARED:
-        # only now: alive through the loop it spills two or three registers
         real = real_keys(lengths_ptr, mask_ptr, stride_mb, bk, offs_n, Lk, HAS_LENGTHS, HAS_MASK)
+    elif PADDED:
+        real = offs_n < 0
+        for pair in range(lo_pair, hi_pair):
+            b = bk + pair // GROUP
+            real |= real_keys(lengths_ptr, mask_ptr, stride_mb, b, offs_n, Lk, HAS_LENGTHS, HAS_MASK)
     row, left = PARTS * heads, Lk - start_n
     if HANDED or PRECISION == "tf32x3":
         # adds 0, which the compiler does not know: it otherwise keeps addresses from before the loop, and with those of
@@ -266,7 +272,7 @@ def _attention_bwd_dkdv_kernel(
     out_row = ((tl.cast(split, tl.int64) * Bk + bk) * Lk + start_n) * row + g
     handed_row = (bk64 * Lk + start_n) * 2 * heads + g
     if WANT_DK:
-        if not SHARED:
+        if PADDED or not SHARED:
             # rows of padding keys hold what their scores gave, infinities included: replaced, not multiplied
             dk0, dk1, dk2 = zero_unless(dk0, dk1, dk2, real, D1, D2)
         if HANDED:
@@ -275,7 +281,7 @@ def _attention_bwd_dkdv_kernel(
             factor_k = 1.0
         store_row_block(dk_ptr + out_row * K, dk0, dk1, dk2, factor_k, local_n, row * K, left, D0, D1, D2, K)
     if WANT_DV:
-        if not SHARED:
+        if PADDED or not SHARED:
             dv0, dv1, dv2 = zero_unless(dv0, dv1, dv2, real, E1, E2)
         if HANDED:
             if WANT_DK:

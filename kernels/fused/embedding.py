@@ -8,7 +8,8 @@ dE: the token positions are sorted by id (a stable sort on the device, so equal 
 finds its run of positions, and one program adds up the run in float32, in order, tile by tile. A program serves several
 rows of E, PROGRAMS_E apart, so that frequent tokens, which have neighbouring ids, fall to different programs and the
 column keys are made once for all of them. dT: a program owns one position and walks the batch. Rows that no token and
-no position reaches are written as zeros by the same kernels. Saved: ids. Nothing waits for the device.
+no position reaches are written as zeros by the same kernels. An id outside [0, V) reads nothing, gives a row of NaN and
+reaches no row of dE. Saved: ids. Nothing waits for the device.
 B batch, L positions, D features, V vocabulary, P rows of T.
 """
 
@@ -19,44 +20,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.compile_only.record import architecture, launches
 from kernels.dropout import Dropout, keep_scale
 from kernels.fused import tiles_rows
-from kernels.fused.primitives import aligned, alignment, column_keys, keep, row_keys, signed_threshold
+from kernels.fused.launch import alignment, architecture, check_supported, drop_arguments, launches, operator
+from kernels.fused.primitives import aligned, column_keys, keep, row_keys, signed_threshold
 
-MAX_WIDTH = 16384
 # rows of E a program serves in backward: 3,750 programs at 30,000
 ROWS_OF_E = 8
 
 
-@triton.jit(do_not_specialize=["rows", "length", "site", "site_t", "threshold", "threshold_t"])
+@triton.jit(do_not_specialize=["rows", "length", "vocabulary", "site", "site_t", "threshold", "threshold_t"])
 def _embedding_fwd_kernel(
-    ids_ptr,
-    table_ptr,
-    positions_ptr,
-    out_ptr,
-    rng_ptr,
-    rng_t_ptr,
-    rows,
-    length,
-    stride_ib,
-    stride_il,
-    stride_v,
-    stride_p,
-    site,
-    site_t,
-    threshold,
-    threshold_t,
-    scale,
-    scale_t,
-    HAS_DROPOUT: tl.constexpr,
-    HAS_DROPOUT_T: tl.constexpr,
-    AVERAGE: tl.constexpr,
-    ALIGN: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    ids_ptr, table_ptr, positions_ptr, out_ptr, rng_ptr, rng_t_ptr,
+    rows, length, vocabulary, stride_v, stride_p, site, site_t, threshold, threshold_t, scale, scale_t,
+    HAS_DROPOUT: tl.constexpr, HAS_DROPOUT_T: tl.constexpr, AVERAGE: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     stride_v, stride_p = aligned(stride_v, ALIGN), aligned(stride_p, ALIGN)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -70,9 +49,9 @@ def _embedding_fwd_kernel(
         row = tl.where(valid, row, 0)
         sequence, position = row // length, row % length
         mask = valid[:, None] & mask_d[None, :]
-        offs = sequence.to(tl.int64) * stride_ib + position.to(tl.int64) * stride_il
-        ids = tl.load(ids_ptr + offs, mask=valid, other=0)
-        offs = ids[:, None] * stride_v + offs_d[None, :]
+        ids = tl.load(ids_ptr + row, mask=valid, other=0)
+        known = (ids >= 0) & (ids < vocabulary)
+        offs = tl.where(known, ids, 0)[:, None] * stride_v + offs_d[None, :]
         x = tl.load(table_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         offs = position.to(tl.int64)[:, None] * stride_p + offs_d[None, :]
         t = tl.load(positions_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -82,9 +61,8 @@ def _embedding_fwd_kernel(
         if HAS_DROPOUT_T:
             a, b = row_keys(rng_t_ptr, site_t, sequence, 0, position)
             t = tl.where(keep(a[:, None], b[:, None], column_t[None, :], threshold_t), t * scale_t, 0.0)
-        out = x + t
-        if AVERAGE:
-            out *= 0.5
+        factor = tl.where(known, 0.5 if AVERAGE else 1.0, float("nan"))
+        out = (x + t) * factor[:, None]
         tl.store(out_ptr + row.to(tl.int64)[:, None] * D + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -115,25 +93,11 @@ def _store_sum(ptr, acc, row, offs_d, AVERAGE: tl.constexpr, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["vocabulary", "length", "site", "threshold"])
 def _embedding_table_bwd_kernel(
-    d_out_ptr,
-    order_ptr,
-    start_ptr,
-    d_table_ptr,
-    rng_ptr,
-    vocabulary,
-    length,
-    stride_ob,
-    stride_ol,
-    site,
-    threshold,
-    scale,
-    HAS_DROPOUT: tl.constexpr,
-    AVERAGE: tl.constexpr,
-    ALIGN: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    d_out_ptr, order_ptr, start_ptr, d_table_ptr, rng_ptr,
+    vocabulary, length, stride_ob, stride_ol, site, threshold, scale,
+    HAS_DROPOUT: tl.constexpr, AVERAGE: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     stride_ob, stride_ol = aligned(stride_ob, ALIGN), aligned(stride_ol, ALIGN)
     offs_d = tl.arange(0, BLOCK_D)
     column = offs_d
@@ -156,23 +120,10 @@ def _embedding_table_bwd_kernel(
 
 @triton.jit(do_not_specialize=["batch", "length", "site", "threshold"])
 def _embedding_positions_bwd_kernel(
-    d_out_ptr,
-    d_positions_ptr,
-    rng_ptr,
-    batch,
-    length,
-    stride_ob,
-    stride_ol,
-    site,
-    threshold,
-    scale,
-    HAS_DROPOUT: tl.constexpr,
-    AVERAGE: tl.constexpr,
-    ALIGN: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    d_out_ptr, d_positions_ptr, rng_ptr, batch, length, stride_ob, stride_ol, site, threshold, scale,
+    HAS_DROPOUT: tl.constexpr, AVERAGE: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     position = tl.program_id(0)
     stride_ob, stride_ol = aligned(stride_ob, ALIGN), aligned(stride_ol, ALIGN)
     offs_d = tl.arange(0, BLOCK_D)
@@ -194,72 +145,31 @@ def _embedding_positions_bwd_kernel(
 # ---------------------------------------------------------------- launch
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _forward(
-    ids: Tensor,
-    table: Tensor,
-    positions: Tensor,
-    rng: Tensor | None,
-    p: float,
-    site: int,
-    rng_t: Tensor | None,
-    p_t: float,
-    site_t: int,
-    average: bool,
-) -> Tensor:
-    batch, length = ids.shape
-    width = table.shape[1]
+@operator("march::embedding", rows=("table", "positions"))
+def _forward_op(
+    ids: Tensor, table: Tensor, positions: Tensor, rng: Tensor | None, p: float, site: int,
+    rng_t: Tensor | None, p_t: float, site_t: int, average: bool,
+) -> Tensor:  # fmt: skip
+    (batch, length), (vocabulary, width) = ids.shape, table.shape
     out = torch.empty((batch, length, width), dtype=table.dtype, device=table.device)
     if out.numel() == 0 or not launches(out):
         return out
-    table, positions = _unit_stride(table), _unit_stride(positions)
     tile = tiles_rows.row_tile(architecture(out), "stream", width)
+    strides = table.stride(0), positions.stride(0)
     _embedding_fwd_kernel[(tiles_rows.programs(batch * length, tile),)](
-        ids,
-        table,
-        positions,
-        out,
-        rng if rng is not None else ids,
-        rng_t if rng_t is not None else ids,
-        batch * length,
-        length,
-        *ids.stride(),
-        table.stride(0),
-        positions.stride(0),
-        site,
-        site_t,
-        signed_threshold(p),
-        signed_threshold(p_t),
-        keep_scale(p),
-        keep_scale(p_t),
-        HAS_DROPOUT=rng is not None,
-        HAS_DROPOUT_T=rng_t is not None,
-        AVERAGE=average,
-        ALIGN=alignment(table.stride(0), positions.stride(0)),
-        D=width,
-        ROWS=tile.rows,
-        BLOCK_D=tile.block,
-        num_warps=tile.warps,
-    )
+        ids, table, positions, out, rng, rng_t, batch * length, length, vocabulary, *strides,
+        site, site_t, signed_threshold(p), signed_threshold(p_t), keep_scale(p), keep_scale(p_t),
+        HAS_DROPOUT=rng is not None, HAS_DROPOUT_T=rng_t is not None, AVERAGE=average, ALIGN=alignment(strides),
+        D=width, ROWS=tile.rows, BLOCK_D=tile.block, num_warps=tile.warps,
+    )  # fmt: skip
     return out
 
 
-def _backward(
-    d_out: Tensor,
-    ids: Tensor,
-    vocabulary: int,
-    positions: int,
-    rng: Tensor | None,
-    p: float,
-    site: int,
-    rng_t: Tensor | None,
-    p_t: float,
-    site_t: int,
-    average: bool,
-) -> tuple[Tensor, Tensor]:
+@operator("march::embedding_backward", rows=("d_out",))
+def _backward_op(
+    d_out: Tensor, ids: Tensor, vocabulary: int, positions: int, rng: Tensor | None, p: float, site: int,
+    rng_t: Tensor | None, p_t: float, site_t: int, average: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(gradient of the table [V, D], gradient of the positions [P, D])."""
     batch, length, width = d_out.shape
     d_table = torch.empty((vocabulary, width), dtype=d_out.dtype, device=d_out.device)
@@ -268,68 +178,39 @@ def _backward(
         return d_table.zero_(), d_positions.zero_()
     if not launches(d_out):
         return d_table, d_positions
-    d_out = _unit_stride(d_out)
     tile = tiles_rows.row_tile(architecture(d_out), "runs", width)
-    shape = {
-        "AVERAGE": average,
-        "ALIGN": alignment(*d_out.stride()[:2]),
-        "D": width,
-        "ROWS": tile.rows,
-        "BLOCK_D": tile.block,
-        "num_warps": tile.warps,
-    }
+    strides = d_out.stride()[:2]
+    shape = {"AVERAGE": average, "ALIGN": alignment(strides), "D": width, "ROWS": tile.rows, "BLOCK_D": tile.block}
+    shape["num_warps"] = tile.warps
     # stable: tokens of one id stay in the order of their positions, whatever the sort does inside
     sorted_ids, order = torch.sort(ids.flatten(), stable=True)
     start = torch.searchsorted(sorted_ids, torch.arange(vocabulary + 1, device=ids.device))
     _embedding_table_bwd_kernel[(triton.cdiv(vocabulary, ROWS_OF_E),)](
-        d_out,
-        order,
-        start,
-        d_table,
-        rng if rng is not None else ids,
-        vocabulary,
-        length,
-        *d_out.stride()[:2],
-        site,
-        signed_threshold(p),
-        keep_scale(p),
-        HAS_DROPOUT=rng is not None,
-        **shape,
-    )
+        d_out, order, start, d_table, rng, vocabulary, length, *strides, site, signed_threshold(p), keep_scale(p),
+        HAS_DROPOUT=rng is not None, **shape,
+    )  # fmt: skip
     _embedding_positions_bwd_kernel[(positions,)](
-        d_out,
-        d_positions,
-        rng_t if rng_t is not None else ids,
-        batch,
-        length,
-        *d_out.stride()[:2],
-        site_t,
-        signed_threshold(p_t),
-        keep_scale(p_t),
-        HAS_DROPOUT=rng_t is not None,
-        **shape,
-    )
+        d_out, d_positions, rng_t, batch, length, *strides, site_t, signed_threshold(p_t), keep_scale(p_t),
+        HAS_DROPOUT=rng_t is not None, **shape,
+    )  # fmt: skip
     return d_table, d_positions
 
 
-_forward_op = torch.library.custom_op("march::embedding", _forward, mutates_args=())
-_forward_op.register_fake(_forward)
-_backward_op = torch.library.custom_op("march::embedding_backward", _backward, mutates_args=())
-_backward_op.register_fake(_backward)
-
-
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ids, table, positions, rng, p, site, rng_t, p_t, site_t, average = inputs
+    ids, table, positions, rng, *first, rng_t, p_t, site_t, average = inputs
     ctx.save_for_backward(ids, rng, rng_t)
     ctx.rows = table.shape[0], positions.shape[0]
-    ctx.settings = (p, site), (p_t, site_t), average
+    ctx.settings = first, (p_t, site_t), average
+    ctx.set_materialize_grads(False)
 
 
-def _autograd_backward(ctx: Any, d_out: Tensor):
+def _autograd_backward(ctx: Any, d_out: Tensor | None):
+    if d_out is None:
+        return (None,) * 10
     ids, rng, rng_t = ctx.saved_tensors
-    (p, site), (p_t, site_t), average = ctx.settings
-    d_table, d_positions = _backward_op(d_out, ids, *ctx.rows, rng, p, site, rng_t, p_t, site_t, average)
-    return None, d_table, d_positions, None, None, None, None, None, None, None
+    first, second, average = ctx.settings
+    d_table, d_positions = _backward_op(d_out, ids, *ctx.rows, rng, *first, rng_t, *second, average)
+    return None, d_table, d_positions, *(None,) * 7
 
 
 _forward_op.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -345,20 +226,6 @@ def embedding(
     position_dropout: Dropout | None,
 ) -> Tensor:
     """Contract in kernels.api.embedding. Up to 16384 features; float16, bfloat16, float32."""
-    if table.dtype == torch.float64:
-        raise ValueError(
-            "embedding: expected float16, bfloat16 or float32 for impl='triton', got torch.float64; "
-            "use impl='torch' or 'reference'"
-        )
-    if table.shape[1] > MAX_WIDTH:
-        raise ValueError(
-            f"embedding: expected at most {MAX_WIDTH} features for impl='triton', got {table.shape[1]}; "
-            "use impl='torch'"
-        )
-    first = (dropout.rng, dropout.p, dropout.site) if dropout is not None else (None, 0.0, 0)
-    second = (
-        (position_dropout.rng, position_dropout.p, position_dropout.site)
-        if position_dropout is not None
-        else (None, 0.0, 0)
-    )
-    return _forward_op(ids, table, positions, *first, *second, combine == "average")
+    check_supported("embedding", table, positions, max_width=tiles_rows.MAX_WIDTH)
+    drops = *drop_arguments(dropout), *drop_arguments(position_dropout)
+    return _forward_op(ids, table, positions, *drops, combine == "average")

@@ -17,16 +17,25 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.compile_only import architecture, launches
 from kernels.dropout import Dropout, keep_scale
 from kernels.fused import tiles_glu as tiles
 from kernels.fused.attention_kernels import _sum_partials_kernel
 from kernels.fused.glu_gradients import _glu_dw_kernel, _glu_dx_kernel
 from kernels.fused.glu_kernels import _glu_backward_kernel, _glu_forward_kernel, _glu_recompute_kernel
-from kernels.fused.primitives import alignment, signed_threshold
-from kernels.fused.vectors import filled, in_vectors
+from kernels.fused.launch import (
+    alignment,
+    architecture,
+    check_supported,
+    drop_arguments,
+    filled,
+    in_rows,
+    in_vectors,
+    launches,
+    needs_backward,
+    operator,
+)
+from kernels.fused.primitives import signed_threshold
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 COLUMN_UNIT = 16
 SUM_BLOCK = 1024
 
@@ -35,26 +44,16 @@ def _padded(width: int) -> int:
     return -(-width // COLUMN_UNIT) * COLUMN_UNIT
 
 
-def _unit(*strides: int) -> int:
-    """The largest power of two up to 16 that divides all strides."""
-    unit = 16
-    while any(stride % unit for stride in strides):
-        unit //= 2
-    return unit
+def _units(name: str, *strides: int) -> dict[str, int]:
+    """Arguments of a kernel: the strides in units of their alignment, which is a constant."""
+    unit = alignment(strides)
+    return {f"{name.upper()}_UNIT": unit} | {
+        f"stride_{name}{dim}": s // unit for dim, s in zip("bl" if len(strides) == 2 else "r", strides, strict=True)
+    }
 
 
 def _inner(x: Tensor, weight: Tensor) -> dict[str, Any]:
-    x_unit, w_unit = _unit(x.stride(0), x.stride(1)), _unit(weight.stride(0))
-    return {
-        "stride_xb": x.stride(0) // x_unit,
-        "stride_xl": x.stride(1) // x_unit,
-        "stride_xd": x.stride(2),
-        "stride_wr": weight.stride(0) // w_unit,
-        "stride_wd": weight.stride(1),
-        "D": x.shape[2],
-        "X_UNIT": x_unit,
-        "W_UNIT": w_unit,
-    }
+    return {"D": x.shape[2], **_units("x", *x.stride()[:2]), **_units("w", weight.stride(0))}
 
 
 def _dropouts(p: float, site: int, gate_p: float, gate_site: int) -> dict[str, Any]:
@@ -70,20 +69,11 @@ def _dropouts(p: float, site: int, gate_p: float, gate_site: int) -> dict[str, A
     }
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    rng: Tensor | None,
-    gate_rng: Tensor | None,
-    kind: str,
-    activation: str,
-    factor: float,
-    p: float,
-    site: int,
-    gate_p: float,
-    gate_site: int,
-    save: str,
-) -> tuple[Tensor, Tensor]:
+@operator("march::glu", vectors=("x", "weight"))
+def _forward_op(
+    x: Tensor, weight: Tensor, rng: Tensor | None, gate_rng: Tensor | None, kind: str, activation: str, factor: float,
+    p: float, site: int, gate_p: float, gate_site: int, save: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(hidden [B, L, F] with rows N apart, saved); save: "product" [B L, P N], "bits" int32 [F / 32, B L], "" [0]."""
     batch, length, _ = x.shape
     halves = 1 if kind == "plain" else 2
@@ -95,48 +85,21 @@ def _forward(
     else:
         saved = torch.empty((rows, halves * padded) if save else (0,), dtype=x.dtype, device=x.device)
     if launches(x) and rows and width:
-        x, weight = in_vectors(x), in_vectors(weight)
         tile = tiles.product_tile(architecture(x), halves == 2, 8 * x.element_size())
         grid = (triton.cdiv(rows, tile.m) * triton.cdiv(padded, tile.n),)
         _glu_forward_kernel[grid](
-            x,
-            weight,
-            hidden,
-            saved,
-            rng,
-            gate_rng,
-            rows,
-            length,
-            width,
-            padded,
-            triton.cdiv(x.shape[2], tile.k),
-            factor=factor,
-            KIND=kind,
-            ACTIVATION=activation,
-            SAVE=save,
-            **_inner(x, weight),
-            **_dropouts(p, site, gate_p, gate_site),
-            **tile.options(),
-        )
+            x, weight, hidden, saved, rng, gate_rng, rows, length, width, padded, triton.cdiv(x.shape[2], tile.k),
+            factor=factor, KIND=kind, ACTIVATION=activation, SAVE=save,
+            **_inner(x, weight), **_dropouts(p, site, gate_p, gate_site), **tile.options(),
+        )  # fmt: skip
     return hidden[..., :width], saved
 
 
-def _backward(
-    d_hidden: Tensor,
-    saved: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    rng: Tensor | None,
-    gate_rng: Tensor | None,
-    kind: str,
-    activation: str,
-    factor: float,
-    p: float,
-    site: int,
-    gate_p: float,
-    gate_site: int,
-    source: str,
-) -> Tensor:
+@operator("march::glu_backward", vectors=("x", "weight"), rows=("d_hidden",))
+def _backward_op(
+    d_hidden: Tensor, saved: Tensor, x: Tensor, weight: Tensor, rng: Tensor | None, gate_rng: Tensor | None,
+    kind: str, activation: str, factor: float, p: float, site: int, gate_p: float, gate_site: int, source: str,
+) -> Tensor:  # fmt: skip
     """d_product [B L, P N]; source of the products: "product" (in `saved`) or "x"."""
     batch, length, width = d_hidden.shape
     halves = 1 if kind == "plain" else 2
@@ -144,24 +107,12 @@ def _backward(
     d_product = torch.empty((rows, halves * padded), dtype=x.dtype, device=x.device)
     if not (launches(x) and rows and width):
         return d_product
-    unit = _unit(d_hidden.stride(0), d_hidden.stride(1))
     common = {
-        "M": rows,
-        "L": length,
-        "F": width,
-        "N": padded,
-        "stride_db": d_hidden.stride(0) // unit,
-        "stride_dl": d_hidden.stride(1) // unit,
-        "stride_df": d_hidden.stride(2),
-        "factor": factor,
-        "D_UNIT": unit,
-        "KIND": kind,
-        "ACTIVATION": activation,
-        **_dropouts(p, site, gate_p, gate_site),
-    }
+        "M": rows, "L": length, "F": width, "N": padded, "factor": factor, "KIND": kind, "ACTIVATION": activation,
+        **_units("d", *d_hidden.stride()[:2]), **_dropouts(p, site, gate_p, gate_site),
+    }  # fmt: skip
     tensors = (d_hidden, d_product, rng, gate_rng)
     if source == "x":
-        x, weight = in_vectors(x), in_vectors(weight)
         tile = tiles.product_tile(architecture(x), halves == 2, 8 * x.element_size())
         grid = (triton.cdiv(rows, tile.m) * triton.cdiv(padded, tile.n),)
         blocks = triton.cdiv(x.shape[2], tile.k)
@@ -171,24 +122,12 @@ def _backward(
     else:
         block_m, block_n, warps = tiles.ELEMENTWISE
         grid = (triton.cdiv(rows, block_m) * triton.cdiv(padded, block_n),)
-        _glu_backward_kernel[grid](
-            saved,
-            *tensors,
-            **common,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            num_warps=warps,
-        )
+        _glu_backward_kernel[grid](saved, *tensors, **common, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps)
     return d_product
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[B, L, n] as [B L, n] whose rows are contiguous: a view, or a copy of what has no such view."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _backward_relu(
+@operator("march::glu_relu_backward", vectors=("x", "weight"), rows=("d_hidden",))
+def _relu_op(
     d_hidden: Tensor, bits: Tensor, x: Tensor, weight: Tensor, p: float, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """(d_x, d_weight) of a plain relu from the bits of what it let through; empty where not needed."""
@@ -199,11 +138,11 @@ def _backward_relu(
         return d_x.zero_(), d_weight.zero_()
     if not launches(x):
         return d_x, d_weight
-    d_hidden, x, weight = _rows(d_hidden), in_vectors(_rows(x)), in_vectors(weight)
+    d_hidden, x = in_rows(d_hidden.flatten(0, 1)), in_vectors(x.flatten(0, 1))
     arch, bits_of = architecture(x), 8 * x.element_size()
     common = {"scale": keep_scale(p), "D": depth}
     if needs_x:
-        align = alignment(d_hidden.stride(0), weight.stride(0))
+        align = alignment((d_hidden.stride(0), weight.stride(0)))
         tile = tiles.gradient_tile(arch, "dx", bits_of, align)
         blocks = triton.cdiv(width, tile.k)
         _glu_dx_kernel[(triton.cdiv(rows, tile.m) * triton.cdiv(depth, tile.n),)](
@@ -212,7 +151,7 @@ def _backward_relu(
             **tile.options(),
         )  # fmt: skip
     if needs_weight:
-        align = alignment(d_hidden.stride(0), x.stride(0))
+        align = alignment((d_hidden.stride(0), x.stride(0)))
         tile = tiles.gradient_tile(arch, "dw", bits_of, align)
         programs = triton.cdiv(width, tile.m) * triton.cdiv(depth, tile.n)
         splits, share = tiles.splits(programs, rows, tile.k)
@@ -227,14 +166,6 @@ def _backward_relu(
         grid = (triton.cdiv(count, SUM_BLOCK),)
         _sum_partials_kernel[grid](parts, d_weight, count, splits, count, count, BLOCK=SUM_BLOCK)
     return d_x, d_weight
-
-
-_forward_op = torch.library.custom_op("march::glu", _forward, mutates_args=())
-_forward_op.register_fake(_forward)
-_backward_op = torch.library.custom_op("march::glu_backward", _backward, mutates_args=())
-_backward_op.register_fake(_backward)
-_relu_op = torch.library.custom_op("march::glu_relu_backward", _backward_relu, mutates_args=())
-_relu_op.register_fake(_backward_relu)
 
 
 @register_flop_formula(torch.ops.march.glu)
@@ -309,27 +240,14 @@ def glu(
 
     Keeps for backward x, weight and the products [B L, P N], of a plain relu one bit an element instead; with
     `recompute` neither, and backward computes the products again. The result is a view of rows N apart. Rows of x and
-    weight that cannot be read 16 bytes at a time are copied (kernels.fused.vectors).
+    weight that cannot be read 16 bytes at a time are copied (kernels.fused.launch).
     """
-    if x.dtype not in DTYPES:
-        raise ValueError(f"glu: expected float16, bfloat16 or float32, got {x.dtype}; use impl='torch' or 'reference'")
+    check_supported("glu", x, weight)
     x, weight = filled(x, weight)
-    differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     save = ""
-    if differentiable and not recompute:
+    if needs_backward(x, weight) and not recompute:
         save = "bits" if kind == "plain" and activation == "relu" else "product"
-    hidden, _ = _forward_op(
-        x,
-        weight,
-        dropout.rng if dropout else None,
-        gate_dropout.rng if gate_dropout else None,
-        kind,
-        activation,
-        factor,
-        dropout.p if dropout else 0.0,
-        dropout.site if dropout else 0,
-        gate_dropout.p if gate_dropout else 0.0,
-        gate_dropout.site if gate_dropout else 0,
-        save,
-    )
-    return hidden
+    rng, p, site = drop_arguments(dropout)
+    gate_rng, gate_p, gate_site = drop_arguments(gate_dropout)
+    drops = (p, site, gate_p, gate_site)
+    return _forward_op(x, weight, rng, gate_rng, kind, activation, factor, *drops, save)[0]

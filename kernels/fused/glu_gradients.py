@@ -21,24 +21,10 @@ def _kept(words, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "blocks"])
 def _glu_dx_kernel(
-    d_ptr,
-    w_ptr,
-    bits_ptr,
-    dx_ptr,
-    M,
-    F,
-    blocks,
-    stride_d,
-    stride_w,
-    scale,
-    D: tl.constexpr,
-    EVEN: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    d_ptr, w_ptr, bits_ptr, dx_ptr, M, F, blocks, stride_d, stride_w, scale,
+    D: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """dx [M, D] of dh [M, F], W [F, D] and the bits [W, M]."""
     WORDS: tl.constexpr = BLOCK_K // 32
     tiles_n: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
@@ -69,7 +55,7 @@ def _glu_dx_kernel(
         g = tl.where(_kept(words, BLOCK_K), d, 0.0)
         acc = tl.dot(g, w, acc, input_precision=PRECISION)
         d_ptr += BLOCK_K
-        w_ptr += BLOCK_K * stride_w.to(tl.int64)
+        w_ptr += BLOCK_K * tl.cast(stride_w, tl.int64)
         bits_ptr += WORDS * M.to(tl.int64)
     inside = (rows < M)[:, None] & (columns < D)[None, :]
     out_ptrs = dx_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :]
@@ -78,24 +64,10 @@ def _glu_dx_kernel(
 
 @triton.jit(do_not_specialize=["M", "share"])
 def _glu_dw_kernel(
-    d_ptr,
-    x_ptr,
-    bits_ptr,
-    parts_ptr,
-    M,
-    F,
-    share,
-    stride_d,
-    stride_x,
-    scale,
-    D: tl.constexpr,
-    EVEN: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    d_ptr, x_ptr, bits_ptr, parts_ptr, M, F, share, stride_d, stride_x, scale,
+    D: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """One split's part of dW, float32 [splits, F, D]: its `share` of the rows of dh [M, F] and x [M, D]."""
     WORDS: tl.constexpr = BLOCK_M // 32
     tiles_n: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
@@ -135,8 +107,8 @@ def _glu_dw_kernel(
                 x = tl.load(x_ptr + x_offs, mask=there & (columns < D)[None, :], other=0.0)
             g = tl.where(_kept(words, BLOCK_M), d, 0.0)
             acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
-            d_ptr += BLOCK_K * stride_d.to(tl.int64)
-            x_ptr += BLOCK_K * stride_x.to(tl.int64)
+            d_ptr += BLOCK_K * tl.cast(stride_d, tl.int64)
+            x_ptr += BLOCK_K * tl.cast(stride_x, tl.int64)
     inside = (hidden < F)[:, None] & (columns < D)[None, :]
     out = (split.to(tl.int64) * F + hidden)[:, None] * D + columns[None, :]
     tl.store(parts_ptr + out, acc * scale, mask=inside)

@@ -86,17 +86,9 @@ def _part(x, INDEX: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _combine(
-    first,
-    second,
-    dropout,
-    gate_dropout,
-    factor,
-    columns,
-    KIND: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    GATE_DROPOUT: tl.constexpr,
-):
+    first, second, dropout, gate_dropout, factor, columns,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, GATE_DROPOUT: tl.constexpr,
+):  # fmt: skip
     """The hidden layer from its products, float32 [rows, columns]."""
     if KIND == "plain":
         hidden = _activate(first, ACTIVATION)
@@ -114,18 +106,9 @@ def _combine(
 
 @triton.jit
 def _gradients(
-    first,
-    second,
-    d_hidden,
-    dropout,
-    gate_dropout,
-    factor,
-    columns,
-    KIND: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    GATE_DROPOUT: tl.constexpr,
-):
+    first, second, d_hidden, dropout, gate_dropout, factor, columns,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, GATE_DROPOUT: tl.constexpr,
+):  # fmt: skip
     """Gradients of both products, float32; of `plain` the first alone counts."""
     if DROPOUT:
         d_hidden = _drop(d_hidden, dropout, columns)
@@ -157,7 +140,7 @@ def _sites(
 
 @triton.jit
 def _products(
-    x_ptr, w_ptr, x_strides, w_strides, M, L, F, N, inner_blocks,
+    x_ptr, w_ptr, x_strides, stride_wr, M, L, F, N, inner_blocks,
     D: tl.constexpr, X_UNIT: tl.constexpr, W_UNIT: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -173,20 +156,19 @@ def _products(
     rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     left = tl.program_id(0) % tiles_n * BLOCK_N
     columns = left + tl.arange(0, BLOCK_N)
-    stride_xb, stride_xl, stride_xd = x_strides
-    stride_wr, stride_wd = w_strides
+    stride_xb, stride_xl = x_strides
     safe_rows = tl.minimum(rows, M - 1)
     safe_columns = tl.minimum(columns, F - 1)
     sequence = (safe_rows // L).to(tl.int64)
-    x_rows = x_ptr + (sequence * (stride_xb * X_UNIT) + (safe_rows % L).to(tl.int64) * (stride_xl * X_UNIT))[:, None]
+    x_rows = x_ptr + ((sequence * stride_xb + (safe_rows % L).to(tl.int64) * stride_xl) * X_UNIT)[:, None]
     w_rows = w_ptr + (safe_columns.to(tl.int64) * (stride_wr * W_UNIT))[None, :]
-    w_half = F.to(tl.int64) * (stride_wr * W_UNIT)
+    w_half = tl.cast(F, tl.int64) * (stride_wr * W_UNIT)
     first = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     second = first
     for block in range(inner_blocks):
         inner = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        x_ptrs = x_rows + (inner * stride_xd)[None, :]
-        w_ptrs = w_rows + (inner * stride_wd)[:, None]
+        x_ptrs = x_rows + inner[None, :]
+        w_ptrs = w_rows + inner[:, None]
         if D % BLOCK_K == 0:
             x = tl.load(x_ptrs)
             w = tl.load(w_ptrs)
@@ -205,42 +187,13 @@ def _products(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def _glu_forward_kernel(
-    x_ptr,
-    w_ptr,
-    hidden_ptr,
-    saved_ptr,
-    rng_ptr,
-    gate_rng_ptr,
-    M,
-    L,
-    F,
-    N,
-    inner_blocks,
-    stride_xb,
-    stride_xl,
-    stride_xd,
-    stride_wr,
-    stride_wd,
-    site,
-    threshold,
-    scale,
-    gate_site,
-    gate_threshold,
-    gate_scale,
-    factor,
-    D: tl.constexpr,
-    X_UNIT: tl.constexpr,
-    W_UNIT: tl.constexpr,
-    KIND: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    GATE_DROPOUT: tl.constexpr,
-    SAVE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x_ptr, w_ptr, hidden_ptr, saved_ptr, rng_ptr, gate_rng_ptr,
+    M, L, F, N, inner_blocks, stride_xb, stride_xl, stride_wr,
+    site, threshold, scale, gate_site, gate_threshold, gate_scale, factor,
+    D: tl.constexpr, X_UNIT: tl.constexpr, W_UNIT: tl.constexpr, KIND: tl.constexpr, ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr, GATE_DROPOUT: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """hidden [M, N] of x and w. Columns from F to N repeat the last one.
 
     SAVE: "product" also the products [M, P N]; "bits" one bit an element of where hidden is positive, 32 columns a
@@ -251,7 +204,7 @@ def _glu_forward_kernel(
     WIDTH: tl.constexpr = 32 if SAVE == "bits" else PART_N
     PARTS: tl.constexpr = BLOCK_N // WIDTH if BLOCK_N > WIDTH else 1
     rows, left, first, second = _products(
-        x_ptr, w_ptr, (stride_xb, stride_xl, stride_xd), (stride_wr, stride_wd), M, L, F, N, inner_blocks,
+        x_ptr, w_ptr, (stride_xb, stride_xl), stride_wr, M, L, F, N, inner_blocks,
         D, X_UNIT, W_UNIT, PAIR, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     rows64 = rows.to(tl.int64)[:, None]
@@ -270,17 +223,9 @@ def _glu_forward_kernel(
     for part in tl.static_range(PARTS):
         columns = left + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
         hidden = _combine(
-            _part(first, part, PARTS),
-            _part(second, part, PARTS),
-            dropout,
-            gate_dropout,
-            factor,
-            columns,
-            KIND,
-            ACTIVATION,
-            DROPOUT,
-            GATE_DROPOUT,
-        )
+            _part(first, part, PARTS), _part(second, part, PARTS), dropout, gate_dropout, factor, columns,
+            KIND, ACTIVATION, DROPOUT, GATE_DROPOUT,
+        )  # fmt: skip
         if SAVE == "bits":
             positive = (hidden > 0.0) & (columns < F)[None, :]
             word = tl.sum(tl.where(positive, 1 << tl.arange(0, WIDTH)[None, :], 0), axis=1)
@@ -298,10 +243,10 @@ def _differentiate(
     DROPOUT: tl.constexpr, GATE_DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Stores d_product [M, P N] of a block from its products and d_hidden [B, L, F]; columns from F to N become 0."""
-    stride_db, stride_dl, stride_df = d_strides
-    d_rows = (rows // L).to(tl.int64) * (stride_db * D_UNIT) + (rows % L).to(tl.int64) * (stride_dl * D_UNIT)
+    stride_db, stride_dl = d_strides
+    d_rows = ((rows // L).to(tl.int64) * stride_db + (rows % L).to(tl.int64) * stride_dl) * D_UNIT
     real = (rows < M)[:, None] & (columns < F)[None, :]
-    d_ptrs = d_hidden_ptr + d_rows[:, None] + (columns * stride_df)[None, :]
+    d_ptrs = d_hidden_ptr + d_rows[:, None] + columns[None, :]
     d_hidden = tl.load(d_ptrs, mask=real, other=0.0).to(tl.float32)
     d_first, d_second = _gradients(
         first, second, d_hidden, dropout, gate_dropout, factor, columns, KIND, ACTIVATION, DROPOUT, GATE_DROPOUT
@@ -315,33 +260,12 @@ def _differentiate(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def _glu_backward_kernel(
-    saved_ptr,
-    d_hidden_ptr,
-    d_product_ptr,
-    rng_ptr,
-    gate_rng_ptr,
-    M,
-    L,
-    F,
-    N,
-    stride_db,
-    stride_dl,
-    stride_df,
-    site,
-    threshold,
-    scale,
-    gate_site,
-    gate_threshold,
-    gate_scale,
-    factor,
-    D_UNIT: tl.constexpr,
-    KIND: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    GATE_DROPOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    saved_ptr, d_hidden_ptr, d_product_ptr, rng_ptr, gate_rng_ptr,
+    M, L, F, N, stride_db, stride_dl,
+    site, threshold, scale, gate_site, gate_threshold, gate_scale, factor,
+    D_UNIT: tl.constexpr, KIND: tl.constexpr, ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr, GATE_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """d_product [M, P N] of d_hidden [B, L, F] and the saved products [M, P N]; columns from F to N become zero."""
     PAIR: tl.constexpr = KIND != "plain"
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -359,57 +283,25 @@ def _glu_backward_kernel(
     )  # fmt: skip
     _differentiate(
         first, second, d_hidden_ptr, d_product_ptr, rows, columns, M, L, F, N,
-        (stride_db, stride_dl, stride_df), dropout, gate_dropout, factor,
+        (stride_db, stride_dl), dropout, gate_dropout, factor,
         D_UNIT, KIND, ACTIVATION, DROPOUT, GATE_DROPOUT,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def _glu_recompute_kernel(
-    x_ptr,
-    w_ptr,
-    d_hidden_ptr,
-    d_product_ptr,
-    rng_ptr,
-    gate_rng_ptr,
-    M,
-    L,
-    F,
-    N,
-    inner_blocks,
-    stride_xb,
-    stride_xl,
-    stride_xd,
-    stride_wr,
-    stride_wd,
-    stride_db,
-    stride_dl,
-    stride_df,
-    site,
-    threshold,
-    scale,
-    gate_site,
-    gate_threshold,
-    gate_scale,
-    factor,
-    D: tl.constexpr,
-    X_UNIT: tl.constexpr,
-    W_UNIT: tl.constexpr,
-    D_UNIT: tl.constexpr,
-    KIND: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    GATE_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x_ptr, w_ptr, d_hidden_ptr, d_product_ptr, rng_ptr, gate_rng_ptr,
+    M, L, F, N, inner_blocks, stride_xb, stride_xl, stride_wr, stride_db, stride_dl,
+    site, threshold, scale, gate_site, gate_threshold, gate_scale, factor,
+    D: tl.constexpr, X_UNIT: tl.constexpr, W_UNIT: tl.constexpr, D_UNIT: tl.constexpr,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, GATE_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """d_product as `_glu_backward_kernel`, from products computed again."""
     PAIR: tl.constexpr = KIND != "plain"
     PARTS: tl.constexpr = BLOCK_N // PART_N if BLOCK_N > PART_N else 1
     rows, left, first, second = _products(
-        x_ptr, w_ptr, (stride_xb, stride_xl, stride_xd), (stride_wr, stride_wd), M, L, F, N, inner_blocks,
+        x_ptr, w_ptr, (stride_xb, stride_xl), stride_wr, M, L, F, N, inner_blocks,
         D, X_UNIT, W_UNIT, PAIR, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     dropout, gate_dropout = _sites(
@@ -420,6 +312,6 @@ def _glu_recompute_kernel(
         columns = left + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
         _differentiate(
             _part(first, part, PARTS), _part(second, part, PARTS), d_hidden_ptr, d_product_ptr, rows, columns,
-            M, L, F, N, (stride_db, stride_dl, stride_df), dropout, gate_dropout, factor,
+            M, L, F, N, (stride_db, stride_dl), dropout, gate_dropout, factor,
             D_UNIT, KIND, ACTIVATION, DROPOUT, GATE_DROPOUT,
         )  # fmt: skip

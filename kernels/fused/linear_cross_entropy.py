@@ -17,7 +17,9 @@ accumulated in float32 over the chunks.
 c is applied to float32 results on the device, from d_loss and count: G itself stays in [-1, 1], where float16 does not
 underflow, and nothing waits for the device.
 
-Saved: h, E, labels, lse, 1 / count, and in the form "recompute" dh / c. T tokens, D features, V vocabulary.
+A label outside [0, V) other than ignore_index is never looked up: its lse is NaN, and with it the loss, its row of dh
+and all of dE. Saved: h, E, labels, lse, 1 / count, and in the form "recompute" dh / c.
+T tokens, D features, V vocabulary.
 """
 
 import math
@@ -28,14 +30,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.compile_only.record import architecture, launches
 from kernels.fused import tiles_rows
+from kernels.fused.launch import (
+    alignment,
+    architecture,
+    check_supported,
+    filled,
+    in_vectors,
+    launches,
+    needs_backward,
+    operator,
+)
 from kernels.fused.linear_cross_entropy_gradients import (
     _linear_cross_entropy_dh_kernel,
     _linear_cross_entropy_gradient_kernel,
 )
-from kernels.fused.primitives import aligned, alignment
-from kernels.fused.vectors import filled, in_vectors
+from kernels.fused.primitives import aligned
 
 # G of a chunk of the vocabulary: [T, columns] in the dtype of h
 CHUNK_BYTES = 200_000_000
@@ -55,20 +65,10 @@ LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 
 @triton.jit
 def _logits(
-    h_ptr,
-    w_ptr,
-    offs_m,
-    offs_n,
-    stride_h,
-    stride_w,
-    width,
-    EVEN: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    h_ptr, w_ptr, offs_m, offs_n, stride_h, stride_w, width,
+    EVEN: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """h[offs_m] E[offs_n]^T in float32, [BLOCK_M, BLOCK_N]; all offsets are of existing rows.
 
     The width is a run-time argument: with a constant one LLVM unrolls the whole product, 255 registers and a spill.
@@ -92,27 +92,11 @@ def _logits(
 
 @triton.jit(do_not_specialize=["tokens", "vocabulary"])
 def _linear_cross_entropy_fwd_kernel(
-    h_ptr,
-    w_ptr,
-    labels_ptr,
-    top_ptr,
-    total_ptr,
-    target_ptr,
-    tokens,
-    vocabulary,
-    stride_h,
-    stride_w,
-    width,
-    scale_log2,
-    EVEN: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SPLITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    h_ptr, w_ptr, labels_ptr, top_ptr, total_ptr, target_ptr,
+    tokens, vocabulary, stride_h, stride_w, width, scale_log2,
+    EVEN: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Of each token and split: the largest logit (in units of log 2), the sum of 2^(logit - largest), the label's."""
     pid = tl.program_id(0)
     first = pid // (GROUP * SPLITS) * GROUP
@@ -146,23 +130,11 @@ def _linear_cross_entropy_fwd_kernel(
     tl.store(target_ptr + out, target, mask=row < tokens)
 
 
-@triton.jit(do_not_specialize=["tokens", "ignore_index"])
+@triton.jit(do_not_specialize=["tokens", "vocabulary", "ignore_index"])
 def _linear_cross_entropy_join_kernel(
-    top_ptr,
-    total_ptr,
-    target_ptr,
-    labels_ptr,
-    lse_ptr,
-    loss_ptr,
-    sum_ptr,
-    count_ptr,
-    tokens,
-    ignore_index,
-    LN2: tl.constexpr,
-    SPLITS: tl.constexpr,
-    TARGETS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    top_ptr, total_ptr, target_ptr, labels_ptr, lse_ptr, loss_ptr, sum_ptr, count_ptr, tokens, vocabulary, ignore_index,
+    LN2: tl.constexpr, SPLITS: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Joins the splits, in order: lse in units of log 2, the loss of each token, sum and count of this block's."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < tokens
@@ -177,8 +149,9 @@ def _linear_cross_entropy_join_kernel(
         total += tl.load(total_ptr + split * tokens + row, mask=mask, other=1.0) * tl.exp2(share - top)
     for split in tl.static_range(TARGETS):
         target += tl.load(target_ptr + split * tokens + row, mask=mask, other=0.0)
-    lse = top + tl.log2(total)
-    valid = mask & (tl.load(labels_ptr + row, mask=mask, other=0) != ignore_index)
+    label = tl.load(labels_ptr + row, mask=mask, other=0)
+    valid = mask & (label != ignore_index)
+    lse = tl.where(valid & ((label < 0) | (label >= vocabulary)), float("nan"), top + tl.log2(total))
     loss = tl.where(valid, (lse - target) * LN2, 0.0)
     tl.store(lse_ptr + row, lse, mask=mask)
     tl.store(loss_ptr + row, loss, mask=mask)
@@ -202,28 +175,11 @@ def _linear_cross_entropy_mean_kernel(sum_ptr, count_ptr, loss_ptr, inverse_ptr,
 
 @triton.jit(do_not_specialize=["tokens", "columns", "first_column", "ignore_index"])
 def _linear_cross_entropy_dlogits_kernel(
-    h_ptr,
-    w_ptr,
-    labels_ptr,
-    lse_ptr,
-    g_ptr,
-    tokens,
-    columns,
-    first_column,
-    stride_h,
-    stride_w,
-    stride_g,
-    width,
-    scale_log2,
-    ignore_index,
-    EVEN: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    h_ptr, w_ptr, labels_ptr, lse_ptr, g_ptr,
+    tokens, columns, first_column, stride_h, stride_w, stride_g, width, scale_log2, ignore_index,
+    EVEN: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """G of the columns [first_column, first_column + columns); w_ptr points at the first of them."""
     pid = tl.program_id(0)
     tiles_n = tl.cdiv(columns, BLOCK_N)
@@ -270,11 +226,6 @@ def chunk_columns(tokens: int, vocabulary: int, element_size: int, block: int = 
     return triton.cdiv(triton.cdiv(vocabulary, chunks), block) * block
 
 
-def _matrix(x: Tensor) -> Tensor:
-    """[..., D] as a matrix whose rows can be read 16 bytes at a time."""
-    return in_vectors(x.reshape(-1, x.shape[-1]))
-
-
 def _product(a: Tensor, b: Tensor, acc: Tensor | None = None) -> Tensor:
     """acc + a b in float32 by the library."""
     if a.dtype != torch.float32:
@@ -296,7 +247,7 @@ def _splits(words: int, block: int) -> tuple[int, int]:
 def _gradient_options(h: Tensor, weight: Tensor, tile: tiles_rows.ProductTile) -> dict[str, object]:
     width = h.shape[1]
     first, second = tiles_rows.parts_of(width)
-    align = alignment(width, h.stride(0), weight.stride(0))
+    align = alignment((width, h.stride(0), weight.stride(0)))
     return {"D": width, "D0": first, "D1": second, "ALIGN": align, **tile.options(without="k")}
 
 
@@ -307,27 +258,14 @@ def _launch_forward(
     (tokens, width), vocabulary = h.shape, weight.shape[0]
     tile = tiles_rows.product_tile(architecture(h), "forward", 8 * h.element_size())
     _linear_cross_entropy_fwd_kernel[(triton.cdiv(tokens, tile.m) * SPLITS,)](
-        h,
-        weight,
-        labels,
-        top,
-        total,
-        target,
-        tokens,
-        vocabulary,
-        h.stride(0),
-        weight.stride(0),
-        width,
-        scale * LOG2E,
-        EVEN=width % tile.k == 0,
-        ALIGN=alignment(width, h.stride(0), weight.stride(0)),
-        SPLITS=SPLITS,
-        GROUP=GROUP,
+        h, weight, labels, top, total, target, tokens, vocabulary, h.stride(0), weight.stride(0), width, scale * LOG2E,
+        EVEN=width % tile.k == 0, ALIGN=alignment((width, h.stride(0), weight.stride(0))), SPLITS=SPLITS, GROUP=GROUP,
         **tile.options(),
-    )
+    )  # fmt: skip
 
 
-def _forward(
+@operator("march::linear_cross_entropy", vectors=("h", "weight"))
+def _forward_op(
     h: Tensor, weight: Tensor, labels: Tensor, scale: float, ignore_index: int, logits: str, with_dh: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(mean loss [], loss of each token [B, L], lse in units of log 2 [T], 1 / count [1]), all float32, and dh / c
@@ -346,7 +284,7 @@ def _forward(
         return loss.zero_(), per_token, lse, inverse.fill_(1.0), dh
     if not launches(h):
         return loss, per_token, lse, inverse, dh
-    h, weight, labels = _matrix(h), _matrix(weight), labels.contiguous()
+    h = in_vectors(h.flatten(0, -2))
     if with_dh:
         tile = tiles_rows.product_tile(architecture(h), "gradient", 8 * h.element_size())
         splits, share = _splits(vocabulary, tile.n)
@@ -359,8 +297,9 @@ def _forward(
         )  # fmt: skip
         rows = tiles_rows.row_tile(architecture(h), "stream", width)
         _linear_cross_entropy_dh_kernel[(triton.cdiv(tokens, rows.rows),)](
-            parts, top, total, h, weight, labels, dh, target, tokens, h.stride(0), weight.stride(0), scale * LOG2E,
-            ignore_index, SPLITS=splits, D=width, BLOCK_D=rows.block, ROWS=rows.rows, num_warps=rows.warps,
+            parts, top, total, h, weight, labels, dh, target, tokens, vocabulary, h.stride(0), weight.stride(0),
+            scale * LOG2E, ignore_index,
+            SPLITS=splits, D=width, BLOCK_D=rows.block, ROWS=rows.rows, num_warps=rows.warps,
         )  # fmt: skip
     else:
         splits = SPLITS
@@ -369,22 +308,9 @@ def _forward(
     blocks = triton.cdiv(tokens, JOIN_TOKENS)
     sums, counts = allocate(blocks), allocate(blocks, dtype=torch.int32)
     _linear_cross_entropy_join_kernel[(blocks,)](
-        top,
-        total,
-        target,
-        labels,
-        lse,
-        per_token,
-        sums,
-        counts,
-        tokens,
-        ignore_index,
-        LN2=LN2,
-        SPLITS=splits,
-        TARGETS=target.shape[0],
-        BLOCK=JOIN_TOKENS,
-        num_warps=2,
-    )
+        top, total, target, labels, lse, per_token, sums, counts, tokens, vocabulary, ignore_index,
+        LN2=LN2, SPLITS=splits, TARGETS=target.shape[0], BLOCK=JOIN_TOKENS, num_warps=2,
+    )  # fmt: skip
     _linear_cross_entropy_mean_kernel[(1,)](sums, counts, loss, inverse, blocks, BLOCK=MEAN_TOKENS, num_warps=4)
     return loss, per_token, lse, inverse, dh
 
@@ -428,25 +354,11 @@ def _chunked(
         rows = weight[first : first + columns]
         count = rows.shape[0]
         _linear_cross_entropy_dlogits_kernel[(triton.cdiv(tokens, tile.m) * triton.cdiv(count, tile.n),)](
-            h,
-            rows,
-            labels,
-            lse,
-            g,
-            tokens,
-            count,
-            first,
-            h.stride(0),
-            weight.stride(0),
-            columns,
-            width,
-            scale * LOG2E,
-            ignore_index,
-            EVEN=width % tile.k == 0,
-            ALIGN=alignment(width, h.stride(0), weight.stride(0)),
-            GROUP=GROUP_BACKWARD,
+            h, rows, labels, lse, g, tokens, count, first, h.stride(0), weight.stride(0), columns, width,
+            scale * LOG2E, ignore_index,
+            EVEN=width % tile.k == 0, ALIGN=alignment((width, h.stride(0), weight.stride(0))), GROUP=GROUP_BACKWARD,
             **tile.options(),
-        )
+        )  # fmt: skip
         if dh.numel():
             wide_dh = _product(g[:, :count], rows, wide_dh)
         if dw.numel():
@@ -455,20 +367,11 @@ def _chunked(
         _scaled(wide_dh, dh, d_loss, inverse, scale)
 
 
-def _backward(
-    d_loss: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    inverse: Tensor,
-    unscaled: Tensor,
-    scale: float,
-    ignore_index: int,
-    logits: str,
-    needs_h: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor]:
+@operator("march::linear_cross_entropy_backward", vectors=("h", "weight"))
+def _backward_op(
+    d_loss: Tensor, h: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, inverse: Tensor, unscaled: Tensor,
+    scale: float, ignore_index: int, logits: str, needs_h: bool, needs_weight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(dh [B, L, D], dE [V, D]); empty where not needed. logits: one of LOGITS."""
     dh = torch.empty(h.shape if needs_h else (0,), dtype=h.dtype, device=h.device)
     dw = torch.empty(weight.shape if needs_weight else (0,), dtype=weight.dtype, device=h.device)
@@ -477,26 +380,23 @@ def _backward(
     if not launches(h):
         return dh, dw
     form = _recomputed if logits == "recompute" else _chunked
-    h, weight, labels = _matrix(h), _matrix(weight), labels.contiguous()
-    form(d_loss, h, weight, labels, lse, inverse, scale, ignore_index, unscaled, dh, dw)
+    form(d_loss, in_vectors(h.flatten(0, -2)), weight, labels, lse, inverse, scale, ignore_index, unscaled, dh, dw)
     return dh, dw
-
-
-_forward_op = torch.library.custom_op("march::linear_cross_entropy", _forward, mutates_args=())
-_forward_op.register_fake(_forward)
-_backward_op = torch.library.custom_op("march::linear_cross_entropy_backward", _backward, mutates_args=())
-_backward_op.register_fake(_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     h, weight, labels, scale, ignore_index, logits, _ = inputs
     _, per_token, lse, inverse, unscaled = output
     ctx.mark_non_differentiable(per_token, lse, inverse, unscaled)
+    # else backward begins by filling a gradient of dh / c with zeros
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(h, weight, labels, lse, inverse, unscaled)
     ctx.settings = scale, ignore_index, logits
 
 
-def _autograd_backward(ctx: Any, d_loss: Tensor, *_: Any):
+def _autograd_backward(ctx: Any, d_loss: Tensor | None, *_: Any):
+    if d_loss is None:
+        return (None,) * 7
     needs_h, needs_weight = ctx.needs_input_grad[:2]
     dh, dw = _backward_op(d_loss, *ctx.saved_tensors, *ctx.settings, needs_h, needs_weight)
     return dh if needs_h else None, dw if needs_weight else None, None, None, None, None, None
@@ -511,15 +411,9 @@ def linear_cross_entropy(
     """Contract in kernels.api.linear_cross_entropy. float16, bfloat16, float32; at least one word.
 
     logits: how backward gets them, "recompute" or "chunks"; "auto" is "recompute" for 16 bits up to 512 features, where
-    it fits, else "chunks". Rows that cannot be read 16 bytes at a time are copied (kernels.fused.vectors).
+    it fits, else "chunks". Rows that cannot be read 16 bytes at a time are copied (kernels.fused.launch).
     """
-    if h.dtype == torch.float64:
-        raise ValueError(
-            "linear_cross_entropy: expected float16, bfloat16 or float32 for impl='triton', got torch.float64; "
-            "use impl='torch' or 'reference'"
-        )
-    if weight.shape[0] == 0:
-        raise ValueError("linear_cross_entropy: expected a vocabulary of at least 1, got 0; give weight [V, D]")
+    check_supported("linear_cross_entropy", h, weight)
     h, weight = filled(h, weight)
     row = h.shape[-1] * h.element_size()
     if logits == "auto":
@@ -530,6 +424,6 @@ def linear_cross_entropy(
             f"linear_cross_entropy: expected logits 'auto', 'chunks', or 'recompute' for rows of at most "
             f"{RECOMPUTE_ROW} bytes, got {logits!r} for {row}; use 'auto'"
         )
-    with_dh = logits == "recompute" and torch.is_grad_enabled() and h.requires_grad
+    with_dh = logits == "recompute" and needs_backward(h)
     loss, per_token, *_ = _forward_op(h, weight, labels, scale, ignore_index, logits, with_dh)
     return loss, per_token

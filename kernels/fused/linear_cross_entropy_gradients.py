@@ -61,32 +61,11 @@ def _store(ptr, acc, rows, end, LEFT: tl.constexpr, BLOCK: tl.constexpr, D: tl.c
 
 @triton.jit(do_not_specialize=["own_rows", "other_rows", "share", "ignore_index"])
 def _linear_cross_entropy_gradient_kernel(
-    own_ptr,
-    other_ptr,
-    lse_ptr,
-    labels_ptr,
-    d_loss_ptr,
-    inverse_ptr,
-    out_ptr,
-    top_ptr,
-    total_ptr,
-    own_rows,
-    other_rows,
-    share,
-    stride_own,
-    stride_other,
-    scale,
-    scale_log2,
-    ignore_index,
-    TOKENS: tl.constexpr,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    own_ptr, other_ptr, lse_ptr, labels_ptr, d_loss_ptr, inverse_ptr, out_ptr, top_ptr, total_ptr,
+    own_rows, other_rows, share, stride_own, stride_other, scale, scale_log2, ignore_index,
+    TOKENS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Own rows are words: out [V, D] = dE. D in parts D0 and D1.
 
     TOKENS: own rows are tokens, and this is the forward pass. lse is not known yet: as in attention, out [splits, T, D]
@@ -178,28 +157,15 @@ def _linear_cross_entropy_gradient_kernel(
         _store(out_ptr, b1 * factor, rows_b, own_rows, D0, D1, D)
 
 
-@triton.jit(do_not_specialize=["tokens", "ignore_index"])
+@triton.jit(do_not_specialize=["tokens", "vocabulary", "ignore_index"])
 def _linear_cross_entropy_dh_kernel(
-    parts_ptr,
-    top_ptr,
-    total_ptr,
-    h_ptr,
-    w_ptr,
-    labels_ptr,
-    out_ptr,
-    target_ptr,
-    tokens,
-    stride_h,
-    stride_w,
-    scale_log2,
-    ignore_index,
-    SPLITS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Joins the shares of the words, in order: out = dh / c = softmax(s) E - E[label], 0 where ignored; target: the
-    label's logit, in units of log 2. (Found in the products' loop it cost 0.4 issue slots a product.)"""
+    parts_ptr, top_ptr, total_ptr, h_ptr, w_ptr, labels_ptr, out_ptr, target_ptr,
+    tokens, vocabulary, stride_h, stride_w, scale_log2, ignore_index,
+    SPLITS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Joins the shares of the words, in order: out = dh / c = softmax(s) E - E[label], 0 where ignored, NaN where the
+    label is no word; target: the label's logit, in units of log 2. (Found in the products' loop it cost 0.4 issue slots
+    a product.)"""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
     at = tl.minimum(row, tokens - 1)
@@ -217,9 +183,11 @@ def _linear_cross_entropy_dh_kernel(
         parts_ptr += tokens.to(tl.int64) * D
     label = tl.load(labels_ptr + at)
     valid = label != ignore_index
-    word = tl.where(valid, label, 0)
+    known = (label >= 0) & (label < vocabulary)
+    word = tl.where(valid & known, label, 0)
     e = tl.load(w_ptr + word.to(tl.int64)[:, None] * stride_w + column[None, :], mask=inside, other=0.0).to(tl.float32)
     h = tl.load(h_ptr + at.to(tl.int64)[:, None] * stride_h + column[None, :], mask=inside, other=0.0).to(tl.float32)
     tl.store(target_ptr + row, tl.sum(h * e, axis=1) * scale_log2, mask=row < tokens)
-    acc = tl.where(valid[:, None], acc / total[:, None] - e, 0.0)
+    acc = tl.where(known[:, None], acc / total[:, None] - e, float("nan"))
+    acc = tl.where(valid[:, None], acc, 0.0)
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=inside)

@@ -12,8 +12,6 @@ B once a row and an element costs one multiply-add, one comparison and one selec
 `sequence` is local (0 is the first of this call): the kernel adds the first global index from `rng`.
 """
 
-import math
-
 import triton
 import triton.language as tl
 
@@ -23,11 +21,6 @@ from kernels.dropout import threshold
 def signed_threshold(p: float) -> int:
     """T - 2^31: what `keep` compares with, an int32. Pass it as a run-time argument (`do_not_specialize`)."""
     return threshold(p) - (1 << 31)
-
-
-def alignment(*strides: int) -> int:
-    """Largest power of two up to 16 that divides all strides, in elements: the constant that `aligned` takes."""
-    return math.gcd(16, *strides)
 
 
 @triton.jit

@@ -22,12 +22,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.compile_only.record import architecture, launches
 from kernels.dropout import Dropout, keep_scale
 from kernels.fused import tiles_rows
-from kernels.fused.primitives import aligned, alignment, column_keys, keep, row_keys, signed_threshold
+from kernels.fused.launch import (
+    alignment,
+    architecture,
+    check_supported,
+    differentiable,
+    drop_arguments,
+    launches,
+    needs_backward,
+    operator,
+)
+from kernels.fused.primitives import aligned, column_keys, keep, row_keys, signed_threshold
 
-MAX_WIDTH = 16384
 REDUCE_ROWS, REDUCE_COLUMNS = 64, 32
 
 
@@ -42,32 +50,11 @@ def _rows_of_tile(tile, rows, length, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "length", "site", "threshold"])
 def _residual_norm_fwd_kernel(
-    x_ptr,
-    s_ptr,
-    gain_ptr,
-    y_ptr,
-    z_ptr,
-    rstd_ptr,
-    rng_ptr,
-    rows,
-    length,
-    stride_xb,
-    stride_xl,
-    stride_sb,
-    stride_sl,
-    site,
-    threshold,
-    scale,
-    eps,
-    HAS_X: tl.constexpr,
-    HAS_S: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    ALIGN: tl.constexpr,
-    D: tl.constexpr,
-    FEATURES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    x_ptr, s_ptr, gain_ptr, y_ptr, z_ptr, rstd_ptr, rng_ptr,
+    rows, length, stride_xb, stride_xl, stride_sb, stride_sl, site, threshold, scale, eps,
+    HAS_X: tl.constexpr, HAS_S: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     stride_xb, stride_xl = aligned(stride_xb, ALIGN), aligned(stride_xl, ALIGN)
     stride_sb, stride_sl = aligned(stride_sb, ALIGN), aligned(stride_sl, ALIGN)
     offs_d = tl.arange(0, BLOCK_D)
@@ -104,35 +91,11 @@ def _residual_norm_fwd_kernel(
 
 @triton.jit(do_not_specialize=["rows", "length", "site", "threshold"])
 def _residual_norm_bwd_kernel(
-    dy_ptr,
-    dz_ptr,
-    y_ptr,
-    rstd_ptr,
-    gain_ptr,
-    dx_ptr,
-    ds_ptr,
-    partial_ptr,
-    rng_ptr,
-    rows,
-    length,
-    stride_dyb,
-    stride_dyl,
-    stride_dzb,
-    stride_dzl,
-    stride_yb,
-    stride_yl,
-    site,
-    threshold,
-    scale,
-    HAS_DY: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    WRITE_DX: tl.constexpr,
-    ALIGN: tl.constexpr,
-    D: tl.constexpr,
-    FEATURES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    dy_ptr, dz_ptr, y_ptr, rstd_ptr, gain_ptr, dx_ptr, ds_ptr, partial_ptr, rng_ptr,
+    rows, length, stride_dyb, stride_dyl, stride_dzb, stride_dzl, stride_yb, stride_yl, site, threshold, scale,
+    HAS_DY: tl.constexpr, HAS_DROPOUT: tl.constexpr, WRITE_DX: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     stride_dyb, stride_dyl = aligned(stride_dyb, ALIGN), aligned(stride_dyl, ALIGN)
     stride_dzb, stride_dzl = aligned(stride_dzb, ALIGN), aligned(stride_dzl, ALIGN)
     stride_yb, stride_yl = aligned(stride_yb, ALIGN), aligned(stride_yl, ALIGN)
@@ -187,25 +150,13 @@ def _sum_rows_kernel(partial_ptr, out_ptr, rows, D: tl.constexpr, ROWS: tl.const
 # ---------------------------------------------------------------- launch
 
 
-def _check(stream: Tensor) -> None:
-    if stream.dtype == torch.float64:
-        raise ValueError(
-            "residual_norm: expected float16, bfloat16 or float32 for impl='triton', got torch.float64; "
-            "use impl='torch' or 'reference'"
-        )
-    if stream.shape[-1] > MAX_WIDTH:
-        raise ValueError(
-            f"residual_norm: expected at most {MAX_WIDTH} features for impl='triton', got {stream.shape[-1]}; "
-            "use impl='torch'"
-        )
+def _row_strides(*streams: Tensor | None) -> list[int]:
+    """(sequence, position) strides of each, 0 of what is not there."""
+    return [stride for x in streams for stride in ((0, 0) if x is None else x.stride()[:2])]
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    """Rows of a stream are read 16 bytes a thread: features lie side by side, or are copied so once."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _forward(
+@operator("march::residual_norm", rows=("x", "s"))
+def _forward_op(
     x: Tensor | None, s: Tensor | None, gain: Tensor, rng: Tensor | None, p: float, site: int, eps: float, features: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, z, rstd); y is empty where s is None, and then equals x."""
@@ -217,51 +168,21 @@ def _forward(
     rstd = torch.empty((batch, length), dtype=torch.float32, device=stream.device)
     if z.numel() == 0 or not launches(z):
         return y, z, rstd
-    x = _unit_stride(x) if x is not None else None
-    s = _unit_stride(s) if s is not None else None
-    tile = tiles_rows.row_tile(architecture(z), "stream", width)
-    x_like, s_like = x if x is not None else stream, s if s is not None else stream
+    tile, strides = tiles_rows.row_tile(architecture(z), "stream", width), _row_strides(x, s)
     _residual_norm_fwd_kernel[(tiles_rows.programs(batch * length, tile),)](
-        x_like,
-        s_like,
-        gain.contiguous(),
-        y,
-        z,
-        rstd,
-        rng if rng is not None else rstd,
-        batch * length,
-        length,
-        *x_like.stride()[:2],
-        *s_like.stride()[:2],
-        site,
-        signed_threshold(p),
-        keep_scale(p),
-        eps,
-        HAS_X=x is not None,
-        HAS_S=s is not None,
-        HAS_DROPOUT=rng is not None,
-        ALIGN=alignment(*x_like.stride()[:2], *s_like.stride()[:2]),
-        D=width,
-        FEATURES=features,
-        ROWS=tile.rows,
-        BLOCK_D=tile.block,
-        num_warps=tile.warps,
-    )
+        x, s, gain, y, z, rstd, rng, batch * length, length, *strides,
+        site, signed_threshold(p), keep_scale(p), eps,
+        HAS_X=x is not None, HAS_S=s is not None, HAS_DROPOUT=rng is not None, ALIGN=alignment(strides),
+        D=width, FEATURES=features, ROWS=tile.rows, BLOCK_D=tile.block, num_warps=tile.warps,
+    )  # fmt: skip
     return y, z, rstd
 
 
-def _backward(
-    dy: Tensor | None,
-    dz: Tensor,
-    y: Tensor,
-    rstd: Tensor,
-    gain: Tensor,
-    rng: Tensor | None,
-    p: float,
-    site: int,
-    features: int,
-    needs_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@operator("march::residual_norm_backward", rows=("dy", "dz", "y"))
+def _backward_op(
+    dy: Tensor | None, dz: Tensor, y: Tensor, rstd: Tensor, gain: Tensor, rng: Tensor | None,
+    p: float, site: int, features: int, needs_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(gradient of y, the same dropped, gradient of gain); the first is empty unless needs_dx or there is no dropout,
     the second is empty without dropout."""
     batch, length, width = y.shape
@@ -271,52 +192,21 @@ def _backward(
     dgain = torch.empty((width,), dtype=gain.dtype, device=y.device)
     if y.numel() == 0:
         return dx, ds, dgain.zero_()
-    tile = tiles_rows.row_tile(architecture(dz), "stream", width)
-    programs = tiles_rows.programs(batch * length, tile)
-    partial = torch.empty((programs, width), dtype=torch.float32, device=y.device)
     if not launches(dz):
         return dx, ds, dgain
-    dz = _unit_stride(dz)
-    dy_like = _unit_stride(dy) if dy is not None else dz
-    y = _unit_stride(y)
+    tile, strides = tiles_rows.row_tile(architecture(dz), "stream", width), _row_strides(dy, dz, y)
+    programs = tiles_rows.programs(batch * length, tile)
+    partial = torch.empty((programs, width), dtype=torch.float32, device=y.device)
     _residual_norm_bwd_kernel[(programs,)](
-        dy_like,
-        dz,
-        y,
-        rstd,
-        gain.contiguous(),
-        dx,
-        ds,
-        partial,
-        rng if rng is not None else rstd,
-        batch * length,
-        length,
-        *dy_like.stride()[:2],
-        *dz.stride()[:2],
-        *y.stride()[:2],
-        site,
-        signed_threshold(p),
-        keep_scale(p),
-        HAS_DY=dy is not None,
-        HAS_DROPOUT=rng is not None,
-        WRITE_DX=write_dx,
-        ALIGN=alignment(*dy_like.stride()[:2], *dz.stride()[:2], *y.stride()[:2]),
-        D=width,
-        FEATURES=features,
-        ROWS=tile.rows,
-        BLOCK_D=tile.block,
-        num_warps=tile.warps,
-    )
+        dy, dz, y, rstd, gain, dx, ds, partial, rng, batch * length, length, *strides,
+        site, signed_threshold(p), keep_scale(p),
+        HAS_DY=dy is not None, HAS_DROPOUT=rng is not None, WRITE_DX=write_dx, ALIGN=alignment(strides),
+        D=width, FEATURES=features, ROWS=tile.rows, BLOCK_D=tile.block, num_warps=tile.warps,
+    )  # fmt: skip
     _sum_rows_kernel[(triton.cdiv(width, REDUCE_COLUMNS),)](
         partial, dgain, programs, D=width, ROWS=REDUCE_ROWS, BLOCK_D=REDUCE_COLUMNS, num_warps=4
     )
     return dx, ds, dgain
-
-
-_forward_op = torch.library.custom_op("march::residual_norm", _forward, mutates_args=())
-_forward_op.register_fake(_forward)
-_backward_op = torch.library.custom_op("march::residual_norm_backward", _backward, mutates_args=())
-_backward_op.register_fake(_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -346,15 +236,19 @@ class _Norm(torch.autograd.Function):
     where both are in registers, not by a further pass over the stream; a custom op may not return its input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, features: int):
+    def forward(x: Tensor, gain: Tensor, eps: float, features: int):
         _, z, rstd = _forward_op(x, None, gain, None, 0.0, 0, eps, features)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, rstd, gain)
-        ctx.features = features
-        return x.view_as(x), z
+        return x.view_as(x), z, rstd
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None):  # type: ignore[override]
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, gain, _, ctx.features = inputs
+        ctx.save_for_backward(x, output[2], gain)
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None, _: Tensor | None):  # type: ignore[override]
         if dz is None:
             return dy, None, None, None
         x, rstd, gain = ctx.saved_tensors
@@ -374,10 +268,8 @@ def residual_norm(
     """Contract in kernels.api.residual_norm. Streams up to 16384 features; float16, bfloat16, float32."""
     stream = s if s is not None else x
     assert stream is not None
-    _check(stream)
+    check_supported("residual_norm", stream, max_width=tiles_rows.MAX_WIDTH)
     features = features or gain.shape[0]
     if s is None:
-        return _Norm.apply(x, gain, eps, features)
-    rng, p, site = (dropout.rng, dropout.p, dropout.site) if dropout is not None else (None, 0.0, 0)
-    y, z, _ = _forward_op(x, s, gain, rng, p, site, eps, features)
-    return y, z
+        return differentiable(_Norm, needs_backward(x, gain), x, gain, eps, features)[:2]
+    return _forward_op(x, s, gain, *drop_arguments(dropout), eps, features)[:2]

@@ -39,6 +39,8 @@ class ProductTile:
 # in registers and a key a row to compute: 32 elements spread it.
 ELEMENTS = {"stream": 8, "runs": 32}
 MAX_ROWS = 16
+# features of a row that one program holds
+MAX_WIDTH = 16384
 
 # Programs that walk the rows, at 4 warps each: 8 blocks, 32 warps an SM of 64 SMs. From the shape alone, never from the
 # device: the partial sums of a gain's gradient are as many everywhere.

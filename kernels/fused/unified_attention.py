@@ -10,17 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.compile_only.record import launches
 from kernels.dropout import Dropout, keep_scale
 from kernels.fused.attention import (
-    alignment,
     check_supported,
-    drop_arguments,
     empty_rows,
     forward_columns,
     launch_dkdv,
     mask_bias,
-    needs_backward,
     padded_columns,
     padded_heads,
     parts_of_row,
@@ -43,8 +39,8 @@ from kernels.fused.attention_core import (
     store_row_block,
     zero_row_block,
 )
+from kernels.fused.launch import differentiable, drop_arguments, launches, needs_backward, operator
 from kernels.fused.primitives import row_keys, signed_threshold
-from kernels.fused.vectors import in_vectors
 from kernels.packed import unpack
 
 RUNTIME = [
@@ -164,13 +160,13 @@ def _unified_attention_bwd_dq_kernel(
     store_row_block(dq_ptr + (b64 * Lq * row + h) * K, dq0, dq1, dq2, factor, offs_m, row * K, Lq, D0, D1, D2, K)
 
 
-def forward(
+@operator("march_kernels::unified_attention", vectors=("q", "k", "v", "other_k", "other_v"))
+def unified_attention_op(
     q: Tensor, k: Tensor, v: Tensor, other_k: Tensor, other_v: Tensor, lengths: Tensor | None, mask: Tensor | None,
     rng: Tensor | None, scale: float, p: float, site: int, backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(O [B, L, H, Kv], lse [B, H, L] float32 in units of log2, O's further bits: `rest_of`)."""
-    q, k, v, other_k, other_v = (in_vectors(x) for x in (q, k, v, other_k, other_v))
-    mask = mask_bias(mask)
+    mask = mask_bias(mask, lengths)
     batch, queries, heads, _ = q.shape
     keys, others, value_width = k.shape[1], other_k.shape[1], v.shape[3]
     o = torch.empty((batch, queries, heads, value_width), dtype=q.dtype, device=q.device)
@@ -179,12 +175,12 @@ def forward(
     if not launches(q) or o.numel() == 0:
         return o, lse, rest
     columns = forward_columns(p, rng, site, (keys, others), q)
-    align = alignment(q, k, v, other_k, other_v)
+    align, strides = strides_of(q, k, v, other_k, other_v)
     tile = tile_for("forward_extra", q, v, True, p > 0)
     scale_log2, constants = scale_constants(scale, q.dtype)
     _unified_attention_fwd_kernel[(triton.cdiv(queries, tile["BLOCK_M"]) * heads * batch,)](
         q, k, v, other_k, other_v, o, present(rest), lse, lengths, mask, rng, columns,
-        *(s // align for x in (q, k, v, other_k, other_v) for s in strides_of(x)),
+        *strides,
         0 if mask is None else mask.stride(0),
         scale_log2, keep_scale(p), site, signed_threshold(p), padded_columns(keys),
         heads, heads // k.shape[2], heads // other_k.shape[2], queries, keys, others,
@@ -194,14 +190,14 @@ def forward(
     return o, lse, rest
 
 
-def backward(
+@operator("march_kernels::unified_attention_backward", vectors=("do", "sources"))
+def unified_attention_backward_op(
     do: Tensor, sources: list[Tensor], o: Tensor, lse: Tensor, rest: Tensor,
     lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, p: float, site: int,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of `sources`, contiguous: [q, k, v, other k, other v], or packed as [qkv, other kv]."""
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in sources]
-    do, q, k, v, other_k, other_v = (in_vectors(x) for x in (do, *unpack(*sources)))
-    mask = mask_bias(mask)
+    (q, k, v, other_k, other_v), mask = unpack(*sources), mask_bias(mask, lengths)
     batch, queries, heads, _ = q.shape
     keys, others = k.shape[1], other_k.shape[1]
     if not launches(q):
@@ -211,13 +207,13 @@ def backward(
     dq, dk, dv, other_dk, other_dv = unpack(*gradients)
     rows = empty_rows(q, v, "dq_extra", True, p)
     columns = forward_columns(p, rng, site, (keys, others), q)
-    align = alignment(q, k, v, other_k, other_v, do)
+    align, strides = strides_of(q, k, v, other_k, other_v, do)
     tile = tile_for("dq_extra", q, v, True, p > 0)
     scale_log2, constants = scale_constants(scale, q.dtype)
     first = padded_columns(keys)
     _unified_attention_bwd_dq_kernel[(rows.shape[3] // tile["BLOCK_M"] * heads * batch,)](
         q, k, v, other_k, other_v, o, present(rest), lse, do, dq, rows, lengths, mask, rng, columns,
-        *(s // align for x in (q, k, v, other_k, other_v, do) for s in strides_of(x)),
+        *strides,
         0 if mask is None else mask.stride(0),
         scale_log2, scale * keep_scale(p), 1.0 / keep_scale(p), site, signed_threshold(p), rows.stride(0), first,
         heads, heads // k.shape[2], heads // other_k.shape[2], queries, rows.shape[3], keys, others,
@@ -228,28 +224,6 @@ def backward(
     launch_dkdv(dk, dv, q, k, v, do, rows, own_columns, None, None, scale, True, p)
     launch_dkdv(other_dk, other_dv, q, other_k, other_v, do, rows, other_columns, lengths, mask, scale, False, p)
     return gradients
-
-
-@torch.library.custom_op("march_kernels::unified_attention", mutates_args=())
-def unified_attention_op(
-    q: Tensor, k: Tensor, v: Tensor, other_k: Tensor, other_v: Tensor, lengths: Tensor | None, mask: Tensor | None,
-    rng: Tensor | None, scale: float, p: float, site: int, backward: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(O, lse, rest); `forward` as a registered operator."""
-    return forward(q, k, v, other_k, other_v, lengths, mask, rng, scale, p, site, backward)
-
-
-@torch.library.custom_op("march_kernels::unified_attention_backward", mutates_args=())
-def unified_attention_backward_op(
-    do: Tensor, sources: list[Tensor], o: Tensor, lse: Tensor, rest: Tensor,
-    lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, p: float, site: int,
-) -> list[Tensor]:  # fmt: skip
-    """Gradients of `sources`; `backward` as a registered operator."""
-    return backward(do, sources, o, lse, rest, lengths, mask, rng, scale, p, site)
-
-
-unified_attention_op.register_fake(forward)
-unified_attention_backward_op.register_fake(backward)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -272,14 +246,18 @@ class PackedUnifiedAttention(torch.autograd.Function):
     """`unified_attention_op` of packed sources [qkv, other kv], whose gradients are packed likewise."""
 
     @staticmethod
-    def forward(ctx, lengths, mask, rng, scale, p, site, backward, qkv, kv_other):
-        o, lse, rest = unified_attention_op(*unpack(qkv, kv_other), lengths, mask, rng, scale, p, site, backward)
-        ctx.save_for_backward(o, lse, rest, lengths, mask, rng, qkv, kv_other)
-        ctx.settings = scale, p, site
-        return o
+    def forward(lengths, mask, rng, scale, p, site, backward, qkv, kv_other):
+        return unified_attention_op(*unpack(qkv, kv_other), lengths, mask, rng, scale, p, site, backward)
 
     @staticmethod
-    def backward(ctx, do):
+    def setup_context(ctx, inputs, output) -> None:
+        lengths, mask, rng, *ctx.settings, _, qkv, kv_other = inputs
+        ctx.save_for_backward(*output, lengths, mask, rng, qkv, kv_other)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, do, *_):
         o, lse, rest, lengths, mask, rng, *sources = ctx.saved_tensors
         gradients = unified_attention_backward_op(do, sources, o, lse, rest, lengths, mask, rng, *ctx.settings)
         return *[None] * 7, *gradients
@@ -299,7 +277,7 @@ def unified_attention(
 ) -> Tensor:
     """Contract in kernels.api.unified_attention. Copies as in kernels.fused.attention."""
     rng, p, site = drop_arguments(dropout)
-    check_supported("unified_attention", q, k_own, v_own, k_other, v_other)
+    check_supported("unified_attention", q, k_own, v_own, k_other, v_other, value_width=v_own.shape[3])
     inputs = padded_heads(q, k_own, v_own, k_other, v_other)
     backward = needs_backward(*inputs)
     return unified_attention_op(*inputs, key_lengths, key_mask, rng, scale, p, site, backward)[0][..., : v_own.shape[3]]
@@ -319,5 +297,6 @@ def packed_unified_attention(
     check_supported("packed_unified_attention", qkv, kv_other)
     sources = padded_heads(qkv, kv_other)
     backward = needs_backward(*sources)
-    out = PackedUnifiedAttention.apply(key_lengths, key_mask, rng, scale, p, site, backward, *sources)
+    padding = key_lengths, key_mask
+    out, *_ = differentiable(PackedUnifiedAttention, backward, *padding, rng, scale, p, site, backward, *sources)
     return out[..., : qkv.shape[-1]]

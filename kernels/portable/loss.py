@@ -52,8 +52,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = at_least_float32(h.dtype)
         valid = labels != ignore_index
         count = valid.sum().clamp(min=1)
-        target = labels.masked_fill(~valid, 0)
-        row_weight = (valid.to(wide) * scale / count)[:, None]
+        unknown = valid & ((labels < 0) | (labels >= weight.shape[0]))
+        target = labels.masked_fill(~valid | unknown, 0)
+        row_weight = (valid.to(wide) * scale / count).masked_fill_(unknown, torch.nan)[:, None]
         losses = torch.empty(labels.shape, dtype=wide, device=h.device)
         needs_h, needs_weight = ctx.needs_input_grad[:2]
         dh = torch.empty_like(h) if needs_h else None
@@ -74,8 +75,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if needs_weight and dw is None:
             dw = torch.zeros_like(weight)
         ctx.save_for_backward(dh, None if dw is None else dw.to(weight.dtype))
-        loss = losses.sum() / count
+        loss = losses.masked_fill_(unknown, torch.nan).sum() / count
         ctx.mark_non_differentiable(losses)
+        ctx.set_materialize_grads(False)
         return loss, losses
 
     @staticmethod

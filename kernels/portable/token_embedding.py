@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.dropout import Dropout, SiteKeys, pack_keys, site_keys, unpack_keys
+from kernels.portable.chunked_attention import _eager_cpu
 from kernels.portable.drop import apply_, scale_of
 from kernels.reference import at_least_float32
 
@@ -27,24 +28,33 @@ class _Embedding(torch.autograd.Function):
         sparse: bool,
     ) -> Tensor:
         ctx.weight, ctx.sparse = weight, sparse
+        unknown: Tensor | None = (ids < 0) | (ids >= table.shape[0])
+        assert unknown is not None
+        if _eager_cpu(ids) and not bool(unknown.any()):
+            unknown = None
+        else:
+            ids = ids.masked_fill(unknown, 0)
         tokens = apply_(F.embedding(ids, table), keys).mul_(weight * scale_of(keys))
         places = positions[: ids.shape[1]]
         if position_keys is not None:
             places = apply_(places.expand_as(tokens).contiguous(), position_keys)
-        ctx.save_for_backward(ids, *pack_keys(keys, position_keys))
+        ctx.save_for_backward(ids, unknown, *pack_keys(keys, position_keys))
         ctx.p, ctx.position_p = (None if k is None else k.p for k in (keys, position_keys))
         ctx.shapes = table.shape, positions.shape
-        return tokens.add_(places, alpha=weight * scale_of(position_keys))
+        tokens.add_(places, alpha=weight * scale_of(position_keys))
+        return tokens if unknown is None else tokens.masked_fill_(unknown[..., None], torch.nan)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor):  # type: ignore[override]
-        ids, *drawn = ctx.saved_tensors
+        ids, unknown, *drawn = ctx.saved_tensors
         keys, position_keys = unpack_keys(drawn, ctx.p, ctx.position_p)
         table_shape, position_shape = ctx.shapes
         d_table = d_positions = None
         if ctx.needs_input_grad[1]:
             rows = apply_(d_out * (ctx.weight * scale_of(keys)), keys).flatten(0, 1)
+            if unknown is not None:
+                rows = rows.masked_fill_(unknown.reshape(-1, 1), 0.0)
             d_table = _sparse(rows, ids, table_shape) if ctx.sparse else rows.new_zeros(table_shape)
             if not ctx.sparse:
                 _add_rows_(d_table, ids.flatten(), rows)
