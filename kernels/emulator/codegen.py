@@ -37,16 +37,11 @@ def immediate(text: str) -> int:
     return int(text.rstrip("U"), 0)
 
 
-class Generated:
-    def __init__(self, whole: Callable, masked: Callable):
-        self.whole, self.masked = whole, masked
-
-
 class Code:
     """The functions of a kernel's blocks, made when they first run."""
 
-    def __init__(self, kernel: Kernel, profile: bool = False):
-        self.kernel, self.profile = kernel, profile
+    def __init__(self, kernel: Kernel):
+        self.kernel = kernel
         names = sorted({name for one in kernel.instructions() for name in one.reads + one.writes})
         self.numbers = {name: i for i, name in enumerate(names)}
         self.undefined = kernel.blocks[0].live_in
@@ -54,29 +49,30 @@ class Code:
         for one in kernel.instructions():
             if one.opcode not in RULES and one.opcode not in SPECIAL:
                 raise UnsupportedPtx(f"{kernel.name}: {one}: this opcode is not in the emulator's white list")
-            if (site := _site(one, len(self.sites), profile)) is not None:
+            if (site := _site(one, len(self.sites))) is not None:
                 self.sites[id(one)] = site
         shared = [s.size for s in self.sites.values() if "shared" in s.instruction.opcode]
         self.shared_granule = min(shared, default=16)
-        self._blocks: dict[int, Generated] = {}
+        self._blocks: dict[tuple[int, bool], Callable] = {}
 
     def canonical(self, register: str) -> np.dtype:
         return _DTYPES["b" if width_of(register) == 1 else f"u{width_of(register)}"]
 
-    def block(self, number: int) -> Generated:
-        if number not in self._blocks:
-            self._blocks[number] = Generated(*(_Emitter(self, number, masked).compile() for masked in (False, True)))
-        return self._blocks[number]
+    def block(self, number: int, masked: bool) -> Callable:
+        """Its function of (machine, registers), and of (mask, names to merge) if masked; returns who takes the branch."""
+        if (number, masked) not in self._blocks:
+            self._blocks[number, masked] = _Emitter(self, number, masked).compile()
+        return self._blocks[number, masked]
 
 
-def _site(one: Instruction, index: int, profile: bool) -> Site | None:
+def _site(one: Instruction, index: int) -> Site | None:
     opcode = one.opcode
     if match := re.match(r"(?:ld|st)\.(?:global|shared)\.(?:v(\d)\.)?[bus](\d+)$", opcode):
         count, width = int(match[1] or 1), int(match[2]) // 8
     elif match := re.match(r"ldmatrix\..*\.x(\d)", opcode):
         address = one.operands[1]
         assert isinstance(address, Memory)
-        return Site(index, one, 16, 4, int(match[1]), address.offset, profile)
+        return Site(index, one, 16, 4, int(match[1]), address.offset)
     elif opcode.startswith("cp.async.c") and "shared.global" in opcode:
         count, width = 1, immediate(str(one.operands[2]))
         if width not in (4, 8, 16):
@@ -85,7 +81,7 @@ def _site(one: Instruction, index: int, profile: bool) -> Site | None:
         return None
     address = one.operands[0 if opcode.startswith(("st", "cp")) else 1]
     assert isinstance(address, Memory)
-    return Site(index, one, count * width, width, count, address.offset, profile)
+    return Site(index, one, count * width, width, count, address.offset)
 
 
 class _Emitter:

@@ -77,7 +77,6 @@ class Site:
     width: int
     count: int
     offset: int
-    profiled: bool = False
 
 
 class Lanes:
@@ -129,15 +128,16 @@ class Machine:
         while waiting:
             number = min(waiting)
             mask = waiting.pop(number)
-            block, generated = self.kernel.blocks[number], self.code.block(number)
+            block = self.kernel.blocks[number]
+            function = self.code.block(number, mask is not None)
             if mask is None:
                 self.warps_run[number] += warps
-                taken = generated.whole(self, self.registers)
+                taken = function(self, self.registers)
             else:
                 active = mask if mask.shape[1] == 1 else mask.reshape(len(mask), -1, 32).any(axis=2)
                 self.warps_run[number] += int(active.sum()) * (self.threads // 32 if mask.shape[1] == 1 else 1)
                 keep = frozenset().union(*(self.kernel.blocks[n].live_in for n in waiting))
-                taken = generated.masked(self, self.registers, mask, keep)
+                taken = function(self, self.registers, mask, keep)
             if len(block.targets) == 2:
                 self._part(waiting, block.targets, taken, mask)
             elif block.targets:
@@ -222,7 +222,7 @@ class Machine:
         self.converged(instruction, mask)
         full = np.broadcast_to(value, (value.shape[0], self.threads)).reshape(value.shape[0], -1, 32)
         function = {"add": np.add, "min": np.minimum, "max": np.maximum}[how]
-        return np.repeat(function.reduce(full, axis=2), 32, axis=1)
+        return np.repeat(function.reduce(full, axis=2, dtype=value.dtype), 32, axis=1)
 
     def async_copy(self, site: Site, target: Array, source: Array, given: Array | None, mask: Array | None) -> None:
         """cp.async: `given` bytes of each lane come from memory, the rest of its `size` are zeros."""
@@ -239,7 +239,8 @@ class Machine:
 
     def _quads(self, x: Array) -> Array:
         """A register of a fragment as [programs, warps, 8, 4]: lane 4 g + t at [g, t]."""
-        return np.broadcast_to(x, self.shape).reshape(self.programs, -1, 8, 4)
+        x = x if x.shape == self.shape else np.broadcast_to(x, self.shape)
+        return x.reshape(self.programs, -1, 8, 4)
 
     def _halves(self, x: Array, kind: str) -> tuple[Array, Array]:
         if kind == "bf16":

@@ -10,6 +10,7 @@ with 0xFF and remembered as uninitialised until a kernel, or torch, writes it.
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -138,6 +139,11 @@ def _custom(func: Any) -> Callable | None:
     return None if definition is None else definition._init_fn
 
 
+@functools.lru_cache(256)
+def _code(text: str) -> Code:
+    return Code(parse(text))
+
+
 class Emulator(record.Recorder):
     """Executes each launch after compiling it."""
 
@@ -146,7 +152,6 @@ class Emulator(record.Recorder):
     def __init__(self, session: Session, initialised: _Initialised):
         super().__init__(session.arch, lambda _: True)
         self.session, self.initialised = session, initialised
-        self.codes: dict[str, Code] = {}
 
     def address(self, index: int, tensor: Tensor) -> int:
         return address_of(index, tensor)
@@ -166,9 +171,7 @@ class Emulator(record.Recorder):
         text = launch.compiled.asm["ptx"]
         if self.session.transform is not None:
             text = self.session.transform(launch.kernel, text)
-        if text not in self.codes:
-            self.codes[text] = Code(parse(text), self.session.profile)
-        return self.codes[text]
+        return _code(text)
 
     def _execute(self, launch: record.Launch, values: dict[str, Any]) -> tuple[list[Finding], Counts]:
         session, code = self.session, self._code(launch)
