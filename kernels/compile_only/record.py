@@ -200,7 +200,8 @@ class Recorder:
         bound.apply_defaults()
         values = bound.arguments
         pointers = {
-            n: _Pointer(v, self.address(i, v)) if isinstance(v, Tensor) else v for i, (n, v) in enumerate(values.items())
+            n: _Pointer(v, self.address(i, v)) if isinstance(v, Tensor) else v
+            for i, (n, v) in enumerate(values.items())
         }
         if callable(grid):
             grid = grid(dict(values))

@@ -1,7 +1,6 @@
 """What follows from a kernel's PTX alone: which arguments an access may reach, and reads of registers never written."""
 
-from kernels.emulator.codegen import immediate
-from kernels.emulator.parse import Instruction, Kernel, Memory, is_register
+from kernels.emulator.parse import Instruction, Kernel, Memory, immediate, is_register
 
 
 def reached_arguments(kernel: Kernel) -> dict[int, frozenset[str]]:
@@ -35,7 +34,7 @@ def reached_arguments(kernel: Kernel) -> dict[int, frozenset[str]]:
 def undefined_reads(kernel: Kernel) -> list[tuple[int, Instruction, str]]:
     """(block, instruction, register) of reads of registers that some path never wrote. prmt may move undefined bytes
     about, as long as nothing else reads them."""
-    undefined = {name: 15 for name in kernel.blocks[0].live_in}
+    undefined = dict.fromkeys(kernel.blocks[0].live_in, 15)
     found: dict[tuple[int, str], tuple[int, Instruction, str]] = {}
     size = -1
     while undefined and size != sum(undefined.values()):

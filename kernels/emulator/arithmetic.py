@@ -1,8 +1,10 @@
-"""PTX arithmetic on numpy arrays, exact to the bit but for the payload of NaN and the last bits of the `approx` functions.
+"""PTX arithmetic on numpy arrays, exact but for the payload of NaN and the last bits of `approx` functions.
 
 Every function takes arrays that broadcast, [programs or 1, threads or 1], in the dtype its rule names, and returns the
 dtype of its result. Sources: "PTX ISA 8.8", sections 9.7.1 to 9.7.5.
 """
+
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +14,7 @@ F2, F4, F8 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)
 Array = np.ndarray
 _TINY = np.float32(2.0**-126)
 _SIGNED = {2: S2, 4: S4, 8: S8}
-_FLOAT_NAN = {F2: np.uint16(0x7FFF), F4: np.uint32(0x7FFFFFFF)}
+_FLOAT_NAN: dict[np.dtype, Any] = {F2: np.uint16(0x7FFF), F4: np.uint32(0x7FFFFFFF)}
 
 
 def constant(value: int, dtype: np.dtype) -> Array:
@@ -56,7 +58,7 @@ def remainder(a: Array, b: Array) -> Array:
 
 
 def field(x: Array, start: Array, length: Array) -> Array:
-    """bfe: `length` bits from `start`, extended by the field's own sign (bit 31 where it ends beyond) if x is signed."""
+    """bfe: `length` bits from `start`, extended by its own sign (bit 31 where it ends beyond) if x is signed."""
     start, length = np.minimum(start & 255, 32).astype(S8), np.minimum(length & 255, 32).astype(S8)
     moved = x.astype(S8) >> start
     mask = (S8.type(1) << length) - 1

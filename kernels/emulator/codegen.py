@@ -6,16 +6,15 @@ registers that waiting lanes still need are merged. Names are deleted after thei
 """
 
 import re
-import struct
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from kernels.emulator import arithmetic
+from kernels.emulator import analysis, arithmetic
 from kernels.emulator.instructions import RULES, SPECIAL
 from kernels.emulator.machine import Site
-from kernels.emulator.parse import Instruction, Kernel, Memory, Operand, UnsupportedPtx, is_register
+from kernels.emulator.parse import Instruction, Kernel, Memory, Operand, UnsupportedPtx, immediate, is_register
 
 _WIDTH = {"p": 1, "rs": 16, "r": 32, "rd": 64}
 _DTYPES = {
@@ -26,15 +25,6 @@ _DTYPES = {
 
 def width_of(register: str) -> int:
     return _WIDTH[register[1:].rstrip("0123456789")]
-
-
-def immediate(text: str) -> int:
-    """The bits of an immediate operand."""
-    if text.startswith(("0f", "0F")) and len(text) == 10:
-        return int(text[2:], 16)
-    if text.startswith(("0d", "0D")) and len(text) == 18:
-        return int(text[2:], 16)
-    return int(text.rstrip("U"), 0)
 
 
 class Code:
@@ -53,13 +43,15 @@ class Code:
                 self.sites[id(one)] = site
         shared = [s.size for s in self.sites.values() if "shared" in s.instruction.opcode]
         self.shared_granule = min(shared, default=16)
+        self.reached = analysis.reached_arguments(kernel)
+        self.undefined_reads = analysis.undefined_reads(kernel)
         self._blocks: dict[tuple[int, bool], Callable] = {}
 
     def canonical(self, register: str) -> np.dtype:
         return _DTYPES["b" if width_of(register) == 1 else f"u{width_of(register)}"]
 
     def block(self, number: int, masked: bool) -> Callable:
-        """Its function of (machine, registers), and of (mask, names to merge) if masked; returns who takes the branch."""
+        """Its function of (machine, registers), and (mask, names to merge) if masked; returns who takes the branch."""
         if (number, masked) not in self._blocks:
             self._blocks[number, masked] = _Emitter(self, number, masked).compile()
         return self._blocks[number, masked]
@@ -201,11 +193,10 @@ class _Emitter:
             raise UnsupportedPtx(f"expected {len(rule.sources)} sources, got {len(sources)}")
         values = [self.get(source, form) for source, form in zip(sources, rule.sources, strict=True)]
         expression = rule.expression
-        if one.opcode.startswith(("shl", "shr")) and not is_register(sources[1]):
-            if 0 <= immediate(str(sources[1])) < int(rule.result[1:]):  # numpy's own shift is right below the width
-                amount = self.constant(str(sources[1]), rule.sources[0])
-                values[1] = amount
-                expression = "{0} << {1}" if one.opcode.startswith("shl") else "{0} >> {1}"
+        shift = one.opcode.startswith(("shl", "shr")) and not is_register(sources[1])
+        if shift and immediate(str(sources[1])) < int(rule.result[1:]):  # numpy's own shift is right below the width
+            values[1] = self.constant(str(sources[1]), rule.sources[0])
+            expression = "{0} << {1}" if one.opcode.startswith("shl") else "{0} >> {1}"
         self.put(result, rule.result, expression.format(*values), guard)
 
     def mask(self, guard: str | None) -> str:
@@ -333,7 +324,9 @@ class _Emitter:
         if immediate(str(clamp)) != (0 if how == "up" else 31):
             raise UnsupportedPtx("a segment other than the whole warp")
         self._whole_warp(members)
-        call = f"m.shuffle({self.keep(one)}, {how!r}, {self.get(value, 'u32')}, {self.get(by, 'u32')}, {self.mask(guard)})"
+        call = (
+            f"m.shuffle({self.keep(one)}, {how!r}, {self.get(value, 'u32')}, {self.get(by, 'u32')}, {self.mask(guard)})"
+        )
         self.put(result, "u32", call, guard)
 
     def reduce(self, one: Instruction, guard: str | None) -> None:
@@ -374,7 +367,7 @@ class _Emitter:
             self.result = guard
 
 
-_SPECIALS = ("tid.x", "tid.y", "tid.z", "ntid.x", "laneid", "ctaid.x", "ctaid.y", "ctaid.z", "nctaid.x", "nctaid.y", "nctaid.z")
+_SPECIALS = [f"{name}.{axis}" for name in ("tid", "ctaid", "nctaid") for axis in "xyz"] + ["ntid.x", "laneid"]
 
 
 def _with_deletions(lines: list[str], result: str) -> list[str]:

@@ -109,7 +109,8 @@ class Machine:
         thread, x = np.arange(self.threads, dtype=np.uint32)[None], numbers.astype(np.uint32)[:, None]
         one = np.ones((1, 1), np.uint32)
         self.specials = {
-            "%tid.x": thread, "%tid.y": one - 1, "%tid.z": one - 1, "%ntid.x": one * self.threads, "%laneid": thread % 32,
+            "%tid.x": thread, "%tid.y": one - 1, "%tid.z": one - 1, "%ntid.x": one * self.threads,
+            "%laneid": thread % 32,
             "%ctaid.x": x % grid[0], "%ctaid.y": x // grid[0] % grid[1], "%ctaid.z": x // (grid[0] * grid[1]),
             "%nctaid.x": one * grid[0], "%nctaid.y": one * grid[1], "%nctaid.z": one * grid[2],
         }  # fmt: skip
@@ -187,7 +188,7 @@ class Machine:
     # ---------------------------------------------------------------- lanes
 
     def flatten(self, address: Array, mask: Array | None, whole: bool = False) -> tuple[tuple[int, int], Array, Lanes]:
-        """(shape of the result, addresses of the active lanes, lanes). whole: of all lanes even if addresses are uniform."""
+        """(shape of the result, addresses of the active lanes, lanes). whole: of all lanes even if uniform."""
         if mask is not None and mask.all():
             mask = None
         shape = address.shape if mask is None else np.broadcast_shapes(address.shape, mask.shape)
@@ -302,6 +303,13 @@ class Machine:
         """The same threads of all programs, or of `programs`."""
         who = np.arange(self.programs) if programs is None else programs
         self.report_pairs(kind, site, np.repeat(who, len(threads)), np.tile(threads, len(who)), message)
+
+    def report_undefined(self) -> None:
+        """Reads of registers that nothing wrote, in blocks that ran."""
+        zero = np.zeros(1, np.int64)
+        for block, one, name in self.code.undefined_reads if self.checks else ():
+            if self.warps_run[block]:
+                self._report("uninitialised register", one, zero, zero, f"{name} may never have been written")
 
     def count_shared(self, site: Site, access, programs: Array | None) -> None:
         entry = self.shared_counts.setdefault(site.instruction.line, [0, 0])

@@ -152,7 +152,7 @@ class GlobalMemory:
     def _covered(region: Region, offsets: Array, size: int) -> Array:
         assert region.valid is not None
         units = offsets[:, None] // region.unit + np.arange(max(1, size // region.unit))
-        return region.valid[units].all(axis=1)
+        return np.all(region.valid[units], axis=1)
 
     def load(self, m: "Machine", site: "Site", address: Array, mask: Array | None) -> list[Array]:
         """`site.count` arrays of `site.width` bytes an element; lanes outside `mask` get zeros."""
@@ -215,13 +215,12 @@ class GlobalMemory:
         places, codes = self._places(m, site, storage, offsets, lanes, chosen)
         written = storage.writers[places]
         self._report_races(m, site, region, "read after write", written, codes, offsets, lanes, chosen)
-        before = storage.readers[places]
-        program = lanes.programs_and_threads()[0]
-        recent = (before >> _CODE_THREAD) & _CLOCK_MASK >= m.sync.since_barrier(program if chosen is None else program[chosen])[:, None]
+        readers, program = storage.readers, lanes.programs_and_threads()[0]
+        before, barrier = readers[places], m.sync.since_barrier(program if chosen is None else program[chosen])
+        recent = (before >> _CODE_THREAD) & _CLOCK_MASK >= barrier[:, None]
         flags = (before & _PROGRAMS) | np.where(recent, before & _THREADS, 0) | self._differing(before, codes, recent)
-        storage.readers[places] = codes | flags
-        after = storage.readers[places]
-        storage.readers[places] |= self._differing(after, codes, True)
+        readers[places] = codes | flags
+        readers[places] |= self._differing(readers[places], codes, True)
 
     @staticmethod
     def _differing(old: Array, codes: Array, recent: Array | bool) -> Array:

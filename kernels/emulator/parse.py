@@ -95,6 +95,15 @@ def is_register(operand: object) -> bool:
     return isinstance(operand, str) and _REGISTER.match(operand) is not None
 
 
+def immediate(text: str) -> int:
+    """The bits of an immediate operand."""
+    if text.startswith(("0f", "0F")) and len(text) == 10:
+        return int(text[2:], 16)
+    if text.startswith(("0d", "0D")) and len(text) == 18:
+        return int(text[2:], 16)
+    return int(text.rstrip("U"), 0)
+
+
 def _operand(text: str, where: str) -> Operand:
     text = text.strip()
     if text.startswith("{"):

@@ -5,8 +5,8 @@
         loss.backward()
     session.launches[0].counts.by_source()
 
-The launch code is that of a GPU run, intercepted as in kernels.compile_only.record. What torch.empty gives out is filled
-with 0xFF and remembered as uninitialised until a kernel, or torch, writes it.
+The launch code is that of a GPU run, intercepted as in kernels.compile_only.record. What torch.empty gives out is
+filled with 0xFF and remembered as uninitialised until a kernel, or torch, writes it.
 """
 
 import contextlib
@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from kernels.compile_only import record
 from kernels.dispatch import kernels_on_cpu
-from kernels.emulator import analysis
 from kernels.emulator.codegen import Code
 from kernels.emulator.machine import Counts, Finding, Machine
 from kernels.emulator.memory import GlobalMemory, Region, Storage, address_of
@@ -174,71 +173,78 @@ class Emulator(record.Recorder):
         return _code(text)
 
     def _execute(self, launch: record.Launch, values: dict[str, Any]) -> tuple[list[Finding], Counts]:
-        session, code = self.session, self._code(launch)
+        session, metadata = self.session, launch.compiled.metadata
         checks = session.checks if isinstance(session.checks, bool) else session.checks(launch.kernel)
-        names = [n for n, kind in launch.compiled.src.signature.items() if kind != "constexpr"]
-        regions, parameters = self._arguments(code, names, launch.compiled.src.signature, values, checks)
-        numbers = np.arange(launch.programs)
-        if session.seed is not None:
-            np.random.default_rng(session.seed).shuffle(numbers)
-        group = max(1, session.lanes // code.kernel.threads)
-        found: dict[tuple[str, int], Finding] = {}
-        counts = Counts()
-        memory, shared = GlobalMemory(regions, checks), launch.compiled.metadata.shared
-        undefined = analysis.undefined_reads(code.kernel) if checks else []
-        for first in range(0, len(numbers), group):
-            machine = Machine(
-                code, numbers[first : first + group], launch.grid, parameters, memory, shared, found,
-                checks=checks, profile=session.profile,
-            )  # fmt: skip
-            machine.run()
-            for block, one, name in undefined:
-                if machine.warps_run[block]:
-                    zero = np.zeros(1, np.int64)
-                    machine._report("uninitialised register", one, zero, zero, f"{name} may never have been written")
-            machine.add_counts(counts)
-        return list(found.values()), counts
+        signature = launch.compiled.src.signature
+        # a number in the order of all arguments, which is in the addresses that specialisation saw
+        arguments = [(i, n, x) for i, (n, x) in enumerate(values.items()) if signature[n] != "constexpr"]
+        scratch = [(len(values) + i, n, 0) for i, n in enumerate(("global scratch", "profile scratch"))]
+        return execute(
+            self._code(launch), launch.grid, arguments + scratch, metadata.shared, self.initialised.of,
+            checks=checks, profile=session.profile, seed=session.seed, lanes=session.lanes,
+        )  # fmt: skip
 
-    def _arguments(
-        self, code: Code, names: list[str], signature: dict[str, str], values: dict[str, Any], checks: bool
-    ) -> tuple[dict[int, Region], dict[str, np.ndarray]]:
-        """Regions by the number in their addresses, and the parameters' bytes by their names in the PTX."""
-        order = {name: i for i, name in enumerate(values)}
-        regions: dict[int, Region] = {}
-        storages: dict[int, Storage] = {}
-        parameters, by_parameter = {}, {}
-        for parameter, name in zip(code.kernel.parameters, [*names, None, None], strict=True):
-            value = 0 if name is None else values[name]
-            if isinstance(value, Tensor):
-                key = value.untyped_storage().data_ptr()
-                if key not in storages:
-                    storages[key] = Storage(value, self.initialised.of(value))
-                by_parameter[parameter] = storages[key]
-                regions[order[name] + 1] = Region(name, order[name], value, storages[key])
-                data: Any = np.uint64(address_of(order[name], value))
-            elif name is not None and signature[name].startswith("fp"):
-                data = np.dtype({"fp32": "f4", "fp64": "f8", "fp16": "f2"}[signature[name]]).type(value)
-            else:
-                data = np.array(int(value) & ((1 << 64) - 1), np.uint64)
-            parameters[parameter] = np.frombuffer(np.asarray(data).tobytes(), np.uint8)[None]
-        if checks:
-            self._track(code, by_parameter)
-        return regions, parameters
 
-    @staticmethod
-    def _track(code: Code, storages: dict[str, Storage]) -> None:
-        """Prepares the shadow of every storage that the kernel writes."""
-        written: set[int] = set()
-        read: set[int] = set()
-        reached = analysis.reached_arguments(code.kernel)
-        for site in code.sites.values():
-            line = site.instruction.line
-            if line in reached:
-                for name in reached[line] & storages.keys() or storages.keys():
-                    storages[name].granule = min(storages[name].granule, site.size)
-                    (written if site.instruction.opcode.startswith("st") else read).add(id(storages[name]))
-        for storage in {id(s): s for s in storages.values()}.values():
-            storage.track(id(storage) in written, id(storage) in read)
+def execute(
+    code: Code, grid: tuple[int, int, int], arguments: list[tuple[int, str, Any]], shared_bytes: int,
+    initialised: Callable[[Tensor], np.ndarray | None] = lambda _: None,
+    *, checks: bool = True, profile: bool = False, seed: int | None = None, lanes: int = LANES,
+) -> tuple[list[Finding], Counts]:  # fmt: skip
+    """Runs a kernel's programs on `arguments` (number in addresses, name, tensor or scalar), one for each parameter."""
+    memory, parameters = _bind(code, arguments, initialised, checks)
+    numbers = np.arange(grid[0] * grid[1] * grid[2])
+    if seed is not None:
+        np.random.default_rng(seed).shuffle(numbers)
+    found: dict[tuple[str, int], Finding] = {}
+    counts, group = Counts(), max(1, lanes // code.kernel.threads)
+    for first in range(0, len(numbers), group):
+        machine = Machine(
+            code, numbers[first : first + group], grid, parameters, memory, shared_bytes, found,
+            checks=checks, profile=profile,
+        )  # fmt: skip
+        machine.run()
+        machine.report_undefined()
+        machine.add_counts(counts)
+    return list(found.values()), counts
+
+
+def _bind(
+    code: Code, arguments: list[tuple[int, str, Any]], initialised: Callable[[Tensor], np.ndarray | None], checks: bool
+) -> tuple[GlobalMemory, dict[str, np.ndarray]]:
+    """Memory, and the parameters' bytes by their names in the PTX."""
+    regions: dict[int, Region] = {}
+    storages: dict[int, Storage] = {}
+    parameters, by_parameter = {}, {}
+    for (parameter, kind), (index, name, value) in zip(code.kernel.parameters.items(), arguments, strict=True):
+        if isinstance(value, Tensor):
+            key = value.untyped_storage().data_ptr()
+            if key not in storages:
+                storages[key] = Storage(value, initialised(value))
+            by_parameter[parameter] = storages[key]
+            regions[index + 1] = Region(name, index, value, storages[key])
+            data: Any = np.uint64(address_of(index, value))
+        elif isinstance(value, float):
+            data = np.dtype(f"f{int(kind[1:]) // 8}").type(value)
+        else:
+            data = np.array(int(value) & ((1 << 64) - 1), np.uint64)
+        parameters[parameter] = np.frombuffer(np.asarray(data).tobytes(), np.uint8)[None]
+    if checks:
+        _track(code, by_parameter)
+    return GlobalMemory(regions, checks), parameters
+
+
+def _track(code: Code, storages: dict[str, Storage]) -> None:
+    """Prepares the shadow of every storage that the kernel writes."""
+    written: set[int] = set()
+    read: set[int] = set()
+    for site in code.sites.values():
+        line = site.instruction.line
+        if line in code.reached:
+            for name in code.reached[line] & storages.keys() or storages.keys():
+                storages[name].granule = min(storages[name].granule, site.size)
+                (written if site.instruction.opcode.startswith("st") else read).add(id(storages[name]))
+    for storage in {id(s): s for s in storages.values()}.values():
+        storage.track(id(storage) in written, id(storage) in read)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ _PENDING = 1 << 40
 
 
 class Access:
-    """One instruction at one row of addresses [T'], of `threads`: where the data lies, and which granules it touches."""
+    """One instruction at one row of addresses [T'], of `threads`: where the data lies, which granules it touches."""
 
     per_pair = False
 
@@ -42,6 +42,7 @@ class Access:
         self.index = address // size
         k = max(1, size // granule)
         self.granules = (address[:, None] // granule + np.arange(k)).reshape(-1)
+        self.low, self.high = _range(self.granules)
         self.owners = np.repeat(self.threads, k).astype(np.int32)
         order = np.argsort(self.granules, kind="stable")
         sorted_granules, sorted_owners = self.granules[order], self.owners[order]
@@ -50,7 +51,9 @@ class Access:
         self.readers = self.owners.copy()
         if len(self.duplicate):
             shared = np.isin(self.granules, self.granules[self.duplicate])
-            several = np.isin(self.granules, sorted_granules[1:][same & (sorted_owners[1:] >> 5 != sorted_owners[:-1] >> 5)])
+            several = np.isin(
+                self.granules, sorted_granules[1:][same & (sorted_owners[1:] >> 5 != sorted_owners[:-1] >> 5)]
+            )
             self.readers |= np.where(several, _WARPS | _LANES, np.where(shared, _LANES, 0)).astype(np.int32)
         if collective:  # every lane of the warp has read by the end of the instruction
             self.readers = (self.readers & _WARPS) | (self.owners & ~31)
@@ -65,8 +68,8 @@ class Access:
 
 
 def wavefronts(address: Array, threads: Array, size: int) -> tuple[int, int]:
-    """(passes that the banks need, fewest that the bytes need), over all warps: 32 banks of 4 bytes; requests of 8 and 16
-    bytes a lane go by halves and quarters of a warp."""
+    """(passes that the banks need, fewest that the bytes need), over all warps: 32 banks of 4 bytes; requests of 8 and
+    16 bytes a lane go by halves and quarters of a warp."""
     lanes = 32 // max(1, size // 4)
     words = (address[:, None] // 4 + np.arange(max(1, size // 4))).reshape(-1)
     parts = np.repeat(threads // lanes, max(1, size // 4))
@@ -126,6 +129,7 @@ class SharedMemory:
         self.finished[:, 0] = 0
         self.last_write = self.last_read = 0
         self.asynchronous = False
+        self.pending: dict[tuple, tuple] = {}  # reads since the last barrier that are not in `readers` yet
         self.cache: dict[tuple, Access] = {}
 
     # ---------------------------------------------------------------- which lanes, which bytes
@@ -263,6 +267,8 @@ class SharedMemory:
 
     def settle(self) -> None:
         """After a barrier: copies that everybody has waited for are like plain writes from before it."""
+        if self.m.sync.floor == self.m.sync.clock:
+            self.pending.clear()
         if self.asynchronous and (self.finished[:, 1 : int(self.committed.max()) + 2] < self.m.sync.floor).all():
             self.asynchronous = False
             self.groups.fill(0)
@@ -307,24 +313,48 @@ class SharedMemory:
             m.count_shared(site, access, programs)
         if not m.checks:
             return
-        places, rows = self._places(access, programs)
-        if not (self._settled() and access.initialised):
+        if not (access.initialised and self._arrived(access)):
+            places, rows = self._places(access, programs)
             written = self.writers[places]
             self._judge(site, access, programs, "read after write", places, rows, written, read=True)
-            access.initialised = not isinstance(access, _Pairs) and programs is None and bool((written >= 0).all())
-        clock = m.sync.clock
+            access.initialised = not access.per_pair and programs is None and bool((written >= 0).all())
+        if len(self.pending) > 1000:
+            self._note_reads(None)
+        self.pending[id(access), None if programs is None else programs.tobytes()] = access, programs, m.sync.clock
+
+    def _arrived(self, access) -> bool:
+        """Everything in the access was written before the last barrier of every program; False where it takes longer to
+        know. Groups are waited for in their order, so that the latest speaks for all."""
+        if self.last_write >= self.m.sync.floor:
+            return False
+        if not self.asynchronous:
+            return True
+        if access.per_pair or len(self.finished) > 1:
+            return False
+        return bool(self.finished[0, self.groups[0].take(access.granules).max()] < self.m.sync.floor)
+
+    def _note_reads(self, write) -> None:
+        """Enters the reads that may overlap with `write` (None: all) into the shadow. Most never need to be."""
+        for key, (access, programs, clock) in list(self.pending.items()):
+            if write is None or (access.low <= write.high and write.low <= access.high):
+                del self.pending[key]
+                if clock >= self.m.sync.floor:
+                    self._note_read(access, programs, clock)
+
+    def _note_read(self, access, programs, clock: int) -> None:
+        places, rows = self._places(access, programs)
         entry = (clock << _THREAD_BITS) | access.readers
-        if self.last_read >= m.sync.floor:
+        if self.last_read >= self.m.sync.floor:
             old = self.readers[places]
             barrier, _ = self._since(rows, access.owners)
             recent = (old >> _THREAD_BITS) >= barrier
             differ = old ^ access.readers
             lanes = recent & (differ & _THREAD != 0)
-            warps = lanes & (differ & _THREAD >> 5 << 5 != 0)
-            flags = np.where(warps, _WARPS | _LANES, np.where(lanes, _LANES, 0)) | np.where(recent, old & (_WARPS | _LANES), 0)
-            entry = entry | flags.astype(np.int32)
+            warps = lanes & (differ & (_THREAD >> 5 << 5) != 0)
+            flags = np.where(warps, _WARPS | _LANES, np.where(lanes, _LANES, 0))
+            entry = entry | (flags | np.where(recent, old & (_WARPS | _LANES), 0)).astype(np.int32)
         self.readers[places] = entry
-        self.last_read = clock
+        self.last_read = max(self.last_read, clock)
 
     def _check_write(self, site, access, programs, group: bool) -> None:
         m = self.m
@@ -335,6 +365,7 @@ class SharedMemory:
         places, rows = self._places(access, programs)
         if not self._settled():
             self._judge(site, access, programs, "two writes", places, rows, self.writers[places], read=False)
+        self._note_reads(access)
         if self.last_read >= m.sync.floor:
             old = self.readers[places]
             barrier, warp = self._since(rows, access.owners)
@@ -395,6 +426,7 @@ class _Pairs:
         k = max(1, site.size // memory.granule)
         self.program, self.threads, self.index = program, thread, address // site.size
         self.granules = (address[:, None] // memory.granule + np.arange(k)).reshape(-1)
+        self.low, self.high = _range(self.granules)
         self.owners = np.repeat(thread, k).astype(np.int32)
         self.owners_program = np.repeat(program, k)
         flat = self.owners_program * (memory.size // memory.granule + 1) + self.granules
@@ -416,6 +448,10 @@ class _Pairs:
 
     def count(self, size: int) -> tuple[int, int]:
         return wavefronts(self.address, self.program * self.all_threads + self.threads, size)
+
+
+def _range(granules: Array) -> tuple[int, int]:
+    return (int(granules.min()), int(granules.max())) if len(granules) else (1, 0)
 
 
 def _one_row(x: Array, programs: Array | None) -> Array:
