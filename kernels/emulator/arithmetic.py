@@ -49,7 +49,7 @@ def divide(a: Array, b: Array) -> Array:
     quotient = a // b
     if a.dtype.kind == "i":
         rest = a - quotient * b
-        quotient = quotient + ((rest != 0) & ((rest ^ b) < 0)).astype(a.dtype)
+        quotient = quotient + ((rest != 0) & ((a ^ b) < 0)).astype(a.dtype)
     return np.where(b == 0, ~a.dtype.type(0), quotient)
 
 

@@ -232,6 +232,7 @@ class GlobalMemory:
 
     def _check_store(self, m, site, region: Region, offsets: Array, lanes, chosen: Array | None) -> None:
         storage = region.storage
+        assert storage.writers is not None
         places, codes = self._places(m, site, storage, offsets, lanes, chosen)
         written = storage.writers[places]
         if written.any():

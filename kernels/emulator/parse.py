@@ -147,8 +147,19 @@ class _Sources:
         self.files = {int(n): name for n, name in re.findall(r'\.file\s+(\d+) "([^"]*)"', text)}
         self.parents: dict[tuple[int, int, int], tuple[int, int, int]] = {}
         self.current = UNKNOWN
+        self._inline = 0
+
+    def inline(self, raw: str) -> None:
+        """LLVM counts the lines of inline assembly on from its first: only the first is a line of ours."""
+        if "// begin inline asm" in raw:
+            self._inline = 1
+        elif "// end inline asm" in raw:
+            self._inline = 0
 
     def follow(self, match: re.Match) -> None:
+        if self._inline > 1:
+            return
+        self._inline += self._inline
         at = (int(match[1]), int(match[2]), int(match[3]))
         if match[4]:
             self.parents[at] = (int(match[4]), int(match[5]), int(match[6]))
@@ -183,6 +194,7 @@ def parse(text: str) -> Kernel:
         return blocks[-1]
 
     for number, raw in enumerate(body.split("\n"), first):
+        sources.inline(raw)
         line = raw.split("//")[0].strip()
         if match := _LOC.match(line):
             sources.follow(match)
