@@ -1,7 +1,7 @@
 """A group of a launch's programs in lockstep: control flow, what a block's generated function calls, findings, counts.
 
-Lanes that part at a branch wait at their blocks; the lowest block runs first, which brings Triton's control flow
-together again. A block runs for all lanes, or under a mask of those that are there.
+Lanes that part at a branch wait at their blocks; those in the innermost loop run first (`Kernel.priority`), which
+brings Triton's control flow together again. A block runs for all lanes, or under a mask of those that are there.
 """
 
 from dataclasses import dataclass, field
@@ -127,7 +127,7 @@ class Machine:
         warps = self.programs * (self.threads // 32)
         waiting: dict[int, Array | None] = {0: None}
         while waiting:
-            number = min(waiting)
+            number = min(waiting, key=self.kernel.priority.__getitem__)
             mask = waiting.pop(number)
             block = self.kernel.blocks[number]
             function = self.code.block(number, mask is not None)

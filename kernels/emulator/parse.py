@@ -77,6 +77,8 @@ class Kernel:
     threads: int
     blocks: list[Block]
     target: str
+    # by block: who runs first of lanes that wait at several
+    priority: list[int]
 
     def instructions(self) -> Iterator[Instruction]:
         for block in self.blocks:
@@ -215,7 +217,7 @@ def parse(text: str) -> Kernel:
         blocks.pop()
     _connect(name, blocks, labels)
     _liveness(blocks)
-    return Kernel(name, {n: t for t, n in declared}, int(threads[1]), blocks, target[1])
+    return Kernel(name, {n: t for t, n in declared}, int(threads[1]), blocks, target[1], _priority(blocks))
 
 
 def _connect(name: str, blocks: list[Block], labels: dict[str, int]) -> None:
@@ -232,6 +234,42 @@ def _connect(name: str, blocks: list[Block], labels: dict[str, int]) -> None:
             block.targets = following
         if any(target >= len(blocks) for target in block.targets):
             raise UnsupportedPtx(f"{name}: block {block.index} runs off the end")
+
+
+def _distance(blocks: list[Block], start: int, end: int) -> float:
+    """Jumps from block `start` to block `end`; infinite where no path leads."""
+    seen, front, steps = {start}, [start], 0
+    while front:
+        if end in front:
+            return steps
+        front = [n for n in {t for block in front for t in blocks[block].targets} if n not in seen]
+        seen.update(front)
+        steps += 1
+    return float("inf")
+
+
+def _priority(blocks: list[Block]) -> list[int]:
+    """Reverse post-order in which what leads back soonest comes first: a loop's blocks before what follows it, so that
+    lanes which left an inner loop, or passed it by, wait for those in it."""
+    order: list[int] = []
+    seen = {0}
+
+    def following(number: int) -> list[int]:
+        return sorted(blocks[number].targets, key=lambda target: _distance(blocks, target, number))
+
+    stack = [(0, following(0))]
+    while stack:
+        number, left = stack[-1]
+        if left:
+            target = left.pop()  # the farthest first: it is then last
+            if target not in seen:
+                seen.add(target)
+                stack.append((target, following(target)))
+        else:
+            order.append(number)
+            stack.pop()
+    rank = {number: i for i, number in enumerate(reversed(order))}
+    return [rank.get(block.index, len(rank)) for block in blocks]
 
 
 def _liveness(blocks: list[Block]) -> None:

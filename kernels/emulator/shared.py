@@ -121,7 +121,8 @@ class SharedMemory:
         self.data = np.zeros((m.programs, -(-size // 16) * 16), np.uint8)
         self.views = {n: self.data.view(t) for n, t in ACCESS.items()}
         entries = max(1, -(-size // granule))
-        self.writers = np.full((1, entries), -1, np.int32)
+        self.written = np.zeros((1, entries), bool)
+        self.writers = np.zeros((1, entries), np.int32)
         self.readers = np.zeros((1, entries), np.int32)
         self.groups = np.zeros((1, entries), np.int32)  # asynchronous group of the last write, 0 for a plain one
         self.committed = np.zeros((1, 1), np.int64)
@@ -136,8 +137,8 @@ class SharedMemory:
 
     def _expand(self) -> None:
         """From one row of shadow for all programs to one for each."""
-        if len(self.writers) != self.m.programs:
-            for name in ("writers", "readers", "groups", "committed", "finished"):
+        for name in ("written", "writers", "readers", "groups", "committed", "finished"):
+            if len(getattr(self, name)) != self.m.programs:
                 setattr(self, name, np.repeat(getattr(self, name), self.m.programs, axis=0))
 
     def _access(self, site: "Site", address: Array, mask: Array | None, lanes: Array | None, collective: bool = False):
@@ -272,6 +273,17 @@ class SharedMemory:
         if self.asynchronous and (self.finished[:, 1 : int(self.committed.max()) + 2] < self.m.sync.floor).all():
             self.asynchronous = False
             self.groups.fill(0)
+        if len(self.writers) > 1 and self.m.sync.floor == self.m.sync.clock and not self.asynchronous:
+            self._collapse()
+
+    def _collapse(self) -> None:
+        """Back to one row where programs that parted are together again: who touched what before a barrier of all no
+        longer matters."""
+        if (self.committed == self.committed[:1]).all():
+            self.writers, self.readers, self.groups = self.writers[:1], self.readers[:1], self.groups[:1]
+            self.committed, self.finished = self.committed[:1], self.finished.max(axis=0, keepdims=True)
+            self.writers.fill(0)
+            self.readers.fill(0)
 
     # ---------------------------------------------------------------- checks
 
@@ -315,9 +327,11 @@ class SharedMemory:
             return
         if not (access.initialised and self._arrived(access)):
             places, rows = self._places(access, programs)
-            written = self.writers[places]
-            self._judge(site, access, programs, "read after write", places, rows, written, read=True)
-            access.initialised = not access.per_pair and programs is None and bool((written >= 0).all())
+            self._judge(site, access, programs, "read after write", places, rows)
+            written = self.written[places]
+            if not written.all():
+                self._report(site, access, programs, ~written, "never written", kind="uninitialised")
+            access.initialised = not access.per_pair and programs is None and bool(written.all())
         if len(self.pending) > 1000:
             self._note_reads(None)
         self.pending[id(access), None if programs is None else programs.tobytes()] = access, programs, m.sync.clock
@@ -364,7 +378,7 @@ class SharedMemory:
             return
         places, rows = self._places(access, programs)
         if not self._settled():
-            self._judge(site, access, programs, "two writes", places, rows, self.writers[places], read=False)
+            self._judge(site, access, programs, "two writes", places, rows)
         self._note_reads(access)
         if self.last_read >= m.sync.floor:
             old = self.readers[places]
@@ -375,6 +389,7 @@ class SharedMemory:
             hazard = np.where(same_warp, lane & (stamp >= warp) & (old & 31 != 0), stamp >= barrier)
             if hazard.any():
                 self._report(site, access, programs, hazard, "written after another thread read it, no barrier between")
+        self.written[places] = True
         self.writers[places] = (m.sync.clock << _THREAD_BITS) | access.owners
         if group:
             self.asynchronous = True
@@ -385,11 +400,12 @@ class SharedMemory:
             if self.asynchronous:
                 self.groups[places] = 0
 
-    def _judge(self, site, access, programs, what: str, places, rows, written: Array, read: bool) -> None:
+    def _judge(self, site, access, programs, what: str, places, rows) -> None:
+        written = self.writers[places]
         stamp, asynchronous = self._stamps(places, rows, written)
         barrier, warp = self._since(rows, access.owners)
         thread = written & _THREAD
-        others = (thread != access.owners) & (written >= 0)
+        others = thread != access.owners
         same_warp = thread >> 5 == access.owners >> 5
         pending = asynchronous & (stamp == _PENDING)
         if pending.any():
@@ -397,8 +413,6 @@ class SharedMemory:
         hazard = others & np.where(same_warp, stamp >= warp, stamp >= barrier) & ~pending
         if hazard.any():
             self._report(site, access, programs, hazard, f"{what} of another thread, no barrier between")
-        if read and (written < 0).any():
-            self._report(site, access, programs, written < 0, "never written", kind="uninitialised")
 
     def _report(self, site, access, programs, bad: Array, what: str, kind: str = "race in shared memory") -> None:
         bad = np.broadcast_to(bad, np.broadcast_shapes(bad.shape, access.granules.shape))

@@ -31,9 +31,13 @@ class _Apart(pytest.File):
 
 class _Module(pytest.Item):
     def runtest(self) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_INT", "PYTEST_"))}
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("TRITON_INT", "PYTEST_"))
+        }
         options = ["-q", "-n", "0", "-m", self.config.option.markexpr, "-k", self.config.option.keyword]
         command = [sys.executable, "-m", "pytest", str(self.path), *options]
-        done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, check=False
+        )
         if done.returncode not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             pytest.fail(f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}", pytrace=False)

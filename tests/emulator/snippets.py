@@ -20,8 +20,11 @@ TYPES = {"p": "pred", "rs": "b16", "r": "b32", "rd": "b64"}
 def ptx(body: str, parameters: int, threads: int = 32) -> str:
     declared = ",\n".join(f"\t.param .u64 .ptr .global .align 1 k_param_{i}" for i in range(parameters))
     registers = "\n".join(f"\t.reg .{TYPES[p]} %{p}<{n}>;" for p, n in COUNTS.items())
-    lines = "\n".join(line if line.endswith(":") else f"\t{line};" for line in filter(None, map(str.strip, body.split("\n"))))
-    return f".version 8.8\n.target sm_86\n.visible .entry k(\n{declared}\n)\n.reqntid {threads}\n{{\n{registers}\n{lines}\n}}\n"
+    lines = "\n".join(
+        line if line.endswith(":") else f"\t{line};" for line in filter(None, map(str.strip, body.split("\n")))
+    )
+    head = f".version 8.8\n.target sm_86\n.visible .entry k(\n{declared}\n)\n.reqntid {threads}"
+    return f"{head}\n{{\n{registers}\n{lines}\n}}\n"
 
 
 def run(
@@ -81,12 +84,29 @@ def apply(opcode: str, sources: Sequence[np.ndarray], bits: int, extra: str = ""
 # ---------------------------------------------------------------- numbers
 
 FLOATS = {
-    16: [0, 0x8000, 1, 0x8001, 0x3FF, 0x400, 0x3C00, 0xBC00, 0x3C01, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00, 0x3555, 0x4248],
+    16: [0, 0x8000, 1, 0x8001, 0x3FF, 0x400, 0x3C00, 0xBC00, 0x3C01, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00, 0x3555,
+         0x4248],
     32: [0, 1 << 31, 1, 0x807FFFFF, 0x800000, 0x3F800000, 0xBF800000, 0x3F800001, 0x7F7FFFFF, 0xFF7FFFFF, 0x7F800000,
          0xFF800000, 0x7FC00000, 0x40490FDB, 0xC2F6E979, 0x4B800001, 0x3F008000, 0x3F018000, 0x33D6BF95],
 }  # fmt: skip
 INTEGERS = {
-    bits: [0, 1, 2, 5, 15, 16, 31, 32, 33, 63, 64, 1 << (bits - 1), (1 << (bits - 1)) - 1, (1 << bits) - 1, (1 << bits) - 7]
+    bits: [
+        0,
+        1,
+        2,
+        5,
+        15,
+        16,
+        31,
+        32,
+        33,
+        63,
+        64,
+        1 << (bits - 1),
+        (1 << (bits - 1)) - 1,
+        (1 << bits) - 1,
+        (1 << bits) - 7,
+    ]
     for bits in (16, 32, 64)
 }
 

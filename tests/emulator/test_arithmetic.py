@@ -19,7 +19,9 @@ def _check(opcode, model, sources, bits, result, extra=""):
     got = apply(opcode, sources, result, extra)
     wanted = [model(*(int(x) for x in row)) & ((1 << result) - 1) for row in zip(*sources, strict=True)]
     wrong = [i for i, (a, b) in enumerate(zip(got.tolist(), wanted, strict=True)) if a != b]
-    assert not wrong, f"{opcode}{[hex(int(x[wrong[0]])) for x in sources]}: {got[wrong[0]]:#x}, not {wanted[wrong[0]]:#x}"
+    assert not wrong, (
+        f"{opcode}{[hex(int(x[wrong[0]])) for x in sources]}: {got[wrong[0]]:#x}, not {wanted[wrong[0]]:#x}"
+    )
 
 
 def _truncated(a: int, b: int) -> int:
@@ -129,26 +131,27 @@ def _check_floats(opcode, model, kinds, result):
 def _formula(kind, function):
     """Bits of function(exact values) rounded once; special values as IEEE's arithmetic of Python floats has them."""
 
+    top = 31 if kind == "f32" else 15
+
     def model(*bits):
         values = [exact(b, kind) for b in bits]
         if any(isinstance(v, float) for v in values):  # infinite or NaN: no rounding is involved
             try:
-                out = function(*(float(v) if isinstance(v, float) or abs(v) < 2**127 else math.copysign(1e300, v) for v in values))
+                out = function(
+                    *(float(v) if isinstance(v, float) or abs(v) < 2**127 else math.copysign(1e300, v) for v in values)
+                )
             except ZeroDivisionError:
                 return NotImplemented
             if math.isnan(out):
                 return None
             infinite = {"f32": 0x7F800000, "f16": 0x7C00, "bf16": 0x7F80}[kind]
             if math.isinf(out):
-                return infinite | (0 if out > 0 else 1 << (31 if kind == "f32" else 15))
+                return infinite | (0 if out > 0 else 1 << top)
             return rounded(Fraction(out), kind) if out else None
         out = function(*values)
-        if out == 0:
-            with np.errstate(all="ignore"):
-                signs = [np.float64(-0.0 if b >> (31 if kind == "f32" else 15) else 0.0) if v == 0 else np.float64(float(v))
-                         for b, v in zip(bits, values, strict=True)]  # fmt: skip
-                sign = np.signbit(function(*signs)) if all(v == 0 for v in values) or function(*signs) == 0 else False
-            return int(sign) << (31 if kind == "f32" else 15)
+        if out == 0:  # the sign of a zero is what float64 gives: these products do not underflow there
+            signed = [math.copysign(float(v), -1 if b >> top else 1) for b, v in zip(bits, values, strict=True)]
+            return (1 << top) if math.copysign(1, function(*signed)) < 0 else 0
         return rounded(out, kind)
 
     return model
@@ -213,9 +216,17 @@ def test_float_extremes_and_comparisons(kind):
 
 def test_float_conversions():
     for kind in ("f16", "bf16"):
+
         def widen(a, kind=kind):
             value = exact(a, kind)
-            return None if value != value else a << 16 if kind == "bf16" else int(np.uint16(a).view(np.float16).astype(np.float32).view(np.uint32))  # noqa: E501
+            return (
+                None
+                if value != value
+                else a << 16
+                if kind == "bf16"
+                else int(np.uint16(a).view(np.float16).astype(np.float32).view(np.uint32))
+            )
+
         def narrow(a, kind=kind):
             value = exact(a, "f32")
             if isinstance(value, float):
@@ -249,7 +260,9 @@ def test_pairs(kind):
         for i, (a, b) in enumerate(zip(*(x.tolist() for x in two), strict=True)):
             for shift in (0, 16):
                 halves = a >> shift & 0xFFFF, b >> shift & 0xFFFF
-                if name in ("max", "min") and any(exact(h, kind) != exact(h, kind) or exact(h, kind) == 0 for h in halves):
+                if name in ("max", "min") and any(
+                    exact(h, kind) != exact(h, kind) or exact(h, kind) == 0 for h in halves
+                ):
                     continue
                 wanted = _formula(kind, function)(*halves)
                 assert _same(int(got[i]) >> shift & 0xFFFF, wanted, kind), (name, hex(a), hex(b), shift)
@@ -258,7 +271,11 @@ def test_pairs(kind):
 def test_approximate_functions():
     """Within two units in the last place of float32; .ftz reads and gives zeros for subnormal numbers."""
     x = np.array([0.0, 1.0, -3.25, 10.5, -120.0, 0.3], np.float32)
-    ulps = {"ex2.approx.ftz.f32": np.exp2, "rsqrt.approx.ftz.f32": lambda v: 1 / np.sqrt(v), "lg2.approx.ftz.f32": np.log2}
+    ulps = {
+        "ex2.approx.ftz.f32": np.exp2,
+        "rsqrt.approx.ftz.f32": lambda v: 1 / np.sqrt(v),
+        "lg2.approx.ftz.f32": np.log2,
+    }
     for opcode, function in ulps.items():
         y = np.abs(x[1:]) if not opcode.startswith("ex2") else x
         got = apply(opcode, [y.view(np.uint32)], 32).view(np.float32)

@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from snippets import run
+from snippets import ptx, run
+
+from kernels.emulator import UnsupportedPtx
+from kernels.emulator.codegen import Code
+from kernels.emulator.parse import parse
+from kernels.emulator.session import execute
 
 LANES = np.arange(32)
 GROUP, IN_GROUP = LANES // 4, LANES % 4
@@ -20,7 +25,9 @@ def _mma(opcode: str, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray
     for number, (first, count) in enumerate([(10, 4), (20, 2), (30, 4)]):
         body += f"ld.param.b64 %rd1, [k_param_{number}]\nmad.wide.u32 %rd1, %r1, 4, %rd1\n"
         body += "".join(f"ld.global.b32 {{ %r{first + i} }}, [ %rd1 + {128 * i} ]\n" for i in range(count))
-    names = ["{ " + ", ".join(f"%r{first + i}" for i in range(n)) + " }" for first, n in ((40, 4), (10, 4), (20, 2), (30, 4))]
+    names = [
+        "{ " + ", ".join(f"%r{first + i}" for i in range(n)) + " }" for first, n in ((40, 4), (10, 4), (20, 2), (30, 4))
+    ]
     body += f"{opcode} {', '.join(names)}\nld.param.b64 %rd2, [k_param_3]\nmad.wide.u32 %rd2, %r1, 4, %rd2\n"
     body += "".join(f"st.global.b32 [ %rd2 + {128 * i} ], {{ %r{40 + i} }}\n" for i in range(4)) + "ret\n"
     findings, _ = run(body, tensors)
@@ -76,7 +83,11 @@ def test_ldmatrix(count, transposed):
     rows = np.random.default_rng(0).permutation(32)  # where each row of 16 bytes lies
     memory = np.zeros((32, 8), np.uint16)
     memory[rows] = numbers.reshape(32, 8)
-    source, places, out = _int32(memory), torch.from_numpy(rows.astype(np.int32) * 16), torch.zeros(4 * 32, dtype=torch.int32)
+    source, places, out = (
+        _int32(memory),
+        torch.from_numpy(rows.astype(np.int32) * 16),
+        torch.zeros(4 * 32, dtype=torch.int32),
+    )
     registers = ", ".join(f"%r{20 + i}" for i in range(count))
     body = f"""
         mov.u32 %r1, %tid.x
@@ -177,13 +188,12 @@ def test_lanes_and_programs_that_part_come_together():
 
 def test_a_parameter_is_extended_by_its_sign():
     """ld.param.s32 into 64 bits: what ignore_index -100 arrives by."""
-    from kernels.emulator.codegen import Code
-    from kernels.emulator.parse import parse
-    from kernels.emulator.session import execute
-    from snippets import ptx
-
-    text = ptx("ld.param.b64 %rd1, [k_param_0]\nld.param.s32 %rd2, [k_param_1]\nst.global.b64 [ %rd1 + 0 ], { %rd2 }\nret", 2)
-    text = text.replace(".param .u64 .ptr .global .align 1 k_param_1", ".param .u32 k_param_1").replace(".reqntid 32", ".reqntid 1")
+    text = ptx(
+        "ld.param.b64 %rd1, [k_param_0]\nld.param.s32 %rd2, [k_param_1]\nst.global.b64 [ %rd1 + 0 ], { %rd2 }\nret", 2
+    )
+    text = text.replace(".param .u64 .ptr .global .align 1 k_param_1", ".param .u32 k_param_1").replace(
+        ".reqntid 32", ".reqntid 1"
+    )
     out = torch.zeros(1, dtype=torch.int64)
     execute(Code(parse(text)), (1, 1, 1), [(0, "out", out), (1, "n", -100)], 0)
     assert out.item() == -100
@@ -217,7 +227,5 @@ def test_asynchronous_copies_fill_with_zeros():
 
 
 def test_unknown_opcodes_are_refused_by_name():
-    from kernels.emulator import UnsupportedPtx
-
     with pytest.raises(UnsupportedPtx, match=r"atom\.global\.add\.u32.*white list"):
         run("ld.param.b64 %rd1, [k_param_0]\natom.global.add.u32 %r1, [%rd1], 1\nret", [torch.zeros(1)])

@@ -1,4 +1,4 @@
-"""Every operator in bfloat16, forward and backward, compiled for sm_86 and executed: against float64, beside the formula.
+"""Every operator in bfloat16, forward and backward, compiled for sm_86 and executed: against float64, as the formula.
 
 Error at most twice that of the plain formula in the same dtype, plus 1e-5 of the largest value, as in tests/kernels.
 """
@@ -18,7 +18,8 @@ def _drop(site: int, p: float = 0.1) -> Dropout:
 CASES = {
     "attention": ({"batch": 2, "queries": 37, "keys": 53, "heads": 2, "width": 64}, {"dropout": _drop(1)}),
     "attention causal": (
-        {"batch": 1, "queries": 45, "keys": 45, "heads": 3, "key_heads": 1, "width": 64}, {"causal": True, "scale": 0.2},
+        {"batch": 1, "queries": 45, "keys": 45, "heads": 3, "key_heads": 1, "width": 64},
+        {"causal": True, "scale": 0.2},
     ),
     "unified_attention": ({"batch": 1, "queries": 37, "other": 21, "heads": 2, "width": 64}, {"dropout": _drop(1)}),
     "glu": (
@@ -26,7 +27,8 @@ CASES = {
         {"kind": "gated", "activation": "gelu", "dropout": _drop(1)},
     ),
     "glu plain": (
-        {"batch": 3, "length": 23, "width": 64, "hidden": 136, "kind": "plain"}, {"kind": "plain", "activation": "relu"},
+        {"batch": 3, "length": 23, "width": 64, "hidden": 136, "kind": "plain"},
+        {"kind": "plain", "activation": "relu"},
     ),
     "residual_norm": ({"batch": 2, "length": 19, "width": 72}, {"dropout": _drop(1)}),
     "linear_cross_entropy": ({"batch": 1, "length": 37, "width": 72, "vocabulary": 203}, {"scale": 72**-0.5}),
@@ -42,7 +44,9 @@ def _evaluate(operator: str, inputs: dict, kwargs: dict, impl: str, dtype: torch
     out = getattr(kernels, operator)(**given, **kwargs, impl=impl)
     outs = [x for x in (out if isinstance(out, tuple) else (out,)) if x.requires_grad]
     generator = torch.Generator().manual_seed(1)
-    above = [(torch.randint(-32, 33, x.shape, generator=generator) / 16 if x.dim() else torch.tensor(1.75)) for x in outs]
+    above = [
+        (torch.randint(-32, 33, x.shape, generator=generator) / 16 if x.dim() else torch.tensor(1.75)) for x in outs
+    ]
     leaves = [x for x in given.values() if x.requires_grad]
     gradients = torch.autograd.grad(outs, leaves, [a.to(x) for a, x in zip(above, outs, strict=True)])
     return [x.detach().double() for x in (*outs, *gradients)]
