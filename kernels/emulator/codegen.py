@@ -145,7 +145,6 @@ class _Emitter:
             return
         if not is_register(register):
             raise UnsupportedPtx(f"result {register!r}")
-        canonical = self.canonical_form(register)
         if width_of(register) != (1 if form == "b" else int(form[1:])):
             raise UnsupportedPtx(f"{register} written as {form}")
         name = self.new(expression)
@@ -154,7 +153,6 @@ class _Emitter:
             name = self.new(f"np.where({guard}, {name}, {old})")
         self.names[register] = {form: name}
         self.written.add(register)
-        assert canonical
 
     # ---------------------------------------------------------------- a block
 

@@ -337,6 +337,3 @@ class Machine:
             for line, values in mine.items():
                 before = theirs.get(line, [0] * len(values))
                 theirs[line] = [a + b for a, b in zip(before, values, strict=True)]
-
-
-__all__ = ["Counts", "Finding", "Kernel", "Lanes", "Machine", "Site"]
