@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kernels.emulator.memory import GlobalMemory
-from kernels.emulator.parse import Instruction, Kernel, Location, UnsupportedPtx
+from kernels.emulator.parse import Instruction, Location, UnsupportedPtx
 from kernels.emulator.shared import SharedMemory, Sync
 
 if TYPE_CHECKING:
