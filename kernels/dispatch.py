@@ -63,6 +63,22 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+# not empty while something executes the compiled kernels on CPU tensors: kernels.emulator
+_ON_CPU: list[bool] = []
+
+
+@contextlib.contextmanager
+def kernels_on_cpu() -> Iterator[None]:
+    """Within it, impl='triton' takes CPU tensors."""
+    _ON_CPU.append(True)
+    try:
+        yield
+    finally:
+        _ON_CPU.pop()
+        for key in [key for key in _LOADED if key[1] == "triton" and key[2].type == "cpu"]:
+            del _LOADED[key]
+
+
 _SAID: set[str] = set()
 
 
@@ -101,7 +117,7 @@ def _function(called: str, name: str, device_type: str) -> Callable:
                 f"{operator}: impl='triton' has no fused kernel here (triton installed: "
                 f"{importlib.util.find_spec('triton') is not None}); use impl='torch'"
             )
-        if device_type != "cuda" and device_type != "meta" and not triton_interpreted():
+        if device_type not in ("cuda", "meta") and not triton_interpreted() and not _ON_CPU:
             raise ImplementationError(
                 f"{operator}: impl='triton' needs a CUDA device, got tensors on {device_type}; use impl='torch' or "
                 "'auto', or set TRITON_INTERPRET=1 before starting Python to run the kernels in Triton's interpreter"

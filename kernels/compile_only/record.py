@@ -70,7 +70,7 @@ class Launch:
         return self.compiled.hash if self.compiled is not None else f"{self.module}.{self.kernel} {self.configuration}"
 
 
-_active: list["_Recorder"] = []
+_active: list["Recorder"] = []
 
 
 def launches(x: Tensor) -> bool:
@@ -96,12 +96,12 @@ def architecture(x: Tensor) -> str:
 
 
 class _Pointer:
-    """A meta tensor as a real launch would see it: allocations aligned to 256 bytes, as the CUDA allocator's are."""
+    """A tensor as a real launch would see it."""
 
-    def __init__(self, tensor: Tensor):
+    def __init__(self, tensor: Tensor, address: int):
         self.dtype = tensor.dtype
         self.shape = tensor.shape
-        self._address = 256 + int(tensor.storage_offset()) * tensor.element_size()
+        self._address = address
 
     def data_ptr(self) -> int:
         return self._address
@@ -174,10 +174,23 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str | type(None)) else getattr(value, "__name__", str(value))
 
 
-class _Recorder:
+class Recorder:
+    """Notes down every launch made while it is `installed`; kernels.emulator derives one that executes them."""
+
+    # type of the tensors that launches take
+    device = "meta"
+
     def __init__(self, arch: str, compile: Callable[[str], bool]):
         self.arch, self.compile = arch, compile
         self.launches: list[Launch] = []
+
+    def address(self, index: int, tensor: Tensor) -> int:
+        """Address of argument number `index`: allocations aligned to 256 bytes, as the CUDA allocator's are."""
+        return 256 + int(tensor.storage_offset()) * tensor.element_size()
+
+    def launched(self, launch: Launch, values: dict[str, Any]) -> None:
+        """Called with every launch and its arguments by name."""
+        self.launches.append(launch)
 
     def run(self, original: Callable, function: Any, args: tuple, grid: Any, warmup: bool, kwargs: dict) -> Any:
         names = {parameter.name: parameter for parameter in function.params}
@@ -186,26 +199,28 @@ class _Recorder:
         bound = function.signature.bind(*args, **given)
         bound.apply_defaults()
         values = bound.arguments
-        pointers = {n: _Pointer(v) if isinstance(v, Tensor) else v for n, v in values.items()}
+        pointers = {
+            n: _Pointer(v, self.address(i, v)) if isinstance(v, Tensor) else v
+            for i, (n, v) in enumerate(values.items())
+        }
         if callable(grid):
             grid = grid(dict(values))
         grid3 = tuple(int(n) for n in (*grid, 1, 1)[:3])
         compiled = None
         if self.compile(function.__name__):
             compiled = original(function, grid=grid3, warmup=warmup, **pointers, **options)
-        self.launches.append(
-            Launch(
-                kernel=function.__name__,
-                module=function.__module__,
-                arch=self.arch,
-                grid=grid3,  # type: ignore[arg-type]
-                num_warps=options.get("num_warps", 4),
-                num_stages=options.get("num_stages", 3),
-                constants={n: _plain(v) for n, v in values.items() if names[n].is_constexpr},
-                arguments=tuple(_argument(n, v) for n, v in values.items() if not names[n].is_constexpr),
-                compiled=compiled,
-            )
+        launch = Launch(
+            kernel=function.__name__,
+            module=function.__module__,
+            arch=self.arch,
+            grid=grid3,  # type: ignore[arg-type]
+            num_warps=options.get("num_warps", 4),
+            num_stages=options.get("num_stages", 3),
+            constants={n: _plain(v) for n, v in values.items() if names[n].is_constexpr},
+            arguments=tuple(_argument(n, v) for n, v in values.items() if not names[n].is_constexpr),
+            compiled=compiled,
         )
+        self.launched(launch, dict(values))
         return compiled
 
 
@@ -220,6 +235,13 @@ def recording(arch: str = "sm_86", compile: bool | Callable[[str], bool] = True)
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"recording: expected arch among {', '.join(ARCHITECTURES)}, got {arch!r}")
+    with installed(Recorder(arch, compile if callable(compile) else lambda _: compile)) as recorder:
+        yield recorder.launches
+
+
+@contextlib.contextmanager
+def installed(recorder: Recorder) -> Iterator[Recorder]:
+    """Within it, launches of Triton kernels go to `recorder` instead of a device; errors as of `recording`."""
     if triton_interpreted():
         raise RuntimeError(
             "recording: expected compiled kernels, got TRITON_INTERPRET=1, which replaces them by interpreted ones; "
@@ -231,20 +253,19 @@ def recording(arch: str = "sm_86", compile: bool | Callable[[str], bool] = True)
 
     if _active:
         raise RuntimeError("recording: expected no other active recording, got one; end it first")
-    recorder = _Recorder(arch, compile if callable(compile) else lambda _: compile)
     original, previous = JITFunction.run, driver._active
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.device.type != "meta":
-                raise ValueError(f"recording: expected meta tensors, got one on {value.device}; nothing can run it")
+            if isinstance(value, Tensor) and value.device.type != recorder.device:
+                raise ValueError(f"recording: expected {recorder.device} tensors, got one on {value.device}")
         return recorder.run(original, self, args, grid, warmup, kwargs)
 
     JITFunction.run = run
-    driver.set_active(CompileOnlyDriver(arch))
+    driver.set_active(CompileOnlyDriver(recorder.arch))
     _active.append(recorder)
     try:
-        yield recorder.launches
+        yield recorder
     finally:
         _active.remove(recorder)
         driver._active = previous
