@@ -160,18 +160,16 @@ class Eager(nn.Module):
         self.embedding.weight.copy_(model.embedding)
         self.positions.copy_(model.positions)
         if self.bank is not None:
-            self.bank[0].copy_(model.database_keys)
-            self.bank[1].copy_(model.database_values)
+            self.bank[0].copy_(model.database.keys)
+            self.bank[1].copy_(model.database.values)
         for ours, theirs in ((self.encoder, model.encoder), (self.decoder, model.decoder)):
-            for module, norm, source in zip(ours.blocks, ours.norms, theirs.sublayers(), strict=True):
+            sources = [source for block in theirs.blocks for source in block.layers]
+            for module, norm, source in zip(ours.blocks, ours.norms, sources, strict=True):
                 norm.weight.copy_(source.norm.gain)
-                names = ("gate", "up") if isinstance(module, FeedForward) else ("q", "k", "v")
-                layers = [getattr(module, name) for name in names if hasattr(module, name)]
-                packed = next(getattr(source, name) for name in ("w_in", "w_qkv", "w_q") if hasattr(source, name))
-                for layer, part in zip(layers, packed.chunk(len(layers)), strict=True):
-                    layer.weight.copy_(part)
-                last = module.down if isinstance(module, FeedForward) else module.o
-                last.weight.copy_(source.w_down if isinstance(module, FeedForward) else source.w_o)
+                for linear in source.children():
+                    rows = getattr(linear, "rows", {})  # of a march Linear: its parts, named as the layers here
+                    for name, part in zip(rows, linear.weight.split(list(rows.values())) if rows else (), strict=True):
+                        getattr(module, name).weight.copy_(part)
             ours.final_norm.weight.copy_(theirs.final_norm.gain)
         return self
 

@@ -58,8 +58,10 @@ class SublayerConfig:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One block of a stack: its attention widths and its sublayers in order."""
+    """One block of a stack: where it is, its attention widths and its sublayers in order."""
 
+    stack: Literal["encoder", "decoder"]
+    index: int
     num_heads: int
     dim_qkv: int
     sublayers: tuple[SublayerConfig, ...]
@@ -248,11 +250,12 @@ def resolve(config: ModelConfig) -> ResolvedConfig:
     """The blocks of both stacks; ConfigError when the fields cannot go together."""
     check(config)
     widths = list(zip(per_block(config, "num_heads"), per_block(config, "dim_qkv"), strict=True))
-    encoder, decoder = (
-        tuple(BlockConfig(heads, width, _sublayers(config, is_decoder)) for heads, width in widths)
-        for is_decoder in (False, True)
-    )
-    return ResolvedConfig(config, encoder, decoder)
+
+    def blocks(stack: Literal["encoder", "decoder"]) -> tuple[BlockConfig, ...]:
+        sublayers = _sublayers(config, stack == "decoder")
+        return tuple(BlockConfig(stack, i, heads, width, sublayers) for i, (heads, width) in enumerate(widths))
+
+    return ResolvedConfig(config, blocks("encoder"), blocks("decoder"))
 
 
 def to_dict(config: ModelConfig) -> dict[str, Any]:

