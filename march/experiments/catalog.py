@@ -251,6 +251,56 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "Baseline",
         "Every head as wide as the stream: K 380.",
     ),
+    # What is asked first of a transformer: the parts that became common after the published runs, one at a time.
+    Experiment(
+        "StandardCrossAttention",
+        "Baseline",
+        {"cross_attention": "encoder_output"},
+        "Baseline",
+        "Keys and values of the encoder's output (Vaswani et al., 2017) are worth their own Wk and Wv.",
+    ),
+    Experiment(
+        "SquaredReLU",
+        "Baseline",
+        {"activation": "relu2"},
+        "Baseline",
+        "relu(x)^2 learns faster than relu(x) (So et al., 2021).",
+    ),
+    Experiment(
+        "QKNorm",
+        "Baseline",
+        {"qk_norm": True},
+        "Baseline",
+        "Normalised queries and keys, scores over sqrt(K), train more steadily (Henry et al., 2020).",
+    ),
+    Experiment(
+        "RotaryPositions",
+        "Baseline",
+        {"positions": "rotary"},
+        "Baseline",
+        "Relative positions in self-attention (Su et al., 2021) do without a table; cross-attention has none.",
+    ),
+    Experiment(
+        "NoPositions",
+        "Baseline",
+        {"positions": "none"},
+        "Baseline",
+        "The decoder's causal mask tells positions (Haviv et al., 2022), the encoder has none: what are they worth?",
+    ),
+    Experiment(
+        "GroupedKeysValues",
+        "Baseline",
+        {"num_kv_heads": 2},
+        "Baseline",
+        "Four heads of queries share keys and values (Ainslie et al., 2023) at little loss.",
+    ),
+    Experiment(
+        "SandwichNorm",
+        "Baseline",
+        {"norm_placement": "sandwich"},
+        "Baseline",
+        "A norm behind each sublayer too (Ding et al., 2021) keeps the stream's scale.",
+    ),
 )
 
 # The eight published runs that changed the positions too, each with a twin that changes only what it says.

@@ -41,7 +41,7 @@ def ids_by_name(names: Iterable[str], bits: int, salt: str = "") -> dict[str, in
 
 def _draws(model: nn.Module) -> dict[str, tuple[Tensor, Rule]]:
     """(tensor, its rule) by the name that it is drawn by."""
-    draws: dict[str, tuple[Tensor, Rule]] = {}
+    draws: list[tuple[str, tuple[Tensor, Rule]]] = []
     for prefix, module in model.named_modules():
         rules: dict[str, Rule | Parts] = getattr(module, "init_rules", {})
         own = dict(module.named_parameters(recurse=False))
@@ -55,10 +55,13 @@ def _draws(model: nn.Module) -> dict[str, tuple[Tensor, Rule]]:
             rule = rules[name]
             if isinstance(rule, list):
                 pieces = zip(rule, x.split([rows for _, rows, _ in rule]), strict=True)
-                draws |= {f"{prefix.rpartition('.')[0]}.{part}": (piece, r) for (part, _, r), piece in pieces}
+                draws += [(f"{prefix.rpartition('.')[0]}.{part}", (piece, r)) for (part, _, r), piece in pieces]
             else:
-                draws[f"{prefix}.{name}".lstrip(".")] = x, rule
-    return draws
+                draws.append((f"{prefix}.{name}".lstrip("."), (x, rule)))
+    names = [name for name, _ in draws]
+    for name in {name for name in names if names.count(name) > 1}:
+        raise RuntimeError(f"{name}: expected one parameter of this name, got several parts; rename one in its Linear")
+    return dict(draws)
 
 
 @torch.no_grad()

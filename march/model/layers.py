@@ -5,37 +5,68 @@ A sublayer is f in x = x + dropout(f(norm(x))): it maps z = norm(x) [B, L, D'] t
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 import kernels
+from kernels.dropout import keep_scale
 from march.config import BlockConfig, ModelConfig
-from march.model.modules import Axis, Dropout, ForwardContext, Linear, Norm, ResidualStream
+from march.model.modules import Axis, Dropout, ForwardContext, Linear, Norm, ResidualStream, rotate
 
 
 class Sublayer(nn.Module):
-    """f with the norm before it and the dropout behind it."""
+    """f with the norm before it and the dropout behind it; under norm_placement "sandwich" a norm between them."""
 
     name: ClassVar[str]  # in its block, and so of its parameters
 
     def __init__(self, config: ModelConfig, block: BlockConfig):
         super().__init__()
         self.norm, self.dropout, self.residual = Norm(config.dim_model), Dropout(config.dropout), True
+        self.post_norm = Norm(config.dim_model) if config.norm_placement == "sandwich" else None
 
 
 class Attention(Sublayer):
-    """dropout(softmax(Q K^T + mask)) V Wo; a subclass says where Q, K and V are from."""
+    """dropout(softmax(scale Q K^T + mask)) V Wo; a subclass says where Q, K and V are from.
+
+    scale is 1, and K^-1/2 where queries and keys are normalised (qk_norm: Henry et al., 2020; Dehghani et al., 2023).
+    """
+
+    reads_encoder: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig, block: BlockConfig):
         super().__init__(config, block)
-        self.index, self.heads = block.index, block.num_heads
+        self.index, self.heads, self.width = block.index, block.num_heads, block.dim_qkv
+        self.scale = self.width**-0.5 if config.qk_norm else 1.0
         self.stream_axis = Axis("stream", config.dim_model)
-        self.heads_axis = Axis("heads", block.dim_qkv, block.num_heads)
+        self.heads_axis = Axis("heads", self.width, self.heads)
+        self.kv_axis = Axis("heads", self.width, block.num_kv_heads)
         self.attention_dropout = Dropout(config.dropout)
         self.o = Linear(config.linear_init, self.heads_axis, o=self.stream_axis)
+        self.q_norm = Norm(self.width) if config.qk_norm else None
+        own = self.reads_encoder and config.cross_attention == "encoder_output"
+        kv = {"encoder_k": self.kv_axis, "encoder_v": self.kv_axis}
+        self.kv = Linear(config.linear_init, self.stream_axis, **kv) if own else None
+        self.k_norm = Norm(self.width) if config.qk_norm and (own or isinstance(self, SelfAttention)) else None
 
     def options(self, ctx: ForwardContext) -> dict[str, Any]:
         """What every attention operator is told."""
-        return {"dropout": self.attention_dropout(ctx), "impl": ctx.impl}
+        return {"scale": self.scale, "dropout": self.attention_dropout(ctx), "impl": ctx.impl}
+
+    def queries(self, q: Tensor, ctx: ForwardContext) -> Tensor:
+        """q [B, L, H, K'], normalised where it shall be."""
+        return q if self.q_norm is None else self.q_norm(q, ctx)
+
+    def keys_values(self, kv: Tensor, ctx: ForwardContext) -> Tensor:
+        """kv [B, L, 2 G K'] as [B, L, 2, G, K'], the keys normalised where they shall be."""
+        kv = kv.unflatten(-1, (2, self.kv_axis.count, -1))
+        return kv if self.k_norm is None else torch.stack([self.k_norm(kv[:, :, 0], ctx), kv[:, :, 1]], 2)
+
+    def encoder_kv(self, ctx: ForwardContext) -> Tensor:
+        """What the decoder attends to: encoder block i's keys and values, or its own of the encoder's output."""
+        if self.kv is None:
+            return ctx.encoder_kv[self.index]
+        assert ctx.encoder_output is not None
+        return self.keys_values(self.kv(ctx.encoder_output, ctx), ctx)
 
 
 class SelfAttention(Attention):
@@ -45,44 +76,71 @@ class SelfAttention(Attention):
 
     def __init__(self, config: ModelConfig, block: BlockConfig):
         super().__init__(config, block)
-        self.causal, heads = block.stack == "decoder", self.heads_axis
-        self.qkv = Linear(config.linear_init, self.stream_axis, q=heads, k=heads, v=heads)
+        self.causal, self.rotary = block.stack == "decoder", config.positions == "rotary"
+        self.qkv = Linear(config.linear_init, self.stream_axis, q=self.heads_axis, k=self.kv_axis, v=self.kv_axis)
+        # nothing to do between the GEMM and attention: kernels read its product as it lies
+        self.packed = self.heads_axis == self.kv_axis and not self.rotary and not config.qk_norm
+
+    def options(self, ctx: ForwardContext) -> dict[str, Any]:
+        return super().options(ctx) | {"causal": self.causal, "key_mask": None if self.causal else ctx.key_mask}
+
+    def attend_packed(self, qkv: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+        """qkv [B, L, 3, H, K'] to the mixed values [B, L, H, K'], and kv [B, L, 2, H, K']."""
+        return kernels.self_attention(qkv, **self.options(ctx))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext) -> Tensor:
+        """q [B, L, H, K'], k and v [B, L, G, K'] to the mixed values [B, L, H, K']."""
+        return kernels.attention(q, k, v, **self.options(ctx))
 
     def forward(self, z: Tensor, ctx: ForwardContext) -> Tensor:
-        qkv = self.qkv(z, ctx).unflatten(-1, (3, self.heads, -1))
-        key_mask = None if self.causal else ctx.key_mask
-        mixed, kv = kernels.self_attention(qkv, causal=self.causal, key_mask=key_mask, **self.options(ctx))
+        qkv = self.qkv(z, ctx)
+        if self.packed:
+            mixed, kv = self.attend_packed(qkv.unflatten(-1, (3, self.heads, -1)), ctx)
+        else:
+            rows = qkv.unflatten(-1, (self.heads + 2 * self.kv_axis.count, -1))
+            q, kv = (
+                self.queries(rows[:, :, : self.heads], ctx),
+                self.keys_values(rows[:, :, self.heads :].flatten(2), ctx),
+            )
+            k, v = kv.unbind(2)
+            if self.rotary:
+                q, k = rotate(q, self.width), rotate(k, self.width)
+            mixed = self.attend(q, k, v, ctx)
         if not self.causal:
             ctx.encoder_kv.append(kv)
         return self.o(mixed.flatten(2), ctx)
 
     def project_kv(self, z: Tensor, ctx: ForwardContext) -> None:
         """Keys and values alone, for the decoder: all that the last encoder block is needed for."""
-        ctx.encoder_kv.append(self.qkv(z, ctx, skip=self.qkv.rows["q"]).unflatten(-1, (2, self.heads, -1)))
+        ctx.encoder_kv.append(self.keys_values(self.qkv(z, ctx, skip=self.qkv.rows["q"]), ctx))
 
 
 class UnifiedAttention(SelfAttention):
-    """One softmax over [own keys, causal | encoder block i's keys, padding-masked]."""
+    """One softmax over [own keys, causal | encoder keys, padding-masked]."""
+
+    reads_encoder = True
 
     def __init__(self, config: ModelConfig, block: BlockConfig):
         super().__init__(config, block)
-        self.as_published = config.unified_mask == "as_published"
+        # the faulty mask exists in the reference only; the rest of the model runs as chosen
+        as_published = config.unified_mask == "as_published"
+        self.changed = {"impl": "reference", "as_published": True} if as_published else {}
 
     def options(self, ctx: ForwardContext) -> dict[str, Any]:
-        # the faulty mask exists in the reference only; the rest of the model runs as chosen
-        impl = {"impl": "reference", "as_published": True} if self.as_published else {}
-        return super().options(ctx) | {"key_mask": ctx.key_mask} | impl
+        return Attention.options(self, ctx) | {"key_mask": ctx.key_mask} | self.changed
 
-    def forward(self, z: Tensor, ctx: ForwardContext) -> Tensor:
-        qkv = self.qkv(z, ctx).unflatten(-1, (3, self.heads, -1))
-        mixed = kernels.packed_unified_attention(qkv, ctx.encoder_kv[self.index], **self.options(ctx))
-        return self.o(mixed.flatten(2), ctx)
+    def attend_packed(self, qkv: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+        return kernels.packed_unified_attention(qkv, self.encoder_kv(ctx), **self.options(ctx)), qkv[:, :, 1:]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext) -> Tensor:
+        return kernels.unified_attention(q, k, v, *self.encoder_kv(ctx).unbind(2), **self.options(ctx))
 
 
 class CrossAttention(Attention):
-    """Wq and Wo; keys and values are those of encoder block i's self-attention."""
+    """Wq and Wo; keys and values are those of encoder block i's self-attention, or own ones of the encoder's output."""
 
     name = "cross_attention"
+    reads_encoder = True
 
     def __init__(self, config: ModelConfig, block: BlockConfig):
         super().__init__(config, block)
@@ -90,10 +148,10 @@ class CrossAttention(Attention):
 
     def attend(self, q: Tensor, ctx: ForwardContext) -> Tensor:
         """q [B, L, H, K'] to the mixed values [B, L, H, K']."""
-        return kernels.cross_attention(q, ctx.encoder_kv[self.index], key_mask=ctx.key_mask, **self.options(ctx))
+        return kernels.cross_attention(q, self.encoder_kv(ctx), key_mask=ctx.key_mask, **self.options(ctx))
 
     def forward(self, z: Tensor, ctx: ForwardContext) -> Tensor:
-        q = self.q(z, ctx).unflatten(-1, (self.heads, -1))
+        q = self.queries(self.q(z, ctx).unflatten(-1, (self.heads, -1)), ctx)
         return self.o(self.attend(q, ctx).flatten(2), ctx)
 
 
@@ -101,6 +159,7 @@ class DatabaseAttention(CrossAttention):
     """Wq and Wo; keys and values are the learned bank, one head shared by all, no mask."""
 
     name = "database_attention"
+    reads_encoder = False
 
     def attend(self, q: Tensor, ctx: ForwardContext) -> Tensor:
         assert ctx.database is not None
@@ -108,13 +167,18 @@ class DatabaseAttention(CrossAttention):
 
 
 class FeedForward(Sublayer):
-    """dropout(act(z Wup)) Wdown; gated: act(z Wgate) * (z Wup); mixed: factor (sigmoid(z Wgate) + relu(z Wup))."""
+    """dropout(act(z Wup)) Wdown; gated: act(z Wgate) * (z Wup); mixed: factor (sigmoid(z Wgate) + relu(z Wup)).
+
+    Activation "relu2" is relu(x)^2 (So et al., 2021).
+    """
 
     name = "feedforward"
 
     def __init__(self, config: ModelConfig, block: BlockConfig):
         super().__init__(config, block)
-        self.form: dict[str, Any] = {"kind": config.feedforward, "activation": config.activation}
+        self.squared = config.activation == "relu2"
+        activation = "relu" if self.squared else config.activation
+        self.form: dict[str, Any] = {"kind": config.feedforward, "activation": activation}
         stream, hidden = Axis("stream", config.dim_model), Axis("hidden", config.dim_feedforward)
         gate = {} if config.feedforward == "plain" else {"gate": hidden}
         self.up = Linear(config.linear_init, stream, **gate, up=hidden)
@@ -125,6 +189,9 @@ class FeedForward(Sublayer):
     def forward(self, z: Tensor, ctx: ForwardContext) -> Tensor:
         drops = {"dropout": self.hidden_dropout(ctx), "gate_dropout": self.gate_dropout(ctx)}
         hidden = kernels.glu(z, self.up.matrix(z, ctx), **self.form, factor=self.factor, **drops, impl=ctx.impl)
+        if self.squared:  # dropout has scaled what it kept by s, and s^2 is once too often
+            kept = drops["dropout"]
+            hidden = hidden.square() / (1.0 if kept is None else keep_scale(kept.p))
         return self.down(hidden, ctx)
 
 
@@ -158,7 +225,10 @@ class Block(nn.Module):
 
     def forward(self, stream: ResidualStream, ctx: ForwardContext) -> None:
         for layer in self.layers:
-            stream.add(layer(stream.norm(layer.norm), ctx), dropout=layer.dropout(ctx), residual=layer.residual)
+            s = layer(stream.norm(layer.norm), ctx)
+            if layer.post_norm is not None:
+                s = layer.post_norm(s, ctx)
+            stream.add(s, dropout=layer.dropout(ctx), residual=layer.residual)
 
     def project_kv(self, stream: ResidualStream, ctx: ForwardContext) -> None:
         """What the decoder reads of the last encoder block; all of it runs where the block, or its self-attention, has

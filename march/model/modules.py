@@ -3,8 +3,8 @@
 What the kernels ask of a model is here and nowhere else: several projections in one GEMM, weights filled up with zeros
 to widths that kernels read fast (docs/kernels/widths.md), and an addition that waits for the norm behind it.
 
-Legend: B batch, L positions, D dim_model, H heads, K dim_qkv, F dim_feedforward; D', K', F': these, or more with zeros
-in the rest. Weights are [out, in].
+Legend: B batch, L positions, D dim_model, H heads, G heads of keys and values, K dim_qkv, F dim_feedforward; D', K',
+F': these, or more with zeros in the rest. Weights are [out, in].
 """
 
 from dataclasses import dataclass, field
@@ -25,8 +25,8 @@ class ForwardContext:
 
     impl: implementation of the operators, see `kernels.dispatch`. dtype, device: what is computed in, and where.
     rng: dropout state; None in evaluation, where nothing drops. key_mask: bool [B, Le], True where an encoder token is
-    real. encoder_kv: keys and values [B, Le, 2, H, K'] of each encoder block's self-attention, for decoder block i.
-    database: the bank's keys and values, each [1, S, 1, K'].
+    real. encoder_kv: keys and values [B, Le, 2, G, K'] of each encoder block's self-attention, for decoder block i.
+    encoder_output: [B, Le, D'], where the decoder reads that. database: the bank's keys and values, each [1, S, 1, K'].
     """
 
     impl: kernels.Impl
@@ -35,6 +35,7 @@ class ForwardContext:
     rng: Tensor | None = None
     key_mask: Tensor | None = None
     encoder_kv: list[Tensor] = field(default_factory=list)
+    encoder_output: Tensor | None = None
     database: tuple[Tensor, Tensor] | None = None
 
 
@@ -64,6 +65,19 @@ def zero_pad(weight: Tensor, rows: tuple[int, int], columns: tuple[int, int]) ->
         return weight
     grouped = weight.unflatten(1, (-1, columns[0])).unflatten(0, (-1, rows[0]))
     return pad(grouped, (0, more[1], 0, 0, 0, more[0])).flatten(2).flatten(0, 1)
+
+
+def rotate(x: Tensor, width: int, base: float = 10_000.0) -> Tensor:
+    """x [B, L, H, K'] turned by its positions 0 ... L - 1 (Su et al., 2021); width: K, the rest of K' stays.
+
+    Features i and i + K/2 are a plane, turned by position base^(-2 i / K); in float32, or float64 of float64.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    half = torch.arange(width // 2, device=x.device, dtype=wide)
+    angle = torch.arange(x.shape[1], device=x.device, dtype=wide)[:, None, None] * base ** (half * (-2 / width))
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x[..., : width // 2], x[..., width // 2 : width]
+    return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), x[..., width:]], -1)
 
 
 class Dropout(nn.Module):

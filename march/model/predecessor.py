@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from march.config import unpublished
 from march.model.modules import Linear
 from march.model.transformer import Transformer
 
@@ -44,6 +45,9 @@ def _stack_entries(model: Transformer, stack: Any, prefix: str, final_norm: int 
 
 def _entries(model: Transformer, final_norms: Mapping[str, int]) -> list[tuple[str, Tensor, slice]]:
     """(key, our parameter, its rows) of everything; a packed weight has several keys, a norm's key several users."""
+    for name, value in unpublished(model.config).items():
+        raise ValueError(f"predecessor: expected what it has, got {name}={value}; save and load model.state_dict()")
+    assert model.positions is not None
     entries: list[tuple[str, Tensor, slice]] = [
         ("embedding.weight", model.embedding, slice(None)),
         ("position_encoding.timing_table", model.positions, slice(None)),

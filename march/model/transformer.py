@@ -1,7 +1,8 @@
 """The encoder-decoder, from ids to loss.
 
 Decoder block i attends to the keys and values that encoder block i's self-attention computed, so nobody reads the
-encoder's output: after the last encoder block's keys and values the encoder stops (docs/deviations.md).
+encoder's output: after the last encoder block's keys and values the encoder stops (docs/deviations.md). With
+cross_attention "encoder_output" the decoder reads that, as in Vaswani et al., 2017.
 """
 
 from dataclasses import dataclass
@@ -47,18 +48,20 @@ class Stack(nn.Module):
 
 
 class Encoder(Stack):
-    """Its blocks leave keys and values in `ctx.encoder_kv`. Nobody reads its output: the last block stops there."""
+    """Its blocks leave keys and values in `ctx.encoder_kv`; where nobody reads its output the last stops there."""
 
-    stops_early = True
+    def __init__(self, config: ModelConfig, blocks: tuple[BlockConfig, ...], block: type[Block]):
+        super().__init__(config, blocks, block)
+        self.stops_early = config.cross_attention == "encoder_block"
 
-    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor | None:  # type: ignore[override]
         if not self.stops_early:
             return super().forward(x, ctx)
         stream = ResidualStream(x, ctx)
         for block in self.blocks[:-1]:
             block(stream, ctx)
         self.blocks[-1].project_kv(stream, ctx)  # type: ignore[operator]
-        return ctx.encoder_kv[-1]
+        return None
 
 
 class Database(nn.Module):
@@ -88,9 +91,11 @@ class Transformer(nn.Module):
         self.config, self.resolved = config, resolved
         self.impl = kernels.validate(impl)
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.dim_model))
-        self.positions = nn.Parameter(torch.empty(config.max_length, config.dim_model))
-        spread = 1.0 if config.position_init == "unit" else config.dim_model**-0.5
-        self.init_rules: dict[str, Rule] = {"embedding": normal(1.0), "positions": normal(spread)}
+        self.init_rules: dict[str, Rule] = {"embedding": normal(1.0)}
+        self.positions: nn.Parameter | None = None
+        if config.positions == "absolute":
+            self.positions = nn.Parameter(torch.empty(config.max_length, config.dim_model))
+            self.init_rules["positions"] = normal(1.0 if config.position_init == "unit" else config.dim_model**-0.5)
         if config.database_states:
             self.database = Database(config.database_states, resolved.encoder[0].dim_qkv)
         self.encoder = Encoder(config, resolved.encoder, block)
@@ -102,13 +107,16 @@ class Transformer(nn.Module):
 
     def dead_parameters(self) -> set[str]:
         """Names of the parameters that cannot affect the loss (qkv of the last encoder block: its Wq rows only)."""
+        if self.config.cross_attention == "encoder_output":
+            return set()
         prefix = f"encoder.blocks.{len(self.encoder.blocks) - 1}."
-        alive = {f"{prefix}self_attention.{name}" for name in ("qkv.weight", "norm.gain")}
+        alive = {f"{prefix}self_attention.{name}" for name in ("qkv.weight", "norm.gain", "k_norm.gain")}
         names = {name for name, _ in self.named_parameters() if name.startswith(prefix)}
         return names - alive | {"encoder.final_norm.gain"}
 
     def _embed(self, ids: Tensor, stack: Stack, table: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
-        drops = {"dropout": stack.token_dropout(ctx), "position_dropout": stack.position_dropout(ctx)}
+        place = stack.position_dropout(ctx) if self.positions is not None else None
+        drops = {"dropout": stack.token_dropout(ctx), "position_dropout": place}
         combine = self.config.embedding_combine
         # from the parameters themselves: a look-up is no product, and its gradient is added up in their type
         return kernels.embedding(ids, table, positions, combine=combine, **drops, impl=ctx.impl).to(ctx.dtype)
@@ -163,9 +171,14 @@ class Transformer(nn.Module):
         if self.config.database_states:
             ctx.database = self.database(ctx)
         width = Axis("stream", self.config.dim_model)
-        table, positions = (zero_pad(x, (1, 1), (width.width, width.padded(ctx))) for x in (weight, self.positions))
-        table, output = kernels.tied_table(table, ctx.dtype, impl=self.impl)
-        self.encoder(self._embed(input_ids, self.encoder, table, positions, ctx), ctx)
+        columns = (width.width, width.padded(ctx))
+        table, output = kernels.tied_table(zero_pad(weight, (1, 1), columns), ctx.dtype, impl=self.impl)
+        if self.positions is not None:
+            positions = zero_pad(self.positions, (1, 1), columns)
+        else:  # a table of zeros: an average of tokens and nothing stays half of the tokens
+            zero = torch.zeros(1, 1, dtype=weight.dtype, device=weight.device)
+            positions = zero.expand(self.config.max_length, columns[1])
+        ctx.encoder_output = self.encoder(self._embed(input_ids, self.encoder, table, positions, ctx), ctx)
         h = self.decoder(self._embed(decoder_input_ids, self.decoder, table, positions, ctx), ctx)
         scale = self.config.dim_model**-0.5
         loss = logits = None

@@ -15,16 +15,14 @@ class NormalisedAttention(SelfAttention):
 
     def __init__(self, config, block):
         super().__init__(config, block)
-        self.q_norm, self.k_norm = Norm(block.dim_qkv), Norm(block.dim_qkv)
+        self.q_norm, self.k_norm, self.scale = Norm(block.dim_qkv), Norm(block.dim_qkv), 0.5
 
     def forward(self, z, ctx):
         q, k, v = self.qkv.split(z, ctx)
         q, k = self.q_norm(q, ctx), self.k_norm(k, ctx)
-        mask = None if self.causal else ctx.key_mask
-        mixed = kernels.attention(q, k, v, scale=0.5, causal=self.causal, key_mask=mask, **self.options(ctx))
         if not self.causal:
             ctx.encoder_kv.append(torch.stack([k, v], 2))
-        return self.o(mixed.flatten(2), ctx)
+        return self.o(self.attend(q, k, v, ctx).flatten(2), ctx)
 
 
 class SquaredReLU(FeedForward):
