@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from march.config import BlockConfig, ModelConfig, resolve
+from march.config import BlockConfig, ModelConfig, resolve, unpublished
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -130,6 +130,8 @@ class Eager(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        for name, value in unpublished(config).items():
+            raise ValueError(f"eager rival: expected the published architecture, got {name}={value}; leave it out")
         self.config, resolved = config, resolve(config)
         self.embedding = nn.Embedding(config.vocab_size, config.dim_model)
         self.positions = nn.Parameter(torch.empty(config.max_length, config.dim_model))

@@ -216,7 +216,7 @@ def check(config: ModelConfig) -> None:
             _require(number >= 1, name, "at least 1", number, "every block attends")
     heads, kv_heads = per_block(config, "num_heads"), per_block(config, "num_kv_heads")
     _require(
-        all(h % g == 0 for h, g in zip(heads, kv_heads, strict=True)),
+        all(g > 0 and h % g == 0 for h, g in zip(heads, kv_heads, strict=True)),
         "num_kv_heads",
         f"a divisor of num_heads ({','.join(map(str, heads))}), or 0",
         ",".join(map(str, kv_heads)),

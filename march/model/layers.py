@@ -97,11 +97,9 @@ class SelfAttention(Attention):
         if self.packed:
             mixed, kv = self.attend_packed(qkv.unflatten(-1, (3, self.heads, -1)), ctx)
         else:
-            rows = qkv.unflatten(-1, (self.heads + 2 * self.kv_axis.count, -1))
-            q, kv = (
-                self.queries(rows[:, :, : self.heads], ctx),
-                self.keys_values(rows[:, :, self.heads :].flatten(2), ctx),
-            )
+            heads = (self.heads, 2 * self.kv_axis.count)
+            q, kv = qkv.unflatten(-1, (sum(heads), -1)).split(heads, 2)
+            q, kv = self.queries(q, ctx), self.keys_values(kv.flatten(2), ctx)
             k, v = kv.unbind(2)
             if self.rotary:
                 q, k = rotate(q, self.width), rotate(k, self.width)
