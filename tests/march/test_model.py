@@ -193,7 +193,9 @@ def test_a_sequence_of_padding_alone_is_finite(impl):
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
-@pytest.mark.parametrize("name", ["Baseline", "UnifiedAttention", "Database", "MixedActSOMDropout"])
+@pytest.mark.parametrize(
+    "name", ["Baseline", "UnifiedAttention", "Database", "MixedActSOMDropout", "SquaredReLU", "RotaryPositions"]
+)
 def test_the_loss_does_not_depend_on_the_micro_batch(name):
     model = small_model(name).double().train()
     inputs = batch(4)
