@@ -15,11 +15,11 @@ class NormalisedAttention(SelfAttention):
 
     def __init__(self, config, block):
         super().__init__(config, block)
-        self.q_norm, self.k_norm, self.scale = Norm(block.dim_qkv), Norm(block.dim_qkv), 0.5
+        self.query_norm, self.key_norm, self.scale = Norm(block.dim_qkv), Norm(block.dim_qkv), 0.5
 
     def forward(self, z, ctx):
         q, k, v = self.qkv.split(z, ctx)
-        q, k = self.q_norm(q, ctx), self.k_norm(k, ctx)
+        q, k = self.query_norm(q, ctx), self.key_norm(k, ctx)
         if not self.causal:
             ctx.encoder_kv.append(torch.stack([k, v], 2))
         return self.o(self.attend(q, k, v, ctx).flatten(2), ctx)
