@@ -35,7 +35,9 @@ def ids_by_name(names: Iterable[str], bits: int, salt: str = "") -> dict[str, in
     for name in names:
         number = int.from_bytes(hashlib.blake2b(f"{salt}{name}".encode()).digest()[:8]) >> (64 - bits)
         if ids.setdefault(number, name) != name:
-            raise RuntimeError(f"expected an id for each name, got one for {ids[number]} and {name}; rename one")
+            raise RuntimeError(
+                f"expected an id for each name, got one for {ids[number]} and {name}; rename one, or take another seed"
+            )
     return {name: number for number, name in ids.items()}
 
 

@@ -34,6 +34,13 @@ PAIRS = [
     ("MoreHeadsLessLayers", "Baseline", {}, "_attention.(qkv|q|o).weight|.2."),
     ("ReLUGatedLinearUnitControlled", "Baseline", {}, "feedforward.up.weight"),
     ("APEUnitVariance", "Baseline", {}, "^positions"),
+    ("StandardCrossAttention", "Baseline", {}, ""),
+    ("QKNorm", "Baseline", {}, ""),
+    ("SandwichNorm", "Baseline", {}, ""),
+    ("SquaredReLU", "Baseline", {}, ""),
+    ("RotaryPositions", "NoPositions", {}, ""),
+    ("NoPositions", "Baseline", {}, "^positions"),
+    ("GroupedKeysValues", "Baseline", {}, "qkv.weight"),
 ]
 
 
