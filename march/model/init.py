@@ -7,6 +7,7 @@ hashes of their names, so two models share their masks too.
 
 import hashlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,20 @@ Rule = Callable[[Tensor, torch.Generator], Any]
 Parts = list[tuple[str, int, Rule]]
 
 
+def _normal(std: float, x: Tensor, generator: torch.Generator) -> None:
+    x.normal_(0.0, std, generator=generator)
+
+
+def _uniform(bound: float, x: Tensor, generator: torch.Generator) -> None:
+    x.uniform_(-bound, bound, generator=generator)
+
+
 def normal(std: float) -> Rule:
-    return lambda x, generator: x.normal_(0.0, std, generator=generator)
+    return partial(_normal, std)  # and not a lambda: a model can be pickled
 
 
 def uniform(bound: float) -> Rule:
-    return lambda x, generator: x.uniform_(-bound, bound, generator=generator)
+    return partial(_uniform, bound)
 
 
 def ones(x: Tensor, _: torch.Generator) -> None:

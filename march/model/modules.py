@@ -149,6 +149,9 @@ class Linear(nn.Module):
         """x [B, L, in'] to all outputs side by side [B, L, out']."""
         return kernels.linear(x, self.matrix(x, ctx, skip), impl=ctx.impl)
 
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]} -> {', '.join(f'{name} {rows}' for name, rows in self.rows.items())}"
+
     def split(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, ...]:
         """Each output apart: heads as [B, L, H, K'], others as [B, L, out']."""
         counts = [axis.count for axis in self.outputs.values()]

@@ -1,6 +1,7 @@
 """First values and dropout ids by name: common random numbers, one rule a parameter, the distributions."""
 
 import copy
+import pickle
 import re
 
 import pytest
@@ -173,7 +174,7 @@ def test_a_copy_and_one_from_meta_can_be_drawn_anew():
     model = small_model("Database")
     with torch.device("meta"):
         empty = small_model("Database")
-    for other in (copy.deepcopy(model).bfloat16(), empty.to_empty(device="cpu")):
+    for other in (copy.deepcopy(model).bfloat16(), empty.to_empty(device="cpu"), pickle.loads(pickle.dumps(model))):
         initialise(other, 0)
         for name, value in model.state_dict().items():
             assert torch.equal(other.state_dict()[name], value.to(other.state_dict()[name].dtype)), name
