@@ -68,6 +68,16 @@ def test_heads_and_hidden_units_that_both_have_begin_the_same():
     assert torch.equal(gated.down.weight, plain.down.weight)
 
 
+def test_a_part_of_a_packed_weight_begins_as_it_would_alone():
+    stream, heads = Axis("stream", 8), Axis("heads", 2, 3)
+    apart = nn.ModuleDict({name: Linear("torch", stream, **{name: heads}) for name in "qk"})
+    packed = nn.ModuleDict({"qk": Linear("torch", stream, q=heads, k=heads)})
+    models = [nn.ModuleDict({"attention": layer}) for layer in (apart, packed)]
+    for model in models:
+        initialise(model, 5)
+    assert torch.equal(torch.cat([apart["q"].weight, apart["k"].weight]), packed["qk"].weight)
+
+
 def test_the_same_masks_fall_on_what_both_have():
     """An idea that changes nothing in value has its control's loss: an extra sublayer whose output is zero."""
     state = kernels.dropout_state(3, 5)
