@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from march import experiments
-from march.config import BlockConfig, ModelConfig, resolve
+from march.config import BlockConfig, ModelConfig, resolve, unpublished
 from march.training.published import PUBLISHED
 
 SEQUENCES, GPUS = 1024, 8
@@ -169,6 +169,8 @@ class Eager(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        for name, value in unpublished(config).items():
+            raise ValueError(f"eager model: expected the published architecture, got {name}={value}; leave it out")
         self.config, resolved = config, resolve(config)
         self.embedding = nn.Embedding(config.vocab_size, config.dim_model)
         self.positions = nn.Parameter(torch.empty(config.max_length, config.dim_model))
@@ -199,17 +201,16 @@ class Eager(nn.Module):
         """Copies the parameters of the march model of the same configuration."""
         self.embedding.weight.copy_(model.embedding)
         self.positions.copy_(model.positions)
-        for states, name in zip(self.bank, ("database_keys", "database_values"), strict=False):
-            states.copy_(getattr(model, name))
+        if self.config.database_states:
+            self.bank[0].copy_(model.database.keys)
+            self.bank[1].copy_(model.database.values)
         for ours, theirs in ((self.encoder, model.encoder), (self.decoder, model.decoder)):
-            for module, norm, source in zip(ours.blocks, ours.norms, theirs.sublayers(), strict=True):
+            sources = [source for block in theirs.blocks for source in block.layers]
+            for module, norm, source in zip(ours.blocks, ours.norms, sources, strict=True):
                 norm.weight.copy_(source.norm.gain)
-                names = ("gate", "up") if isinstance(module, FeedForward) else ("q", "k", "v")
-                layers = [getattr(module, name) for name in names if hasattr(module, name)]
-                packed = next(getattr(source, name) for name in ("w_in", "w_qkv", "w_q") if hasattr(source, name))
-                for layer, part in zip(layers, packed.chunk(len(layers)), strict=True):
-                    layer.weight.copy_(part)
-                last = module.down if isinstance(module, FeedForward) else module.o
-                last.weight.copy_(source.w_down if isinstance(module, FeedForward) else source.w_o)
+                for linear in source.children():
+                    rows = getattr(linear, "rows", {})  # of a march Linear: its parts, named as the layers here
+                    for name, part in zip(rows, linear.weight.split(list(rows.values())) if rows else (), strict=True):
+                        getattr(module, name).weight.copy_(part)
             ours.final_norm.weight.copy_(theirs.final_norm.gain)
         return self

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 PerBlock = int | tuple[int, ...]
 SublayerKind = Literal["self_attention", "cross_attention", "unified_attention", "database_attention", "feedforward"]
 MAX_HEAD_DIM = 512
+UNTURNED = "one query would meet own keys that are turned and the encoder's that are not"
 
 
 class ConfigError(ValueError):
@@ -23,12 +24,17 @@ class ModelConfig:
     """The fields that experiments change. Widths in elements, lengths in positions.
 
     num_layers counts the blocks of both stacks. num_heads and dim_qkv are one number, or one for each block of a
-    stack (block i of both stacks has the same). database_states: keys and values of the learned bank, 0 for none.
+    stack (block i of both stacks has the same). num_kv_heads: heads of keys and values, each read by as many heads of
+    queries; 0 for num_heads. database_states: keys and values of the learned bank, 0 for none. cross_attention: the
+    decoder reads the keys and values of encoder block i, or has its own, of the encoder's output. positions: a table
+    added to the tokens, queries and keys of self-attention turned by their position, or none. qk_norm: queries and
+    keys are normalised, scores divided by sqrt(dim_qkv). norm_placement: before a sublayer, or behind it too.
     """
 
     dim_model: int = 512
     num_layers: int = 6
     num_heads: PerBlock = 8
+    num_kv_heads: PerBlock = 0
     dim_qkv: PerBlock = 64
     dim_feedforward: int = 2048
     vocab_size: int = 30000
@@ -36,14 +42,18 @@ class ModelConfig:
     dropout: float = 0.1
     database_states: int = 0
     feedforward: Literal["plain", "gated", "mixed"] = "plain"
-    activation: Literal["relu", "gelu", "silu", "sigmoid", "identity"] = "relu"
+    activation: Literal["relu", "gelu", "silu", "sigmoid", "identity", "relu2"] = "relu"
     mixed_factor: float = 0.5
     slow_dropout: float = 0.0
+    positions: Literal["absolute", "rotary", "none"] = "absolute"
     position_init: Literal["scaled", "unit"] = "scaled"
     embedding_combine: Literal["average", "sum"] = "average"
     self_attention_residual: bool = True
+    cross_attention: Literal["encoder_block", "encoder_output"] = "encoder_block"
     unified_attention: bool = False
     unified_mask: Literal["aligned", "as_published"] = "aligned"
+    qk_norm: bool = False
+    norm_placement: Literal["pre", "sandwich"] = "pre"
     linear_init: Literal["torch", "t5"] = "torch"
     precision: Literal["bf16", "fp32"] = "bf16"
 
@@ -58,9 +68,12 @@ class SublayerConfig:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One block of a stack: its attention widths and its sublayers in order."""
+    """One block of a stack: where it is, its attention widths and its sublayers in order."""
 
+    stack: Literal["encoder", "decoder"]
+    index: int
     num_heads: int
+    num_kv_heads: int
     dim_qkv: int
     sublayers: tuple[SublayerConfig, ...]
 
@@ -163,9 +176,11 @@ def blocks_per_stack(config: ModelConfig) -> int:
     return config.num_layers // 2
 
 
-def per_block(config: ModelConfig, name: Literal["num_heads", "dim_qkv"]) -> tuple[int, ...]:
+def per_block(config: ModelConfig, name: Literal["num_heads", "num_kv_heads", "dim_qkv"]) -> tuple[int, ...]:
     """The field's value for each block of a stack."""
     value = getattr(config, name)
+    if name == "num_kv_heads" and value == 0:
+        value = config.num_heads
     return value if isinstance(value, tuple) else (value,) * blocks_per_stack(config)
 
 
@@ -187,7 +202,7 @@ def check(config: ModelConfig) -> None:
         f"use {config.num_layers + 1}",
     )
     depth = blocks_per_stack(config)
-    for name in ("num_heads", "dim_qkv"):
+    for name in ("num_heads", "num_kv_heads", "dim_qkv"):
         value = getattr(config, name)
         if isinstance(value, tuple):
             _require(
@@ -199,6 +214,14 @@ def check(config: ModelConfig) -> None:
             )
         for number in per_block(config, name):  # type: ignore[arg-type]
             _require(number >= 1, name, "at least 1", number, "every block attends")
+    heads, kv_heads = per_block(config, "num_heads"), per_block(config, "num_kv_heads")
+    _require(
+        all(g > 0 and h % g == 0 for h, g in zip(heads, kv_heads, strict=True)),
+        "num_kv_heads",
+        f"a divisor of num_heads ({','.join(map(str, heads))}), or 0",
+        ",".join(map(str, kv_heads)),
+        "each head of keys and values is read by as many heads of queries",
+    )
     for width in per_block(config, "dim_qkv"):
         _require(width <= MAX_HEAD_DIM, "dim_qkv", f"at most {MAX_HEAD_DIM}", width, "use more, narrower heads")
     for name in ("dropout", "slow_dropout"):
@@ -228,6 +251,44 @@ def check(config: ModelConfig) -> None:
         config.slow_dropout,
         "set feedforward=mixed too",
     )
+    table = config.positions == "absolute"
+    _require(
+        table or config.position_init == "scaled",
+        "position_init",
+        "scaled without a table of positions",
+        config.position_init,
+        "set positions=absolute, or leave position_init out",
+    )
+    if config.positions == "rotary":
+        _require(
+            not config.unified_attention, "positions", "absolute or none with unified_attention", "rotary", UNTURNED
+        )
+        odd = [width for width in per_block(config, "dim_qkv") if width % 2]
+        _require(not odd, "dim_qkv", "even numbers with positions=rotary", odd, "features are turned in pairs")
+    _require(
+        config.activation != "relu2" or config.feedforward == "plain",
+        "activation",
+        "another than relu2 with a gated or mixed feedforward",
+        config.activation,
+        "set feedforward=plain",
+    )
+
+
+def unpublished(config: ModelConfig) -> dict[str, Any]:
+    """Fields with values that the published architecture did not know; what repeats that one must refuse them."""
+    names = ("num_kv_heads", "positions", "cross_attention", "qk_norm", "norm_placement")
+    found = {name: getattr(config, name) for name in names if getattr(config, name) != FIELDS[name].default}
+    return found | ({"activation": "relu2"} if config.activation == "relu2" else {})
+
+
+def outside_kernels(config: ModelConfig) -> list[str]:
+    """What of the configuration has no fused kernel and is computed by plain torch beside them."""
+    steps = {
+        "rotation of queries and keys by their position": config.positions == "rotary",
+        "square of the hidden layer": config.activation == "relu2",
+        "decoder attention under the published mask": config.unified_mask == "as_published",
+    }
+    return [step for step, there in steps.items() if there]
 
 
 def _sublayers(config: ModelConfig, decoder: bool) -> tuple[SublayerConfig, ...]:
@@ -247,12 +308,14 @@ def _sublayers(config: ModelConfig, decoder: bool) -> tuple[SublayerConfig, ...]
 def resolve(config: ModelConfig) -> ResolvedConfig:
     """The blocks of both stacks; ConfigError when the fields cannot go together."""
     check(config)
-    widths = list(zip(per_block(config, "num_heads"), per_block(config, "dim_qkv"), strict=True))
-    encoder, decoder = (
-        tuple(BlockConfig(heads, width, _sublayers(config, is_decoder)) for heads, width in widths)
-        for is_decoder in (False, True)
-    )
-    return ResolvedConfig(config, encoder, decoder)
+    heads, kv_heads, widths = (per_block(config, name) for name in ("num_heads", "num_kv_heads", "dim_qkv"))
+
+    def blocks(stack: Literal["encoder", "decoder"]) -> tuple[BlockConfig, ...]:
+        sublayers = _sublayers(config, stack == "decoder")
+        numbers = zip(heads, kv_heads, widths, strict=True)
+        return tuple(BlockConfig(stack, i, h, g, width, sublayers) for i, (h, g, width) in enumerate(numbers))
+
+    return ResolvedConfig(config, blocks("encoder"), blocks("decoder"))
 
 
 def to_dict(config: ModelConfig) -> dict[str, Any]:

@@ -4,14 +4,14 @@ from march.config import BlockConfig, ModelConfig, ResolvedConfig, resolve
 
 
 def sublayer_parameters(config: ModelConfig, block: BlockConfig, kind: str) -> int:
-    """Parameters of one sublayer, without its norm."""
-    projection = config.dim_model * block.num_heads * block.dim_qkv
-    if kind in ("self_attention", "unified_attention"):
-        return 4 * projection
-    if kind in ("cross_attention", "database_attention"):
-        return 2 * projection
-    matrices = 2 if config.feedforward == "plain" else 3
-    return matrices * config.dim_model * config.dim_feedforward
+    """Parameters of one sublayer, without the norms before and behind it."""
+    if kind == "feedforward":
+        return (2 if config.feedforward == "plain" else 3) * config.dim_model * config.dim_feedforward
+    own = kind in ("self_attention", "unified_attention")
+    outer = kind in ("cross_attention", "unified_attention") and config.cross_attention == "encoder_output"
+    heads = 2 * block.num_heads + 2 * block.num_kv_heads * (own + outer)
+    gains = config.qk_norm * (1 + (own or outer)) * block.dim_qkv
+    return config.dim_model * heads * block.dim_qkv + gains
 
 
 def parameters(config: ModelConfig | ResolvedConfig) -> dict[str, int]:
@@ -20,8 +20,9 @@ def parameters(config: ModelConfig | ResolvedConfig) -> dict[str, int]:
     model = resolved.model
     parts = {
         "embedding (tied)": model.vocab_size * model.dim_model,
-        "positions": model.max_length * model.dim_model,
     }
+    if model.positions == "absolute":
+        parts["positions"] = model.max_length * model.dim_model
     if model.database_states:
         parts["database"] = 2 * model.database_states * resolved.encoder[0].dim_qkv
     for stack, blocks in (("encoder", resolved.encoder), ("decoder", resolved.decoder)):
@@ -29,7 +30,8 @@ def parameters(config: ModelConfig | ResolvedConfig) -> dict[str, int]:
             for sublayer in block.sublayers:
                 part = f"{stack} {sublayer.kind.replace('_', ' ')}"
                 parts[part] = parts.get(part, 0) + sublayer_parameters(model, block, sublayer.kind)
-        parts[f"{stack} norms"] = (sum(len(block.sublayers) for block in blocks) + 1) * model.dim_model
+        norms = (2 if model.norm_placement == "sandwich" else 1) * sum(len(block.sublayers) for block in blocks) + 1
+        parts[f"{stack} norms"] = norms * model.dim_model
     return parts
 
 

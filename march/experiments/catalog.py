@@ -3,6 +3,8 @@
 To add one, add an entry: two changed fields are two lines.
 """
 
+from typing import Any
+
 from march.experiments.experiment import Experiment
 
 # Where the published text's claims are; loss differences are at step 1000, one seed, undecided below 0.015.
@@ -12,19 +14,22 @@ UNIT_POSITIONS = {"position_init": "unit"}
 FEW_LAYERS = {"num_layers": 4}
 GATED = {"feedforward": "gated", "dim_feedforward": 1365}
 MIXED = {"feedforward": "mixed", "dim_feedforward": 1365}
-FEWER_NARROW = {"dim_qkv": 32, "num_heads": 24, **FEW_LAYERS}
-NO_RESIDUAL = {"self_attention_residual": False}
 
-EXPERIMENTS = (
-    Experiment("Baseline", None, {}, None, "The reference: 3 + 3 blocks, 8 heads of 64, ReLU feedforward.", None),
-    Experiment(
+
+def _published(
+    name: str, base: str, changes: dict[str, Any], control: str, hypothesis: str, claim: str | None = None
+) -> Experiment:
+    return Experiment(name, base, changes, control, hypothesis, claim, PUBLISHED)
+
+
+EXPERIMENTS: tuple[Experiment, ...] = (
+    Experiment("Baseline", None, {}, None, "The reference: 3 + 3 blocks, 8 heads of 64, ReLU feedforward."),
+    _published(
         "BaselineFP32",
         "Baseline",
         {"precision": "fp32"},
         "Baseline",
         "float32 changes the loss by less than the noise of a seed.",
-        None,
-        PUBLISHED,
     ),
     Experiment(
         "Best",
@@ -32,223 +37,198 @@ EXPERIMENTS = (
         {"dim_model": 1024, "num_layers": 48, "num_heads": 16, "dim_feedforward": 4096},
         None,
         "The baseline's shape at 686M parameters: outside the budget, to see what scale buys.",
-        None,
     ),
-    Experiment(
+    _published(
         "MoreHeadsLessLayers",
         "Baseline",
         {"num_heads": 16, **FEW_LAYERS},
         "Baseline",
         "Heads are worth more than depth.",
         "slightly better, slightly faster: -0.024, 1.5% faster, holds",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "MoreHeadsLessQKVDim",
         "Baseline",
         {"dim_qkv": 32, "num_heads": 16},
         "Baseline",
         "More, narrower heads at equal parameters.",
         "-0.006, undecided",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "MoreHeadsLessQKVDimLessLayers",
         "Baseline",
-        {**FEWER_NARROW, **UNIT_POSITIONS},
+        {"dim_qkv": 32, "num_heads": 24, **FEW_LAYERS, **UNIT_POSITIONS},
         "APEUnitVariance",
         "Narrow heads pay for fewer blocks.",
         "on par with 4M fewer parameters: +0.004 against Baseline, holds",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "LessHeadsMoreQKVDim",
         "Baseline",
         {"dim_qkv": 128, "num_heads": 4},
         "Baseline",
         "Fewer, wider heads at equal parameters.",
         "slightly worse, faster: +0.051, 10% faster, holds",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "ScalingHeads",
         "Baseline",
         {"num_heads": (12, 8, 4)},
         "Baseline",
         "Heads belong in the early blocks.",
         "no matter which layer: -0.012 to +0.019 over the four variants, undecided",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "InverseScalingHeads",
         "Baseline",
         {"num_heads": (4, 8, 12)},
         "Baseline",
         "Heads belong in the late blocks.",
         "no matter which layer: -0.012 to +0.019 over the four variants, undecided",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "ScalingHeadsConstant",
         "Baseline",
         {"num_heads": (16, 8, 4), "dim_qkv": (32, 64, 128)},
         "Baseline",
         "Many narrow heads early, few wide ones late, equal parameters a block.",
         "no matter which layer: -0.012 to +0.019 over the four variants, undecided",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "InverseScalingHeadsConstant",
         "Baseline",
         {"num_heads": (4, 8, 16), "dim_qkv": (128, 64, 32)},
         "Baseline",
         "Few wide heads early, many narrow ones late, equal parameters a block.",
         "no matter which layer: -0.012 to +0.019 over the four variants, undecided",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "APESumOverAverage",
         "Baseline",
         {"embedding_combine": "sum"},
         "Baseline",
         "Token and position are summed, not averaged.",
         "worse: +0.063, holds",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "APEUnitVariance",
         "Baseline",
         UNIT_POSITIONS,
         "Baseline",
         "Positions start with the variance of tokens.",
         "worse: +0.027, holds",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "ReLUGatedLinearUnit",
         "Baseline",
         {**GATED, **UNIT_POSITIONS},
         "APEUnitVariance",
         "A ReLU gate is worth its third matrix (Shazeer, 2020).",
         "slightly better, slightly more expensive: +0.007 against Baseline, -0.020 against its control",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "GELUGatedLinearUnit",
         "Baseline",
         {**GATED, "activation": "gelu", **UNIT_POSITIONS},
         "APEUnitVariance",
         "A GELU gate is worth its third matrix (Shazeer, 2020).",
         "slightly better, slightly more expensive: +0.007 against Baseline, -0.020 against its control",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "SiLUGatedLinearUnit",
         "Baseline",
         {**GATED, "activation": "silu", **UNIT_POSITIONS},
         "APEUnitVariance",
         "A SiLU gate is worth its third matrix (Shazeer, 2020).",
         "slightly better, slightly more expensive: +0.011 against Baseline, -0.016 against its control",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "MixedAct",
         "Baseline",
         {**MIXED, **UNIT_POSITIONS},
         "APEUnitVariance",
         "A slow sigmoid and a fast ReLU branch, averaged.",
         "slightly worse: +0.070, against its control +0.043",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "MixedActSumOverMean",
         "Baseline",
         {**MIXED, "mixed_factor": 1.0, **UNIT_POSITIONS},
         "APEUnitVariance",
         "A slow sigmoid and a fast ReLU branch, summed.",
         "slightly worse: +0.043, against its control +0.015",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "MixedActSOMDropout",
         "Baseline",
         {**MIXED, "mixed_factor": 1.0, "slow_dropout": 0.5, **UNIT_POSITIONS},
         "APEUnitVariance",
         "Summed, the sigmoid branch dropped half of the time in training.",
         "slightly worse: +0.047, against its control +0.019",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "NoSelfAttentionResidual",
         "Baseline",
-        {**NO_RESIDUAL, **UNIT_POSITIONS},
+        {"self_attention_residual": False, **UNIT_POSITIONS},
         "APEUnitVariance",
         "Self-attention carries what it needs itself.",
         "significantly worse: +0.144, holds",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "Database",
         "Baseline",
         {"database_states": 512},
         "Baseline",
         "A learned bank of keys and values, shared by all heads and blocks.",
         "not better: +0.008 to +0.074 over the five variants, holds",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "DatabaseFromHeads",
         "Database",
         {"database_states": 1536, "num_heads": 4},
         "Baseline",
         "The bank replaces half of the heads.",
         "not better: +0.008 to +0.074 over the five variants, holds",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "DatabaseFromHeads2",
         "Database",
         {"num_heads": 7},
         "Baseline",
         "The bank replaces one head.",
         "not better: +0.008 to +0.074 over the five variants, holds",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "DatabaseFromLayers",
         "Database",
         {"database_states": 1024, **FEW_LAYERS},
         "Baseline",
         "The bank replaces a block of each stack.",
         "not better: +0.008 to +0.074 over the five variants, holds",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "DatabaseFromDim",
         "Database",
         {"database_states": 1344, "dim_model": 448, "num_heads": 7, "dim_feedforward": 1792},
         "Baseline",
         "The bank replaces an eighth of the width.",
         "not better: +0.008 to +0.074 over the five variants, holds",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "UnifiedAttention",
         "Baseline",
         {"num_heads": 12, "unified_attention": True},
         "Baseline",
         "One softmax over the decoder's own keys and the encoder's.",
         "not very good, much less capacity: +0.328, but measured under a faulty mask, open",
-        PUBLISHED,
     ),
-    Experiment(
+    _published(
         "UnifiedAttentionAsPublished",
         "UnifiedAttention",
         {"unified_mask": "as_published"},
         "UnifiedAttention",
         "The published mask, under which the decoder sees later tokens: what did the fault do?",
         "+0.328 against Baseline under this mask",
-        PUBLISHED,
     ),
     Experiment(
         "BigHeads",
@@ -256,7 +236,6 @@ EXPERIMENTS = (
         {"dim_model": 448, "dim_qkv": 112, "dim_feedforward": 1792},
         "Baseline",
         "Width goes from the stream into the heads: K 112.",
-        None,
     ),
     Experiment(
         "BigHeads2",
@@ -264,7 +243,6 @@ EXPERIMENTS = (
         {"dim_model": 380, "dim_qkv": 190, "dim_feedforward": 1520},
         "Baseline",
         "Further: K 190, half of the stream's width.",
-        None,
     ),
     Experiment(
         "BigHeads3",
@@ -272,64 +250,68 @@ EXPERIMENTS = (
         {"dim_model": 380, "dim_qkv": 380, "dim_feedforward": 1520},
         "Baseline",
         "Every head as wide as the stream: K 380.",
-        None,
     ),
-    # The twins change only what they say, on Baseline's positions; eight published runs changed both.
+    # What is asked first of a transformer: the parts that became common after the published runs, one at a time.
     Experiment(
-        "MoreHeadsLessQKVDimLessLayersControlled",
+        "StandardCrossAttention",
         "Baseline",
-        FEWER_NARROW,
+        {"cross_attention": "encoder_output"},
         "Baseline",
-        "MoreHeadsLessQKVDimLessLayers on Baseline's positions.",
-        None,
+        "Keys and values of the encoder's output (Vaswani et al., 2017) are worth their own Wk and Wv.",
     ),
     Experiment(
-        "ReLUGatedLinearUnitControlled",
+        "SquaredReLU",
         "Baseline",
-        GATED,
+        {"activation": "relu2"},
         "Baseline",
-        "ReLUGatedLinearUnit on Baseline's positions.",
-        None,
+        "relu(x)^2 learns faster than relu(x) (So et al., 2021).",
     ),
     Experiment(
-        "GELUGatedLinearUnitControlled",
+        "QKNorm",
         "Baseline",
-        {**GATED, "activation": "gelu"},
+        {"qk_norm": True},
         "Baseline",
-        "GELUGatedLinearUnit on Baseline's positions.",
-        None,
+        "Normalised queries and keys, scores over sqrt(K), train more steadily (Henry et al., 2020).",
     ),
     Experiment(
-        "SiLUGatedLinearUnitControlled",
+        "RotaryPositions",
         "Baseline",
-        {**GATED, "activation": "silu"},
+        {"positions": "rotary"},
         "Baseline",
-        "SiLUGatedLinearUnit on Baseline's positions.",
-        None,
-    ),
-    Experiment("MixedActControlled", "Baseline", MIXED, "Baseline", "MixedAct on Baseline's positions.", None),
-    Experiment(
-        "MixedActSumOverMeanControlled",
-        "Baseline",
-        {**MIXED, "mixed_factor": 1.0},
-        "Baseline",
-        "MixedActSumOverMean on Baseline's positions.",
-        None,
+        "Relative positions in self-attention (Su et al., 2021) do without a table; cross-attention has none.",
     ),
     Experiment(
-        "MixedActSOMDropoutControlled",
+        "NoPositions",
         "Baseline",
-        {**MIXED, "mixed_factor": 1.0, "slow_dropout": 0.5},
+        {"positions": "none"},
         "Baseline",
-        "MixedActSOMDropout on Baseline's positions.",
-        None,
+        "The decoder's causal mask tells positions (Haviv et al., 2022), the encoder has none: what are they worth?",
     ),
     Experiment(
-        "NoSelfAttentionResidualControlled",
+        "GroupedKeysValues",
         "Baseline",
-        NO_RESIDUAL,
+        {"num_kv_heads": 2},
         "Baseline",
-        "NoSelfAttentionResidual on Baseline's positions.",
-        None,
+        "Four heads of queries share keys and values (Ainslie et al., 2023) at little loss.",
     ),
+    Experiment(
+        "SandwichNorm",
+        "Baseline",
+        {"norm_placement": "sandwich"},
+        "Baseline",
+        "A norm behind each sublayer too (Ding et al., 2021) keeps the stream's scale.",
+    ),
+)
+
+# The eight published runs that changed the positions too, each with a twin that changes only what it says.
+EXPERIMENTS += tuple(
+    Experiment(
+        f"{x.name}Controlled",
+        "Baseline",
+        {field: value for field, value in x.changes.items() if field not in UNIT_POSITIONS},
+        "Baseline",
+        f"{x.name} on Baseline's positions.",
+    )
+    for x in EXPERIMENTS
+    if x.control == "APEUnitVariance"
 )

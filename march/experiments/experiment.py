@@ -20,5 +20,5 @@ class Experiment:
     changes: Mapping[str, Any] = field(hash=False)
     control: str | None
     hypothesis: str
-    claim: str | None
+    claim: str | None = None
     source: str | None = None

@@ -1,70 +1,93 @@
-"""Initialisation: every parameter matches exactly one rule, or construction fails.
+"""First values by name: what two models both have begins the same in both, whatever else they have.
 
-linear_init "torch" is PyTorch's default for linear layers, U(+-1/sqrt(fan_in)), which the published runs had; "t5"
-is Raffel et al., 2020: the variances that make attention without 1/sqrt(K) start flat.
+A module says in `init_rules` how each of its own parameters is drawn. The draw depends on the seed and the parameter's
+full name alone: not on the order of construction, the device, or what else drew before. The ids of dropout places are
+hashes of their names, so two models share their masks too.
 """
 
-import re
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from march.model.layers import Sublayer
-from march.model.transformer import Transformer
-
-Draw = Callable[[Transformer, Sublayer | None, Tensor], Any]
-Rule = tuple[str, Draw]
+Rule = Callable[[Tensor, torch.Generator], Any]
+# of a packed weight: (name, rows, rule) of each part, drawn as if it were a parameter beside the weight's module
+Parts = list[tuple[str, int, Rule]]
 
 
-def _normal(std: float) -> Draw:
-    return lambda _model, _owner, weight: nn.init.normal_(weight, std=std)
+def _normal(std: float, x: Tensor, generator: torch.Generator) -> None:
+    x.normal_(0.0, std, generator=generator)
 
 
-def _positions(model: Transformer, _owner: Sublayer | None, weight: Tensor) -> None:
-    std = 1.0 if model.config.position_init == "unit" else model.config.dim_model**-0.5
-    nn.init.normal_(weight, std=std)
+def _uniform(bound: float, x: Tensor, generator: torch.Generator) -> None:
+    x.uniform_(-bound, bound, generator=generator)
 
 
-def _uniform_fan_in(_model: Transformer, _owner: Sublayer | None, weight: Tensor) -> None:
-    bound = weight.shape[1] ** -0.5
-    nn.init.uniform_(weight, -bound, bound)
+def normal(std: float) -> Rule:
+    return partial(_normal, std)  # and not a lambda: a model can be pickled
 
 
-def _t5_queries(model: Transformer, owner: Sublayer | None, weight: Tensor) -> None:
-    """Wq; Wk and Wv behind it in a packed parameter."""
-    assert owner is not None
-    rows = owner.heads * owner.width
-    nn.init.normal_(weight[:rows], std=(model.config.dim_model * owner.width) ** -0.5)
-    if weight.shape[0] > rows:
-        nn.init.normal_(weight[rows:], std=model.config.dim_model**-0.5)
+def uniform(bound: float) -> Rule:
+    return partial(_uniform, bound)
 
 
-def _t5_fan_in(_model: Transformer, _owner: Sublayer | None, weight: Tensor) -> None:
-    """Wo (H K)^-1/2, Wup and Wgate D^-1/2, Wdown F^-1/2: each its number of inputs."""
-    nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+def ones(x: Tensor, _: torch.Generator) -> None:
+    x.fill_(1.0)
 
 
-_COMMON: tuple[Rule, ...] = (
-    (r"embedding", _normal(1.0)),
-    (r"positions", _positions),
-    (r"database_(keys|values)", _normal(1.0)),
-    (r".*norm\.gain", lambda _model, _owner, gain: nn.init.ones_(gain)),
-)
-_LINEAR: dict[str, tuple[Rule, ...]] = {
-    "torch": ((r".*\.w_(q|qkv|o|in|down)", _uniform_fan_in),),
-    "t5": ((r".*\.w_(q|qkv)", _t5_queries), (r".*\.w_(o|in|down)", _t5_fan_in)),
-}
+def ids_by_name(names: Iterable[str], bits: int, salt: str = "") -> dict[str, int]:
+    """Each name's hash in [0, 2^bits), the same in every process; RuntimeError where two names share one."""
+    ids: dict[int, str] = {}
+    for name in names:
+        number = int.from_bytes(hashlib.blake2b(f"{salt}{name}".encode()).digest()[:8]) >> (64 - bits)
+        if ids.setdefault(number, name) != name:
+            raise RuntimeError(
+                f"expected an id for each name, got one for {ids[number]} and {name}; rename one, or take another seed"
+            )
+    return {name: number for number, name in ids.items()}
+
+
+def _draws(model: nn.Module) -> dict[str, tuple[Tensor, Rule]]:
+    """(tensor, its rule) by the name that it is drawn by."""
+    draws: list[tuple[str, tuple[Tensor, Rule]]] = []
+    for prefix, module in model.named_modules():
+        rules: dict[str, Rule | Parts] = getattr(module, "init_rules", {})
+        own = dict(module.named_parameters(recurse=False))
+        for name in sorted(own.keys() ^ rules.keys()):
+            raise RuntimeError(
+                f"{f'{prefix}.{name}'.lstrip('.')}: expected a parameter with one initialisation rule, got "
+                f"{'no rule' if name in own else 'a rule alone'}; in {type(module).__name__} set "
+                f"self.init_rules = {{{name!r}: march.model.init.ones}} or the like"
+            )
+        for name, x in own.items():
+            rule = rules[name]
+            if isinstance(rule, list):
+                pieces = zip(rule, x.split([rows for _, rows, _ in rule]), strict=True)
+                draws += [(f"{prefix.rpartition('.')[0]}.{part}", (piece, r)) for (part, _, r), piece in pieces]
+            else:
+                draws.append((f"{prefix}.{name}".lstrip("."), (x, rule)))
+    names = [name for name, _ in draws]
+    for name in {name for name in names if names.count(name) > 1}:
+        raise RuntimeError(f"{name}: expected one parameter of this name, got several parts; rename one in its Linear")
+    return dict(draws)
 
 
 @torch.no_grad()
-def initialise(model: Transformer) -> None:
-    """Draws every parameter from torch's global generator; RuntimeError when one has no rule or several."""
-    rules = _COMMON + _LINEAR[model.config.linear_init]
-    for name, parameter in model.named_parameters():
-        matching = [apply for pattern, apply in rules if re.fullmatch(pattern, name)]
-        if len(matching) != 1:
-            raise RuntimeError(f"initialisation: expected one rule for {name}, got {len(matching)}; add it to init.py")
-        owner = model.get_submodule(name.rpartition(".")[0]) if "." in name else None
-        matching[0](model, owner if isinstance(owner, Sublayer) else None, parameter)
+def initialise(model: nn.Module, seed: int) -> None:
+    """Draws every parameter and gives every `Dropout` its id, by name; RuntimeError where a parameter has no rule.
+
+    Values are drawn on the CPU in float32, whatever the parameters' device and type; on the meta device not at all.
+    """
+    places: dict[str, Any] = {name: x for name, x in model.named_modules() if hasattr(x, "dropout_id")}
+    for name, number in ids_by_name(places, bits=30).items():
+        places[name].dropout_id = number
+    draws = _draws(model)
+    for name, stream in ids_by_name(draws, bits=32, salt=f"{seed}:").items():
+        x, rule = draws[name]
+        if not x.is_meta:
+            drawn = x.to("cpu", torch.float32)  # itself where it is that
+            rule(drawn, torch.Generator("cpu").manual_seed(stream))
+            x.copy_(drawn)

@@ -1,236 +1,243 @@
-"""The layers: they own the parameters and call the operators.
+"""The sublayers, and the block that adds them to the stream. Legend: march.model.modules.
 
-Legend: B batch, L positions, D dim_model, H heads, K dim_qkv, F dim_feedforward, S database states. Weights are
-[out, in]; Wq, Wk, Wv are one product, so one packed parameter [3 H K, D], and so are gate and up.
+A sublayer is f in x = x + dropout(f(norm(x))): it maps z = norm(x) [B, L, D'] to s [B, L, D'].
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 import kernels
-from march.config import BlockConfig, ModelConfig, SublayerConfig
-
-
-class Sites:
-    """Numbers the places that drop, in the order of construction: the site of the dropout contract."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self) -> int:
-        self.count += 1
-        return self.count - 1
-
-
-@dataclass
-class Pass:
-    """What the sublayers of one forward pass share.
-
-    rng: dropout state (None: no dropout, in evaluation). memory: keys and values [B, Le, 2, H, K] that each encoder
-    block's self-attention computed; the encoder appends, decoder block i reads entry i. key_mask: bool [B, Le], True
-    where an encoder token is real. database: the bank's keys and values, each [1, S, 1, K].
-    """
-
-    impl: kernels.Impl
-    rng: Tensor | None
-    key_mask: Tensor | None
-    dtype: torch.dtype | None = None
-    memory: list[Tensor] = field(default_factory=list)
-    database: tuple[Tensor, Tensor] | None = None
-
-    def cast(self, x: Tensor) -> Tensor:
-        """A parameter as the pass computes with it; its gradient comes back in its own type."""
-        return x if self.dtype is None else x.to(self.dtype)
-
-    def linear(self, z: Tensor, weight: Tensor) -> Tensor:
-        """z W^T."""
-        return kernels.linear(z, self.cast(weight), impl=self.impl)
-
-    def dropout(self, p: float, site: int) -> kernels.Dropout | None:
-        return None if self.rng is None or p == 0 else kernels.Dropout(p, self.rng, site)
-
-
-def fill(weight: Tensor, rows: int, columns: int, parts: int = 1) -> Tensor:
-    """`weight` [parts R, C] with zeros in further rows of each part, up to `rows`, and in further columns, up to
-    `columns`: the weight itself where nothing is missing. The gradient is that of its own elements."""
-    more = (rows - weight.shape[0] // parts, columns - weight.shape[1])
-    if not any(more):
-        return weight
-    return pad(weight.unflatten(0, (parts, -1)), (0, more[1], 0, more[0])).flatten(0, 1)
-
-
-class Norm(nn.Module):
-    """The gain [D] of an RMSNorm; the norm itself is part of `residual_norm`."""
-
-    def __init__(self, dim_model: int):
-        super().__init__()
-        self.gain = nn.Parameter(torch.empty(dim_model))
+from kernels.dropout import keep_scale
+from march.config import BlockConfig, ModelConfig
+from march.model.modules import Axis, Dropout, ForwardContext, Linear, Norm, ResidualStream, rotate
 
 
 class Sublayer(nn.Module):
-    """A sublayer with the gain of the norm before it. forward: z [B, L, D'] (normalised) to s [B, L, D'].
+    """f with the norm before it and the dropout behind it; under norm_placement "sandwich" a norm between them."""
 
-    D' is D, or the width that the kernels want of a stream (`kernels.row_width`), with zeros in the columns from D on.
+    name: ClassVar[str]  # in its block, and so of its parameters
+
+    def __init__(self, config: ModelConfig, block: BlockConfig):
+        super().__init__()
+        self.norm, self.dropout, self.residual = Norm(config.dim_model), Dropout(config.dropout), True
+        self.post_norm = Norm(config.dim_model) if config.norm_placement == "sandwich" else None
+
+
+class Attention(Sublayer):
+    """dropout(softmax(scale Q K^T + mask)) V Wo; a subclass says where Q, K and V are from.
+
+    scale is 1, and K^-1/2 where queries and keys are normalised (qk_norm: Henry et al., 2020; Dehghani et al., 2023).
     """
 
-    def __init__(self, config: ModelConfig, block: BlockConfig, index: int, residual: bool, sites: Sites):
-        super().__init__()
-        self.dropout = config.dropout
-        self.heads, self.width, self.index, self.residual = block.num_heads, block.dim_qkv, index, residual
-        self.norm = Norm(config.dim_model)
-        self.inner_site = sites()  # of attention probabilities or of the hidden layer
-        self.output_site = sites()  # of what is added to the stream
+    reads_encoder: ClassVar[bool] = False
 
-    def projection(self, rows: int, columns: int) -> nn.Parameter:
-        return nn.Parameter(torch.empty(rows, columns))
+    def __init__(self, config: ModelConfig, block: BlockConfig):
+        super().__init__(config, block)
+        self.index, self.heads, self.width = block.index, block.num_heads, block.dim_qkv
+        self.scale = self.width**-0.5 if config.qk_norm else 1.0
+        self.stream_axis = Axis("stream", config.dim_model)
+        self.heads_axis = Axis("heads", self.width, self.heads)
+        self.kv_axis = Axis("heads", self.width, block.num_kv_heads)
+        self.attention_dropout = Dropout(config.dropout)
+        self.o = Linear(config.linear_init, self.heads_axis, o=self.stream_axis)
+        self.q_norm = Norm(self.width) if config.qk_norm else None
+        own = self.reads_encoder and config.cross_attention == "encoder_output"
+        kv = {"encoder_k": self.kv_axis, "encoder_v": self.kv_axis}
+        self.kv = Linear(config.linear_init, self.stream_axis, **kv) if own else None
+        self.k_norm = Norm(self.width) if config.qk_norm and (own or isinstance(self, SelfAttention)) else None
 
-    def split(self, z: Tensor, weight: Tensor, shared: Pass, *parts: int) -> Tensor:
-        """z W^T, W [(parts) H K, D], as [B, L, (parts), H, K']: K' is K, or the width that attention wants.
+    def options(self, ctx: ForwardContext) -> dict[str, Any]:
+        """What every attention operator is told."""
+        return {"scale": self.scale, "dropout": self.attention_dropout(ctx), "impl": ctx.impl}
 
-        Zero rows of W fill the heads up, and zero columns meet those of z: no activation is copied for it.
-        """
-        width = kernels.head_width(self.width, weight.device, impl=shared.impl)
-        weight = fill(weight, width, z.shape[-1], weight.shape[0] // self.width)
-        return shared.linear(z, weight).unflatten(-1, (*parts, self.heads, width))
+    def queries(self, q: Tensor, ctx: ForwardContext) -> Tensor:
+        """q [B, L, H, K'], normalised where it shall be."""
+        return q if self.q_norm is None else self.q_norm(q, ctx)
 
-    def join(self, mixed: Tensor, weight: Tensor, z: Tensor, shared: Pass) -> Tensor:
-        """All heads of mixed [B, L, H, K'] through W [D, H K], with zero columns where K' is more than K, and zero rows
-        up to the width of the stream, that of z."""
-        missing = mixed.shape[-1] - self.width
-        if missing:
-            weight = pad(weight.unflatten(1, (self.heads, self.width)), (0, missing)).flatten(1)
-        return shared.linear(mixed.flatten(2), fill(weight, z.shape[-1], weight.shape[1]))
+    def keys_values(self, kv: Tensor, ctx: ForwardContext) -> Tensor:
+        """kv [B, L, 2 G K'] as [B, L, 2, G, K'], the keys normalised where they shall be."""
+        kv = kv.unflatten(-1, (2, self.kv_axis.count, -1))
+        return kv if self.k_norm is None else torch.stack([self.k_norm(kv[:, :, 0], ctx), kv[:, :, 1]], 2)
 
-
-class SelfAttention(Sublayer):
-    """Wq, Wk, Wv, Wo; in the encoder all keys, masked by padding, and in the decoder the earlier ones."""
-
-    def __init__(
-        self, config: ModelConfig, block: BlockConfig, index: int, residual: bool, sites: Sites, *, decoder: bool
-    ):
-        super().__init__(config, block, index, residual, sites)
-        inner = self.heads * self.width
-        self.decoder = decoder
-        self.w_qkv = self.projection(3 * inner, config.dim_model)
-        self.w_o = self.projection(config.dim_model, inner)
-
-    def forward(self, z: Tensor, shared: Pass) -> Tensor:
-        mixed, kv = kernels.self_attention(
-            self.split(z, self.w_qkv, shared, 3),
-            causal=self.decoder,
-            key_mask=None if self.decoder else shared.key_mask,
-            dropout=shared.dropout(self.dropout, self.inner_site),
-            impl=shared.impl,
-        )
-        if not self.decoder:
-            shared.memory.append(kv)
-        return self.join(mixed, self.w_o, z, shared)
-
-    def remember(self, z: Tensor, shared: Pass) -> None:
-        """Keys and values alone: all that the last encoder block is needed for."""
-        rows = self.heads * self.width
-        shared.memory.append(self.split(z, self.w_qkv[rows:], shared, 2))
+    def encoder_kv(self, ctx: ForwardContext) -> Tensor:
+        """What the decoder attends to: encoder block i's keys and values, or its own of the encoder's output."""
+        if self.kv is None:
+            return ctx.encoder_kv[self.index]
+        assert ctx.encoder_output is not None
+        return self.keys_values(self.kv(ctx.encoder_output, ctx), ctx)
 
 
-class CrossAttention(Sublayer):
-    """Wq and Wo; keys and values are those of encoder block i's self-attention."""
+class SelfAttention(Attention):
+    """Wq, Wk, Wv, Wo; in the encoder all keys, masked by padding, in the decoder the earlier ones."""
 
-    def __init__(self, config: ModelConfig, block: BlockConfig, index: int, residual: bool, sites: Sites):
-        super().__init__(config, block, index, residual, sites)
-        inner = self.heads * self.width
-        self.w_q = self.projection(inner, config.dim_model)
-        self.w_o = self.projection(config.dim_model, inner)
+    name = "self_attention"
 
-    def attend(self, q: Tensor, shared: Pass, dropout: kernels.Dropout | None) -> Tensor:
-        """q [B, L, H, K] to O [B, L, H, K]."""
-        kv = shared.memory[self.index]
-        return kernels.cross_attention(q, kv, key_mask=shared.key_mask, dropout=dropout, impl=shared.impl)
+    def __init__(self, config: ModelConfig, block: BlockConfig):
+        super().__init__(config, block)
+        self.causal, self.rotary = block.stack == "decoder", config.positions == "rotary"
+        self.qkv = Linear(config.linear_init, self.stream_axis, q=self.heads_axis, k=self.kv_axis, v=self.kv_axis)
+        # nothing to do between the GEMM and attention: kernels read its product as it lies
+        self.packed = self.heads_axis == self.kv_axis and not self.rotary and not config.qk_norm
 
-    def forward(self, z: Tensor, shared: Pass) -> Tensor:
-        q = self.split(z, self.w_q, shared)
-        mixed = self.attend(q, shared, shared.dropout(self.dropout, self.inner_site))
-        return self.join(mixed, self.w_o, z, shared)
+    def options(self, ctx: ForwardContext) -> dict[str, Any]:
+        return super().options(ctx) | {"causal": self.causal, "key_mask": None if self.causal else ctx.key_mask}
+
+    def attend_packed(self, qkv: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+        """qkv [B, L, 3, H, K'] to the mixed values [B, L, H, K'], and kv [B, L, 2, H, K']."""
+        return kernels.self_attention(qkv, **self.options(ctx))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext) -> Tensor:
+        """q [B, L, H, K'], k and v [B, L, G, K'] to the mixed values [B, L, H, K']."""
+        return kernels.attention(q, k, v, **self.options(ctx))
+
+    def forward(self, z: Tensor, ctx: ForwardContext) -> Tensor:
+        qkv = self.qkv(z, ctx)
+        if self.packed:
+            mixed, kv = self.attend_packed(qkv.unflatten(-1, (3, self.heads, -1)), ctx)
+        else:
+            heads = (self.heads, 2 * self.kv_axis.count)
+            q, kv = qkv.unflatten(-1, (sum(heads), -1)).split(heads, 2)
+            q, kv = self.queries(q, ctx), self.keys_values(kv.flatten(2), ctx)
+            k, v = kv.unbind(2)
+            if self.rotary:
+                q, k = rotate(q, self.width), rotate(k, self.width)
+            mixed = self.attend(q, k, v, ctx)
+        if not self.causal:
+            ctx.encoder_kv.append(kv)
+        return self.o(mixed.flatten(2), ctx)
+
+    def project_kv(self, z: Tensor, ctx: ForwardContext) -> None:
+        """Keys and values alone, for the decoder: all that the last encoder block is needed for."""
+        ctx.encoder_kv.append(self.keys_values(self.qkv(z, ctx, skip=self.qkv.rows["q"]), ctx))
+
+
+class UnifiedAttention(SelfAttention):
+    """One softmax over [own keys, causal | encoder keys, padding-masked]."""
+
+    reads_encoder = True
+
+    def __init__(self, config: ModelConfig, block: BlockConfig):
+        super().__init__(config, block)
+        # the faulty mask exists in the reference only; the rest of the model runs as chosen
+        as_published = config.unified_mask == "as_published"
+        self.changed = {"impl": "reference", "as_published": True} if as_published else {}
+
+    def options(self, ctx: ForwardContext) -> dict[str, Any]:
+        return Attention.options(self, ctx) | {"key_mask": ctx.key_mask} | self.changed
+
+    def attend_packed(self, qkv: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+        return kernels.packed_unified_attention(qkv, self.encoder_kv(ctx), **self.options(ctx)), qkv[:, :, 1:]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext) -> Tensor:
+        return kernels.unified_attention(q, k, v, *self.encoder_kv(ctx).unbind(2), **self.options(ctx))
+
+
+class CrossAttention(Attention):
+    """Wq and Wo; keys and values are those of encoder block i's self-attention, or own ones of the encoder's output."""
+
+    name = "cross_attention"
+    reads_encoder = True
+
+    def __init__(self, config: ModelConfig, block: BlockConfig):
+        super().__init__(config, block)
+        self.q = Linear(config.linear_init, self.stream_axis, q=self.heads_axis)
+
+    def attend(self, q: Tensor, ctx: ForwardContext) -> Tensor:
+        """q [B, L, H, K'] to the mixed values [B, L, H, K']."""
+        return kernels.cross_attention(q, self.encoder_kv(ctx), key_mask=ctx.key_mask, **self.options(ctx))
+
+    def forward(self, z: Tensor, ctx: ForwardContext) -> Tensor:
+        q = self.queries(self.q(z, ctx).unflatten(-1, (self.heads, -1)), ctx)
+        return self.o(self.attend(q, ctx).flatten(2), ctx)
 
 
 class DatabaseAttention(CrossAttention):
     """Wq and Wo; keys and values are the learned bank, one head shared by all, no mask."""
 
-    def attend(self, q: Tensor, shared: Pass, dropout: kernels.Dropout | None) -> Tensor:
-        assert shared.database is not None
-        missing = q.shape[-1] - self.width
-        bank = [pad(x, (0, missing)) if missing else x for x in shared.database]
-        return kernels.attention(q, *bank, dropout=dropout, impl=shared.impl)
+    name = "database_attention"
+    reads_encoder = False
 
-
-class UnifiedAttention(Sublayer):
-    """Wq, Wk, Wv, Wo; one softmax over [own keys, causal | encoder block i's keys, padding-masked]."""
-
-    def __init__(self, config: ModelConfig, block: BlockConfig, index: int, residual: bool, sites: Sites):
-        super().__init__(config, block, index, residual, sites)
-        inner = self.heads * self.width
-        self.as_published = config.unified_mask == "as_published"
-        self.w_qkv = self.projection(3 * inner, config.dim_model)
-        self.w_o = self.projection(config.dim_model, inner)
-
-    def forward(self, z: Tensor, shared: Pass) -> Tensor:
-        mixed = kernels.packed_unified_attention(
-            self.split(z, self.w_qkv, shared, 3),
-            shared.memory[self.index],
-            key_mask=shared.key_mask,
-            dropout=shared.dropout(self.dropout, self.inner_site),
-            as_published=self.as_published,
-            # the faulty mask exists in the reference only; the rest of the model runs as chosen
-            impl="reference" if self.as_published else shared.impl,
-        )
-        return self.join(mixed, self.w_o, z, shared)
+    def attend(self, q: Tensor, ctx: ForwardContext) -> Tensor:
+        assert ctx.database is not None
+        return kernels.attention(q, *ctx.database, **self.options(ctx))
 
 
 class FeedForward(Sublayer):
-    """W_in [F or 2 F, D] (gate or slow rows first) and Wdown [D, F]."""
+    """dropout(act(z Wup)) Wdown; gated: act(z Wgate) * (z Wup); mixed: factor (sigmoid(z Wgate) + relu(z Wup)).
 
-    def __init__(self, config: ModelConfig, block: BlockConfig, index: int, residual: bool, sites: Sites):
-        super().__init__(config, block, index, residual, sites)
-        self.kind, self.activation = config.feedforward, config.activation
-        self.factor = config.mixed_factor if self.kind == "mixed" else 1.0
-        self.slow_dropout = config.slow_dropout
-        self.slow_site = sites()
-        self.halves = 1 if self.kind == "plain" else 2
-        self.w_in = self.projection(self.halves * config.dim_feedforward, config.dim_model)
-        self.w_down = self.projection(config.dim_model, config.dim_feedforward)
+    Activation "relu2" is relu(x)^2 (So et al., 2021).
+    """
 
-    def forward(self, z: Tensor, shared: Pass) -> Tensor:
-        w_in = shared.cast(self.w_in)
-        # hidden units without weights add nothing: whatever they are, the columns of Wdown that they meet are zeros
-        width = kernels.row_width("glu", self.w_down.shape[1], w_in.dtype, w_in.device, impl=shared.impl)
-        hidden = kernels.glu(
-            z,
-            fill(w_in, width, z.shape[-1], self.halves),
-            kind=self.kind,
-            activation=self.activation,
-            factor=self.factor,
-            dropout=shared.dropout(self.dropout, self.inner_site),
-            gate_dropout=shared.dropout(self.slow_dropout, self.slow_site),
-            impl=shared.impl,
-        )
-        return shared.linear(hidden, fill(self.w_down, z.shape[-1], width))
+    name = "feedforward"
 
+    def __init__(self, config: ModelConfig, block: BlockConfig):
+        super().__init__(config, block)
+        self.squared = config.activation == "relu2"
+        activation = "relu" if self.squared else config.activation
+        self.form: dict[str, Any] = {"kind": config.feedforward, "activation": activation}
+        stream, hidden = Axis("stream", config.dim_model), Axis("hidden", config.dim_feedforward)
+        gate = {} if config.feedforward == "plain" else {"gate": hidden}
+        self.up = Linear(config.linear_init, stream, **gate, up=hidden)
+        self.down = Linear(config.linear_init, hidden, down=stream)
+        self.factor = config.mixed_factor if config.feedforward == "mixed" else 1.0
+        self.hidden_dropout, self.gate_dropout = Dropout(config.dropout), Dropout(config.slow_dropout)
 
-_CLASSES: dict[str, Callable[..., Sublayer]] = {
-    "cross_attention": CrossAttention,
-    "database_attention": DatabaseAttention,
-    "unified_attention": UnifiedAttention,
-    "feedforward": FeedForward,
-}
+    def forward(self, z: Tensor, ctx: ForwardContext) -> Tensor:
+        drops = {"dropout": self.hidden_dropout(ctx), "gate_dropout": self.gate_dropout(ctx)}
+        hidden = kernels.glu(z, self.up.matrix(z, ctx), **self.form, factor=self.factor, **drops, impl=ctx.impl)
+        if self.squared:  # dropout has scaled what it kept by s, and s^2 is once too often
+            kept = drops["dropout"]
+            hidden = hidden.square() / (1.0 if kept is None else keep_scale(kept.p))
+        return self.down(hidden, ctx)
 
 
-def build_sublayer(
-    config: ModelConfig, block: BlockConfig, index: int, sublayer: SublayerConfig, sites: Sites, *, decoder: bool
-) -> Sublayer:
-    """The module of one sublayer of block `index`."""
-    if sublayer.kind == "self_attention":
-        return SelfAttention(config, block, index, sublayer.residual, sites, decoder=decoder)
-    return _CLASSES[sublayer.kind](config, block, index, sublayer.residual, sites)
+class Block(nn.Module):
+    """x = x + dropout(f(norm(x))) for each sublayer f in turn.
+
+    An idea is a subclass with other `classes`, or a `forward` of its own: `march.build_model(..., block=Mine)`.
+    """
+
+    classes: ClassVar[dict[str, type[Sublayer]]] = {
+        "self_attention": SelfAttention,
+        "unified_attention": UnifiedAttention,
+        "cross_attention": CrossAttention,
+        "database_attention": DatabaseAttention,
+        "feedforward": FeedForward,
+    }
+
+    def __init__(self, config: ModelConfig, block: BlockConfig):
+        super().__init__()
+        self.names = []
+        for sublayer in block.sublayers:
+            layer = self.classes[sublayer.kind](config, block)
+            layer.residual = sublayer.residual
+            self.add_module(layer.name, layer)
+            self.names.append(layer.name)
+
+    @property
+    def layers(self) -> list[Any]:
+        """The sublayers in order."""
+        return [getattr(self, name) for name in self.names]
+
+    def forward(self, stream: ResidualStream, ctx: ForwardContext) -> None:
+        for layer in self.layers:
+            s = layer(stream.norm(layer.norm), ctx)
+            if layer.post_norm is not None:
+                s = layer.post_norm(s, ctx)
+            stream.add(s, dropout=layer.dropout(ctx), residual=layer.residual)
+
+    def project_kv(self, stream: ResidualStream, ctx: ForwardContext) -> None:
+        """What the decoder reads of the last encoder block; all of it runs where the block, or its self-attention, has
+        a `forward` of its own and no `project_kv` beside it."""
+        attention = self.layers[0]
+        if all(_defines(x, "project_kv") <= _defines(x, "forward") for x in (self, attention)):
+            attention.project_kv(stream.norm(attention.norm), ctx)
+        else:
+            self(stream, ctx)
+
+
+def _defines(module: nn.Module, method: str) -> int:
+    """How far up its classes `module` finds `method`."""
+    return next((i for i, c in enumerate(type(module).__mro__) if method in vars(c)), len(type(module).__mro__))

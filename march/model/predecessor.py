@@ -6,76 +6,58 @@ users' gradients are summed and their weights must agree. Entries without a user
 """
 
 from collections.abc import Iterator, Mapping
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from march.model.layers import FeedForward, Sublayer
-from march.model.transformer import Stack, Transformer
+from march.config import unpublished
+from march.model.modules import Linear
+from march.model.transformer import Transformer
 
-_NAMES = {
+_LAYERS = {
     "SelfAttention": "self_attention_layers",
     "UnifiedAttention": "cross_attention_layers",
     "CrossAttention": "cross_attention_layers",
     "DatabaseAttention": "database_attention_layers",
     "FeedForward": "feedforward_layers",
 }
-_HALVES = {
-    "plain": ("up_projection",),
-    "gated": ("gate_projection", "up_projection"),
-    "mixed": ("up_projection_slow", "up_projection_fast"),
-}
+_PROJECTIONS = {**{part: f"w_{part}" for part in "qkvo"}, **{p: f"{p}_projection" for p in ("up", "gate", "down")}}
+_MIXED = {"gate": "up_projection_slow", "up": "up_projection_fast"}
 
 
-def _parts(model: Transformer, stack_name: str) -> Iterator[tuple[str, str, int, int]]:
-    """(our parameter, its key, first row, rows) of every linear weight of a stack; a packed one has several keys."""
-    stack: Stack = getattr(model, stack_name)
+def _stack_entries(model: Transformer, stack: Any, prefix: str, final_norm: int | None) -> Iterator[tuple]:
+    names = _PROJECTIONS | (_MIXED if model.config.feedforward == "mixed" else {})
+    count = 0
     for i, block in enumerate(stack.blocks):
-        for j, sublayer in enumerate(cast("list[Sublayer]", block)):
-            ours = f"{stack_name}.blocks.{i}.{j}"
-            theirs = f"{stack_name}.{_NAMES[type(sublayer).__name__]}.{i}"
-            if isinstance(sublayer, FeedForward):
-                rows = sublayer.w_down.shape[1]
-                for part, name in enumerate(_HALVES[sublayer.kind]):
-                    yield f"{ours}.w_in", f"{theirs}.{name}.weight", part * rows, rows
-                yield f"{ours}.w_down", f"{theirs}.down_projection.weight", 0, model.config.dim_model
-                continue
-            rows = sublayer.heads * sublayer.width
-            if hasattr(sublayer, "w_qkv"):
-                for part, name in enumerate("qkv"):
-                    yield f"{ours}.w_qkv", f"{theirs}.w_{name}.weight", part * rows, rows
-            else:
-                yield f"{ours}.w_q", f"{theirs}.w_q.weight", 0, rows
-            yield f"{ours}.w_o", f"{theirs}.w_o.weight", 0, model.config.dim_model
+        for j, layer in enumerate(block.layers):
+            yield f"{prefix}.layernorms.{2 * i + j}.weight", layer.norm.gain, slice(None)
+            for linear in layer.children():
+                start = 0
+                for part, rows in linear.rows.items() if isinstance(linear, Linear) else ():
+                    key = f"{prefix}.{_LAYERS[type(layer).__name__]}.{i}.{names[part]}.weight"
+                    yield key, linear.weight, slice(start, start := start + rows)
+            count += 1
+    # as last loaded, else one entry a sublayer and the final one
+    number = final_norm if final_norm is not None else model.predecessor_final_norms.get(prefix, count)
+    yield f"{prefix}.layernorms.{number}.weight", stack.final_norm.gain, slice(None)
 
 
-def _norms(model: Transformer, stack_name: str) -> Iterator[tuple[str, int]]:
-    """(our gain, number in its list) of every norm of a stack but the final one."""
-    stack: Stack = getattr(model, stack_name)
-    for i, block in enumerate(stack.blocks):
-        for j in range(len(block)):  # type: ignore[arg-type]
-            yield f"{stack_name}.blocks.{i}.{j}.norm.gain", 2 * i + j
-
-
-def _final_norm(model: Transformer, stack_name: str) -> int:
-    """Number of the final norm in its list: as last loaded, else one entry a sublayer and the final one."""
-    stack: Stack = getattr(model, stack_name)
-    return model.predecessor_final_norms.get(stack_name, len(stack.sublayers()))
-
-
-def _whole(model: Transformer) -> Iterator[tuple[str, str]]:
-    yield "embedding", "embedding.weight"
-    yield "positions", "position_encoding.timing_table"
+def _entries(model: Transformer, final_norms: Mapping[str, int]) -> list[tuple[str, Tensor, slice]]:
+    """(key, our parameter, its rows) of everything; a packed weight has several keys, a norm's key several users."""
+    for name, value in unpublished(model.config).items():
+        raise ValueError(f"predecessor: expected what it has, got {name}={value}; save and load model.state_dict()")
+    assert model.positions is not None
+    entries: list[tuple[str, Tensor, slice]] = [
+        ("embedding.weight", model.embedding, slice(None)),
+        ("position_encoding.timing_table", model.positions, slice(None)),
+    ]
     if model.config.database_states:
-        yield "database_keys", "database_key_value_states.0"
-        yield "database_values", "database_key_value_states.1"
-
-
-def _norm_number(key: str, stack_name: str) -> int | None:
-    prefix, suffix = f"{stack_name}.layernorms.", ".weight"
-    middle = key[len(prefix) : -len(suffix)]
-    return int(middle) if key.startswith(prefix) and key.endswith(suffix) and middle.isdigit() else None
+        bank = (model.database.keys, model.database.values)
+        entries += [(f"database_key_value_states.{i}", x, slice(None)) for i, x in enumerate(bank)]
+    for prefix in ("encoder", "decoder"):
+        entries += _stack_entries(model, getattr(model, prefix), prefix, final_norms.get(prefix))
+    return entries
 
 
 @torch.no_grad()
@@ -85,53 +67,34 @@ def load_predecessor(model: Transformer, state_dict: Mapping[str, Tensor]) -> No
     ValueError names what is missing, left over or of another shape; the model is unchanged then. Norm gains may be
     scalars [1], which expand to [D].
     """
-    parameters = dict(model.named_parameters())
-    copies: list[tuple[Tensor, Tensor, str]] = []
-    used: set[str] = set()
-    missing: list[str] = []
+    norms = [key for key in state_dict if key.split(".")[1:2] == ["layernorms"] and key.split(".")[2].isdigit()]
     finals: dict[str, int] = {}
-
-    def plan(target: Tensor, key: str) -> None:
-        used.add(key)
-        if key in state_dict:
-            copies.append((target, state_dict[key], key))
-        else:
-            missing.append(key)
-
-    for ours, key in _whole(model):
-        plan(parameters[ours], key)
-    for stack_name in ("encoder", "decoder"):
-        for ours, key, start, rows in _parts(model, stack_name):
-            plan(parameters[ours][start : start + rows], key)
-        numbers = [number for key in state_dict if (number := _norm_number(key, stack_name)) is not None]
-        for ours, number in _norms(model, stack_name):
-            plan(parameters[ours], f"{stack_name}.layernorms.{number}.weight")
-        finals[stack_name] = max(numbers, default=_final_norm(model, stack_name))
-        plan(parameters[f"{stack_name}.final_norm.gain"], f"{stack_name}.layernorms.{finals[stack_name]}.weight")
-        used.update(f"{stack_name}.layernorms.{number}.weight" for number in numbers)
-    left_over = [key for key in state_dict if key not in used]
+    for stack, _, number, _ in (key.split(".") for key in norms):
+        finals[stack] = max(finals.get(stack, 0), int(number))
+    entries = _entries(model, finals)
+    keys = {key for key, _, _ in entries}
+    missing, left_over = sorted(keys - state_dict.keys()), sorted(state_dict.keys() - keys - set(norms))
     if missing or left_over:
         raise ValueError(
             f"predecessor state dict: expected the keys of {model.config}, got {len(missing)} missing "
             f"({', '.join(missing[:3])}) and {len(left_over)} left over ({', '.join(left_over[:3])}); "
             "build the model with the checkpoint's experiment and sizes"
         )
-    prepared = []
-    for target, value, key in copies:
-        fits = (value.numel() == target.numel() and value.squeeze().shape == target.squeeze().shape) or (
-            "layernorms" in key and value.numel() == 1
-        )
-        if not fits:
+    for key, parameter, rows in entries:
+        value, wanted = state_dict[key], parameter[rows].shape
+        fits = value.squeeze().shape == parameter[rows].squeeze().shape
+        if not fits and not (key in norms and value.numel() == 1):
             raise ValueError(
-                f"predecessor state dict: expected {key} as {list(target.shape)}, got {list(value.shape)}; "
+                f"predecessor state dict: expected {key} as {list(wanted)}, got {list(value.shape)}; "
                 "build the model with the checkpoint's sizes"
             )
-        prepared.append((target, value.reshape(target.shape) if value.numel() != 1 else value))
-    for target, value in prepared:
-        target.copy_(value)
+    for key, parameter, rows in entries:
+        value = state_dict[key]
+        parameter[rows] = value if value.numel() == 1 else value.reshape(parameter[rows].shape)
     model.predecessor_final_norms = finals
 
 
+@torch.no_grad()
 def to_predecessor(model: Transformer, gradients: bool = False) -> dict[str, Tensor]:
     """The model's weights, or their gradients, under the predecessor's keys: new tensors.
 
@@ -139,41 +102,23 @@ def to_predecessor(model: Transformer, gradients: bool = False) -> dict[str, Ten
     sublayers' gains differ, which the predecessor cannot hold. Norms that it owned but did not use are not returned.
     Gradients leave out what has none: the dead parameters, and all that backward has not reached.
     """
-    parameters = dict(model.named_parameters())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     dead = model.dead_parameters() if gradients else set()
-    last = f"encoder.blocks.{len(model.encoder.blocks) - 1}.0"
+    last = model.encoder.blocks[-1].self_attention.qkv  # type: ignore[union-attr]
+    users: dict[str, list[tuple[str, Tensor]]] = {}
+    for key, parameter, rows in _entries(model, {}):
+        value = parameter.grad if gradients else parameter
+        dead_rows = gradients and parameter is last.weight and rows.start == 0  # type: ignore[union-attr]
+        if value is not None and names[id(parameter)] not in dead and not dead_rows:
+            users.setdefault(key, []).append((names[id(parameter)], value[rows]))
     result: dict[str, Tensor] = {}
-
-    def read(name: str) -> Tensor | None:
-        value = parameters[name].grad if gradients else parameters[name]
-        return None if value is None or name in dead else value.detach()
-
-    for ours, key in _whole(model):
-        value = read(ours)
-        if value is not None:
-            bank = key.startswith("database")
-            result[key] = (value[None, None] if bank else value).clone()
-    for stack_name in ("encoder", "decoder"):
-        for ours, key, start, rows in _parts(model, stack_name):
-            value = read(ours)
-            dead_rows = gradients and ours == f"{last}.w_qkv" and key.endswith("w_q.weight")
-            if value is not None and not dead_rows:
-                result[key] = value[start : start + rows].clone()
-        users: dict[str, list[tuple[str, Tensor]]] = {}
-        final = (f"{stack_name}.final_norm.gain", _final_norm(model, stack_name))
-        for ours, number in [*_norms(model, stack_name), final]:
-            value = read(ours)
-            if value is not None:
-                users.setdefault(f"{stack_name}.layernorms.{number}.weight", []).append((ours, value))
-        for key, gains in users.items():
-            if gradients:
-                result[key] = torch.stack([gain for _, gain in gains]).sum(0)
-                continue
-            for name, gain in gains[1:]:
-                if not torch.equal(gain, gains[0][1]):
-                    raise ValueError(
-                        f"to_predecessor: expected one gain for {key}, got different ones in {gains[0][0]} and {name}; "
-                        "the predecessor shares this norm, so a model trained with its own norms cannot go back"
-                    )
-            result[key] = gains[0][1].clone()
+    for key, values in users.items():
+        for name, value in values[1:] if not gradients else ():
+            if not torch.equal(value, values[0][1]):
+                raise ValueError(
+                    f"to_predecessor: expected one gain for {key}, got different ones in {values[0][0]} and {name}; "
+                    "the predecessor shares this norm, so a model trained with its own norms cannot go back"
+                )
+        total = torch.stack([value for _, value in values]).sum(0) if gradients else values[0][1].clone()
+        result[key] = total[None, None] if key.startswith("database") else total
     return result

@@ -1,7 +1,8 @@
-"""The encoder-decoder: two stacks, one block loop.
+"""The encoder-decoder, from ids to loss.
 
 Decoder block i attends to the keys and values that encoder block i's self-attention computed, so nobody reads the
-encoder's output: after the last encoder block's keys and values the encoder stops (docs/deviations.md).
+encoder's output: after the last encoder block's keys and values the encoder stops (docs/deviations.md). With
+cross_attention "encoder_output" the decoder reads that, as in Vaswani et al., 2017.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 import kernels
 from kernels.portable import product_dtype as portable_dtype
 from march.config import BlockConfig, ModelConfig, ResolvedConfig
-from march.model.layers import Norm, Pass, SelfAttention, Sites, Sublayer, build_sublayer, fill
+from march.model.init import Rule, initialise, normal
+from march.model.layers import Block
+from march.model.modules import Axis, Dropout, ForwardContext, Norm, ResidualStream, zero_pad
 
 MASK32 = 0xFFFFFFFF
 # Below this width bfloat16 products gain nothing over float32 ones: the calls cost more than the arithmetic.
@@ -28,97 +31,95 @@ class Output:
 
 
 class Stack(nn.Module):
-    """Blocks of sublayers, each behind its norm, and a final norm.
+    """Blocks and a final norm."""
 
-    The stream x and its normalised copy z travel together: `residual_norm` adds a sublayer's output to the stream
-    and normalises for the next sublayer in one pass.
-    """
-
-    def __init__(self, config: ModelConfig, blocks: tuple[BlockConfig, ...], sites: Sites, *, decoder: bool):
+    def __init__(self, config: ModelConfig, blocks: tuple[BlockConfig, ...], block: type[Block]):
         super().__init__()
-        self.dropout, self.width = config.dropout, config.dim_model
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(
-                build_sublayer(config, block, index, sublayer, sites, decoder=decoder) for sublayer in block.sublayers
-            )
-            for index, block in enumerate(blocks)
-        )
+        self.token_dropout, self.position_dropout = Dropout(config.dropout), Dropout(config.dropout)
+        self.blocks = nn.ModuleList(block(config, one) for one in blocks)
         self.final_norm = Norm(config.dim_model)
-        self.memory_only = not decoder
 
-    def sublayers(self) -> list[Sublayer]:
-        """All sublayers in order."""
-        return [sublayer for block in self.blocks for sublayer in block]  # type: ignore[attr-defined, misc]
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        """x [B, L, D'] to the normalised output [B, L, D']."""
+        stream = ResidualStream(x, ctx)
+        for block in self.blocks:
+            block(stream, ctx)
+        return stream.norm(self.final_norm)
 
-    def forward(self, x: Tensor, shared: Pass) -> Tensor | None:
-        """x [B, L, D'] to the normalised output [B, L, D']; None of the encoder, which leaves `shared.memory`."""
-        sublayers = self.sublayers()
-        gains = [shared.cast(norm.gain) for norm in (*(sublayer.norm for sublayer in sublayers), self.final_norm)]
-        if x.shape[-1] > self.width:
-            gains = [fill(gain[None], 1, x.shape[-1])[0] for gain in gains]
-        last_needed = self.blocks[-1][0] if self.memory_only else None  # type: ignore[index]
-        stream: Tensor | None = x
-        stream, z = kernels.residual_norm(stream, None, gains[0], features=self.width, impl=shared.impl)
-        for sublayer, next_gain in zip(sublayers, gains[1:], strict=True):
-            if sublayer is last_needed:
-                assert isinstance(sublayer, SelfAttention)
-                sublayer.remember(z, shared)
-                return None
-            s = sublayer(z, shared)
-            stream, z = kernels.residual_norm(
-                stream if sublayer.residual else None,
-                s,
-                next_gain,
-                dropout=shared.dropout(self.dropout, sublayer.output_site),
-                features=self.width,
-                impl=shared.impl,
-            )
-        return z
+
+class Encoder(Stack):
+    """Its blocks leave keys and values in `ctx.encoder_kv`; where nobody reads its output the last stops there."""
+
+    def __init__(self, config: ModelConfig, blocks: tuple[BlockConfig, ...], block: type[Block]):
+        super().__init__(config, blocks, block)
+        self.stops_early = config.cross_attention == "encoder_block"
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor | None:  # type: ignore[override]
+        if not self.stops_early:
+            return super().forward(x, ctx)
+        stream = ResidualStream(x, ctx)
+        for block in self.blocks[:-1]:
+            block(stream, ctx)
+        self.blocks[-1].project_kv(stream, ctx)  # type: ignore[operator]
+        return None
+
+
+class Database(nn.Module):
+    """A learned bank of keys and values, each [S, K], shared by all heads, blocks and both stacks."""
+
+    def __init__(self, states: int, width: int):
+        super().__init__()
+        self.axis = Axis("heads", width)
+        self.keys, self.values = (nn.Parameter(torch.empty(states, width)) for _ in range(2))
+        self.init_rules: dict[str, Rule] = {"keys": normal(1.0), "values": normal(1.0)}
+
+    def forward(self, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [1, S, 1, K']."""
+        columns = (self.axis.width, self.axis.padded(ctx))
+        keys, values = (zero_pad(x.to(ctx.dtype), (1, 1), columns) for x in (self.keys, self.values))
+        return keys[None, :, None], values[None, :, None]
 
 
 class Transformer(nn.Module):
     """An experiment's model; float32 parameters, see `march.build_model`."""
 
-    def __init__(self, resolved: ResolvedConfig, impl: kernels.Impl = "auto"):
+    def __init__(
+        self, resolved: ResolvedConfig, impl: kernels.Impl = "auto", seed: int | None = None, block: type[Block] = Block
+    ):
         super().__init__()
         config = resolved.model
         self.config, self.resolved = config, resolved
         self.impl = kernels.validate(impl)
-        sites = Sites()
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.dim_model))
-        self.positions = nn.Parameter(torch.empty(config.max_length, config.dim_model))
-        self.embedding_sites = {"encoder": (sites(), sites()), "decoder": (sites(), sites())}
+        self.init_rules: dict[str, Rule] = {"embedding": normal(1.0)}
+        self.positions: nn.Parameter | None = None
+        if config.positions == "absolute":
+            self.positions = nn.Parameter(torch.empty(config.max_length, config.dim_model))
+            self.init_rules["positions"] = normal(1.0 if config.position_init == "unit" else config.dim_model**-0.5)
         if config.database_states:
-            width = resolved.encoder[0].dim_qkv
-            self.database_keys = nn.Parameter(torch.empty(config.database_states, width))
-            self.database_values = nn.Parameter(torch.empty(config.database_states, width))
-        self.encoder = Stack(config, resolved.encoder, sites, decoder=False)
-        self.decoder = Stack(config, resolved.decoder, sites, decoder=True)
+            self.database = Database(config.database_states, resolved.encoder[0].dim_qkv)
+        self.encoder = Encoder(config, resolved.encoder, block)
+        self.decoder = Stack(config, resolved.decoder, block)
         self._own_step = 0
         # set by load_predecessor: where each stack's final norm stood in the checkpoint's list
         self.predecessor_final_norms: dict[str, int] = {}
+        initialise(self, torch.initial_seed() if seed is None else seed)
 
     def dead_parameters(self) -> set[str]:
-        """Names of the parameters that cannot affect the loss (w_qkv of the last encoder block: its Wq rows only)."""
-        last = len(self.encoder.blocks) - 1
-        prefix = f"encoder.blocks.{last}."
-        alive = {f"{prefix}0.w_qkv", f"{prefix}0.norm.gain"}
+        """Names of the parameters that cannot affect the loss (qkv of the last encoder block: its Wq rows only)."""
+        if self.config.cross_attention == "encoder_output":
+            return set()
+        prefix = f"encoder.blocks.{len(self.encoder.blocks) - 1}."
+        alive = {f"{prefix}self_attention.{name}" for name in ("qkv.weight", "norm.gain", "k_norm.gain")}
         names = {name for name, _ in self.named_parameters() if name.startswith(prefix)}
         return names - alive | {"encoder.final_norm.gain"}
 
-    def _embed(self, ids: Tensor, table: Tensor, stack: str, shared: Pass) -> Tensor:
-        token_site, position_site = self.embedding_sites[stack]
+    def _embed(self, ids: Tensor, stack: Stack, table: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
+        place = stack.position_dropout(ctx) if self.positions is not None else None
+        drops = {"dropout": stack.token_dropout(ctx), "position_dropout": place}
+        combine = self.config.embedding_combine
         # from the parameters themselves: a look-up is no product, and its gradient is added up in their type
-        x = kernels.embedding(
-            ids,
-            table,
-            fill(self.positions, self.positions.shape[0], table.shape[1]),
-            combine=self.config.embedding_combine,
-            dropout=shared.dropout(self.config.dropout, token_site),
-            position_dropout=shared.dropout(self.config.dropout, position_site),
-            impl=shared.impl,
-        )
-        return shared.cast(x)
+        return kernels.embedding(ids, table, positions, combine=combine, **drops, impl=ctx.impl).to(ctx.dtype)
 
     def compute_dtype(self) -> torch.dtype | None:
         """What a forward pass converts float32 parameters to: None, or bfloat16 for `precision="bf16"` on a CPU.
@@ -134,12 +135,6 @@ class Transformer(nn.Module):
             return None
         dtype = portable_dtype()
         return None if dtype == weight.dtype else dtype
-
-    def _stream_width(self, shared: Pass) -> int:
-        """Columns of the stream: dim_model, or more, filled with zeros, where the kernels want rows of 16 bytes."""
-        weight = self.embedding
-        dtype = shared.dtype or weight.dtype
-        return kernels.row_width("residual_norm", self.config.dim_model, dtype, weight.device, impl=self.impl)
 
     def _dropout_state(self, state: Tensor | None, device: torch.device) -> Tensor | None:
         if not self.training:
@@ -170,50 +165,51 @@ class Transformer(nn.Module):
         steps itself, from torch's initial seed.
         """
         _check_inputs(self.config, input_ids, decoder_input_ids, labels, attention_mask)
-        state = self._dropout_state(dropout_state, input_ids.device)
-        shared = Pass(self.impl, state, attention_mask, self.compute_dtype())
+        weight = self.embedding
+        rng = self._dropout_state(dropout_state, input_ids.device)
+        ctx = ForwardContext(self.impl, self.compute_dtype() or weight.dtype, weight.device, rng, attention_mask)
         if self.config.database_states:
-            bank = (shared.cast(self.database_keys), shared.cast(self.database_values))
-            shared.database = (bank[0][None, :, None], bank[1][None, :, None])
-        stream = self._stream_width(shared)
-        table = fill(self.embedding, self.embedding.shape[0], stream)
-        table, output = kernels.tied_table(table, shared.dtype, impl=self.impl)
-        self.encoder(self._embed(input_ids, table, "encoder", shared), shared)
-        h = self.decoder(self._embed(decoder_input_ids, table, "decoder", shared), shared)
+            ctx.database = self.database(ctx)
+        width = Axis("stream", self.config.dim_model)
+        columns = (width.width, width.padded(ctx))
+        table, output = kernels.tied_table(zero_pad(weight, (1, 1), columns), ctx.dtype, impl=self.impl)
+        if self.positions is not None:
+            positions = zero_pad(self.positions, (1, 1), columns)
+        else:  # a table of zeros: an average of tokens and nothing stays half of the tokens
+            zero = torch.zeros(1, 1, dtype=weight.dtype, device=weight.device)
+            positions = zero.expand(self.config.max_length, columns[1])
+        ctx.encoder_output = self.encoder(self._embed(input_ids, self.encoder, table, positions, ctx), ctx)
+        h = self.decoder(self._embed(decoder_input_ids, self.decoder, table, positions, ctx), ctx)
         scale = self.config.dim_model**-0.5
         loss = logits = None
         if labels is not None:
-            loss, _ = kernels.linear_cross_entropy(
-                h, output, labels, scale=scale, return_per_token=True, impl=self.impl
-            )
+            options = {"scale": scale, "impl": self.impl}
+            loss, _ = kernels.linear_cross_entropy(h, output, labels, return_per_token=True, **options)
         if labels is None or return_logits:
             logits = kernels.linear(h * scale, output, impl=self.impl)
         return Output(loss, logits)
 
 
-def _check_inputs(
-    config: ModelConfig, ids: Tensor, decoder_ids: Tensor, labels: Tensor | None, attention_mask: Tensor | None
-) -> None:
+def _check_inputs(config: ModelConfig, ids: Tensor, decoder_ids: Tensor, labels: Tensor | None, mask: Tensor | None):
+    def require(ok: bool, name: str, expected: str, got: object, fix: str) -> None:
+        if not ok:
+            raise ValueError(f"{name}: expected {expected}, got {got}; {fix}")
+
+    def described(x: Tensor) -> str:
+        return f"{x.dtype} {list(x.shape)}"
+
     for name, x in (("input_ids", ids), ("decoder_input_ids", decoder_ids)):
-        if x.dim() != 2 or x.dtype != torch.int64:
-            raise ValueError(f"{name}: expected int64 [B, L], got {x.dtype} {list(x.shape)}; convert with .long()")
-        if x.shape[1] > config.max_length:
-            raise ValueError(
-                f"{name}: expected at most {config.max_length} positions, got {x.shape[1]}; "
-                f"shorten the sequences or build the model with max_length={x.shape[1]}"
-            )
-    if ids.shape[0] != decoder_ids.shape[0]:
-        raise ValueError(
-            f"decoder_input_ids: expected {ids.shape[0]} sequences like input_ids, got {decoder_ids.shape[0]}; "
-            "both sides are one batch"
-        )
-    if labels is not None and labels.shape != decoder_ids.shape:
-        raise ValueError(
-            f"labels: expected {list(decoder_ids.shape)} like decoder_input_ids, got {list(labels.shape)}; "
-            "one label a decoder position, -100 to ignore one"
-        )
-    if attention_mask is not None and (attention_mask.shape != ids.shape or attention_mask.dtype != torch.bool):
-        raise ValueError(
-            f"attention_mask: expected bool {list(ids.shape)}, True where a token is real, got "
-            f"{attention_mask.dtype} {list(attention_mask.shape)}; convert with .bool()"
-        )
+        require(x.dim() == 2 and x.dtype == torch.int64, name, "int64 [B, L]", described(x), "convert with .long()")
+        fix = f"shorten the sequences or build the model with max_length={x.shape[1]}"
+        require(x.shape[1] <= config.max_length, name, f"at most {config.max_length} positions", x.shape[1], fix)
+    sizes = (ids.shape[0], decoder_ids.shape[0])
+    expected = f"{sizes[0]} sequences like input_ids"
+    require(sizes[0] == sizes[1], "decoder_input_ids", expected, sizes[1], "both sides are one batch")
+    if labels is not None:
+        expected = f"{list(decoder_ids.shape)} like decoder_input_ids"
+        fix = "one label a decoder position, -100 to ignore one"
+        require(labels.shape == decoder_ids.shape, "labels", expected, list(labels.shape), fix)
+    if mask is not None:
+        expected = f"bool {list(ids.shape)}, True where a token is real"
+        ok = mask.shape == ids.shape and mask.dtype == torch.bool
+        require(ok, "attention_mask", expected, described(mask), "convert with .bool()")

@@ -9,7 +9,16 @@ from rich.console import Console
 from rich.table import Table
 
 from march import experiments
-from march.config import ModelConfig, blocks_per_stack, difference, override, parse_override, resolve, to_dict
+from march.config import (
+    ModelConfig,
+    blocks_per_stack,
+    difference,
+    outside_kernels,
+    override,
+    parse_override,
+    resolve,
+    to_dict,
+)
 from march.cost import DEVICES, parameters, total_parameters
 
 # The paper budget's lengths: 1024 raw tokens corrupted.
@@ -96,6 +105,7 @@ def show(name: str, changes: dict[str, Any]) -> dict[str, Any]:
             {
                 "block": index,
                 "num_heads": encoder.num_heads,
+                "num_kv_heads": encoder.num_kv_heads,
                 "dim_qkv": encoder.dim_qkv,
                 "encoder": [_sublayer(s) for s in encoder.sublayers],
                 "decoder": [_sublayer(s) for s in decoder.sublayers],
@@ -104,6 +114,7 @@ def show(name: str, changes: dict[str, Any]) -> dict[str, Any]:
                 zip(resolve(config).encoder, resolve(config).decoder, strict=True)
             )
         ],
+        "outside_kernels": outside_kernels(config),
         "parameters_by_part": parameters(config),
         "cost": {
             "how": "counted on meta tensors, forward and backward; memory as on a GPU, the rest by the torch path",
@@ -132,6 +143,11 @@ def _sublayer(sublayer: Any) -> str:
     return sublayer.kind + ("" if sublayer.residual else " (no residual)")
 
 
+def _heads(block: dict[str, Any]) -> str:
+    shared = block["num_kv_heads"] != block["num_heads"]
+    return f"{block['num_heads']} heads of {block['dim_qkv']}" + f", {block['num_kv_heads']} of keys" * shared
+
+
 def print_show(shown: dict[str, Any]) -> None:
     """`show` as text."""
     console = _console()
@@ -155,13 +171,15 @@ def print_show(shown: dict[str, Any]) -> None:
     table(f"difference from {base}", changed)
     table("configuration", [(field, _value(value)) for field, value in shown["configuration"].items()])
     blocks = [
-        (f"block {b['block']}", f"{b['num_heads']} heads of {b['dim_qkv']}", f"{stack}: {', '.join(b[stack])}")
+        (f"block {b['block']}", _heads(b), f"{stack}: {', '.join(b[stack])}")
         for b in shown["blocks"]
         for stack in ("encoder", "decoder")
     ]
     if len(blocks) > 12:
         blocks = [*blocks[:4], ("...", f"{blocks_per_stack(ModelConfig(**_tuples(shown)))} blocks a stack", "")]
     table("blocks", blocks)
+    outside = [(step,) for step in shown["outside_kernels"]]
+    table("not computed by a fused kernel, but by plain torch beside them", outside)
     parts = [(part, f"{count:,}") for part, count in shown["parameters_by_part"].items()]
     table("parameters", [*parts, ("total", f"{shown['parameters']:,}")])
     cost = shown["cost"]

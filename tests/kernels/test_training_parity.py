@@ -5,6 +5,8 @@ where a program takes 10 to 20 ms: the shapes are tiny. CI runs Baseline and one
 kernel calls; `make test-all` the rest.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -40,6 +42,8 @@ def sizes_of(name: str) -> dict:
     heads, width = config.num_heads, config.dim_qkv
     sizes["num_heads"] = tuple(max(1, h // 4) for h in heads) if isinstance(heads, tuple) else max(1, heads // 8)
     sizes["dim_qkv"] = tuple(w // 8 for w in width) if isinstance(width, tuple) else max(8, width // 8)
+    if config.num_kv_heads:
+        sizes |= {"num_heads": 2, "num_kv_heads": 1}
     per_block = isinstance(heads, tuple) or isinstance(width, tuple)
     sizes["num_layers"] = config.num_layers if per_block else 4
     if config.database_states:
@@ -56,7 +60,7 @@ def inputs(step: int) -> dict:
     return {"input_ids": draw(7), "decoder_input_ids": draw(4), "labels": draw(4)}
 
 
-def train(name: str, impl: str, steps: int, **changed: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train(name: str, impl: str, steps: int, **changed: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of every step and the gradients of the first."""
     torch.manual_seed(0)
     model = march.build_model(name, impl=impl, **sizes_of(name) | changed).train()
@@ -73,7 +77,7 @@ def train(name: str, impl: str, steps: int, **changed: int) -> tuple[list[float]
     return losses, gradients
 
 
-def compare(name: str, steps: int, **changed: int) -> None:
+def compare(name: str, steps: int, **changed: Any) -> None:
     expected, expected_gradients = train(name, "reference", steps, **changed)
     losses, gradients = train(name, "triton", steps, **changed)
     assert losses == pytest.approx(expected, abs=1e-4)
@@ -125,6 +129,15 @@ def test_rows_that_are_filled_up(name, monkeypatch):
     monkeypatch.setattr(kernels, "glu", glu)
     compare(name, 2, dim_model=70, dim_feedforward=90, num_layers=4)
     assert widths == {("stream", 70), ("stream", 80), ("hidden", 90), ("hidden", 96)}
+
+
+TOGETHER = {"qk_norm": True, "num_heads": 2, "num_kv_heads": 1, "norm_placement": "sandwich", "num_layers": 4}
+
+
+@pytest.mark.parametrize("fields", [{"positions": "rotary"}, {"positions": "none", "unified_attention": True}])
+def test_what_runs_between_the_kernels(fields):
+    """Turned and normalised heads that are filled up, fewer of keys, own keys of the encoder's output, relu squared."""
+    compare("StandardCrossAttention", 1, activation="relu2", dim_qkv=20, **TOGETHER, **fields)
 
 
 @pytest.mark.slow

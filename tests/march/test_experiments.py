@@ -42,6 +42,18 @@ COUNTS = {
     # 30000*380 + 1024*380 + 3*(4*380*1520 + 2*380*1520) + 3*(6*380*1520 + 2*380*1520) + 17*380
     "BigHeads2": 36_054_780,
     "BigHeads3": 53_382_780,
+    # Wk and Wv of 3 decoder blocks: 3*2*512*8*64
+    "StandardCrossAttention": 36_340_224 + 1_572_864,
+    "SquaredReLU": 36_340_224,
+    # gains of 64: queries and keys of 6 self-attentions, queries of 3 cross-attentions
+    "QKNorm": 36_340_224 + (6 * 2 + 3) * 64,
+    # without the table: 1024*512
+    "RotaryPositions": 36_340_224 - 524_288,
+    "NoPositions": 36_340_224 - 524_288,
+    # keys and values of 6 self-attentions, 6 heads of 64 fewer: 6*2*512*6*64
+    "GroupedKeysValues": 36_340_224 - 2_359_296,
+    # gains of 512 behind 3*2 + 3*3 sublayers
+    "SandwichNorm": 36_340_224 + 15 * 512,
     "MoreHeadsLessQKVDimLessLayersControlled": 32_143_360,
     "ReLUGatedLinearUnitControlled": 36_337_152,
     "GELUGatedLinearUnitControlled": 36_337_152,
@@ -137,6 +149,14 @@ def test_wrong_overrides_say_expected_and_got(assignment, words):
         ("Baseline", {"database_states": -1}, "database_states"),
         ("Baseline", {"unified_mask": "as_published"}, "unified_mask"),
         ("Baseline", {"dim_model": True}, "dim_model"),
+        ("Baseline", {"num_kv_heads": 3}, "num_kv_heads"),
+        ("ScalingHeads", {"num_kv_heads": 8}, "num_kv_heads"),
+        ("Baseline", {"num_kv_heads": (2, 0, 2)}, "num_kv_heads"),
+        ("Baseline", {"num_kv_heads": -2}, "num_kv_heads"),
+        ("NoPositions", {"position_init": "unit"}, "position_init"),
+        ("RotaryPositions", {"dim_qkv": 63}, "dim_qkv"),
+        ("UnifiedAttention", {"positions": "rotary"}, "positions"),
+        ("ReLUGatedLinearUnit", {"activation": "relu2"}, "activation"),
     ],
 )
 def test_impossible_configurations_are_refused(name, overrides, field):

@@ -204,8 +204,9 @@ def test_every_experiment_has_a_ledger():
         sides = [{(r["operator"], r["phase"]): r["boundary"] for r in other["rows"]} for other in others]
         assert len(sides) in (0, 2)
         assert sides[:1] == sides[1:], name
-        # the faulty mask of the published run exists in the reference only, which makes its scores
-        assert bool(one["forbidden"]) == (name == "UnifiedAttentionAsPublished"), name
+        # the faulty mask of the published run exists in the reference only, which makes its scores; dK and dV of heads
+        # that several heads of queries read are float32 sums of programs that share them, where the batch is small
+        assert bool(one["forbidden"]) == (name in ("UnifiedAttentionAsPublished", "GroupedKeysValues")), name
 
 
 ROLES = """
