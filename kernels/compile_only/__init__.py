@@ -4,7 +4,7 @@
 of the specification is checked on the compiled programs by `reports`.
 """
 
-from kernels.compile_only.record import ARCHITECTURES, Argument, Launch, architecture, launches, recording
+from kernels.compile_only.record import ARCHITECTURES, Argument, Launch, architecture, launches, recording, watching
 from kernels.compile_only.report import Report, report, reports, save, table
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "reports",
     "save",
     "table",
+    "watching",
 ]

@@ -184,7 +184,7 @@ def reports(launches: Iterable[Launch]) -> list[Report]:
     """One report a distinct compiled program, in the order of first launch."""
     groups: dict[str, list[Launch]] = {}
     for launch in launches:
-        groups.setdefault(launch.binary, []).append(launch)
+        groups.setdefault(launch.program, []).append(launch)
     return [report(group[0], group) for group in groups.values()]
 
 
@@ -250,10 +250,10 @@ def save(launches: Iterable[Launch], directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
     for launch in launches:
-        if launch.binary in seen:
+        if launch.program in seen:
             continue
-        seen.add(launch.binary)
-        name = re.sub(r"\W+", "_", f"{launch.kernel.strip('_')}_{launch.arch}_{launch.binary[:12]}")
+        seen.add(launch.program)
+        name = re.sub(r"\W+", "_", f"{launch.kernel.strip('_')}_{launch.arch}_{launch.compiled.hash[:12]}")
         (directory / f"{name}.cubin").write_bytes(launch.compiled.asm["cubin"])
         (directory / f"{name}.sass").write_text(listing(launch))
         for kind in ("ptx", "ttgir"):

@@ -33,7 +33,7 @@ for case in cases:
         hidden = kernels.glu(x, weight, impl="triton", **case)
         hidden.backward(torch.empty_like(hidden))
     pairs = zip(reports(launches), launches, strict=True)
-    results.append([{**row.row(), "binary": launch.binary} for row, launch in pairs])
+    results.append([{**row.row(), "binary": launch.compiled.hash} for row, launch in pairs])
 print(json.dumps(results))
 """
 
