@@ -100,20 +100,18 @@ class Call:
             limit = limits.get(letter, n)
             return n if n <= limit else int(limit + (n - limit) % 16)
 
-        def smaller(name: str, x: Any) -> Any:
+        return self.resized(size)
+
+    def resized(self, size: Callable[[str, int], int]) -> "Call":
+        """The call with size(axis, n) in place of n, for each axis of AXES."""
+
+        def changed(name: str, x: Any) -> Any:
             if not isinstance(x, Layout):
                 return x
             return x.cut(tuple(size(letter, n) for letter, n in zip(self._axes()[name], x.shape, strict=True)))
 
-        tensors = {name: smaller(name, x) for name, x in self.tensors.items()}
-        kwargs = {name: smaller(name, x) for name, x in self.kwargs.items()}
-        changed = {
-            (a, b)
-            for name, x in self.tensors.items()
-            if x is not None
-            for a, b in zip(x.shape, tensors[name].shape, strict=True)
-        }
-        return replace(self, tensors=tensors, kwargs=kwargs) if changed else self
+        tensors = {name: changed(name, x) for name, x in self.tensors.items()}
+        return replace(self, tensors=tensors, kwargs={name: changed(name, x) for name, x in self.kwargs.items()})
 
     def draw(self, device: torch.device) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
         """(tensors, other arguments) with values of variance 1 where the operator's scores and products have it."""

@@ -4,6 +4,7 @@
 of the specification is checked on the compiled programs by `reports`.
 """
 
+from kernels.compile_only.front_end import front_end_only
 from kernels.compile_only.record import ARCHITECTURES, Argument, Launch, architecture, launches, recording, watching
 from kernels.compile_only.report import Report, report, reports, save, table
 
@@ -13,6 +14,7 @@ __all__ = [
     "Launch",
     "Report",
     "architecture",
+    "front_end_only",
     "launches",
     "recording",
     "report",

@@ -55,7 +55,7 @@ class Launch:
     compiled: Any = field(default=None, repr=False, compare=False)
     # what Triton makes one program of: kernel, types, alignment and constants of its arguments, options
     program: str = field(default="", repr=False)
-    # (the kernel, types, constants, attributes), as Triton's front end takes them
+    # gives (the kernel, types, constants, attributes), as Triton's front end takes them
     source: Any = field(default=None, repr=False, compare=False)
 
     @property
@@ -173,14 +173,14 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str | type(None)) else getattr(value, "__name__", str(value))
 
 
-def _specialised(function: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[str, Any]:
+def _specialised(function: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[str, Callable[[], tuple]]:
     """(`Launch.program`, `Launch.source`) of a launch, as the active driver's target specialises its arguments."""
     from triton.runtime.driver import driver
 
     backend, binder = function.device_caches[driver.active.get_current_device()][3:]
     bound, specialisation, options = binder(*args, **kwargs)
-    _, *source = function._pack_args(backend, kwargs, bound, specialisation, options)
-    return f"{function.__module__}.{function.__name__} {specialisation} {options}", (function, *source)
+    program = f"{function.__module__}.{function.__name__} {specialisation} {options}"
+    return program, lambda: (function, *function._pack_args(backend, kwargs, bound, specialisation, options)[1:])
 
 
 @contextlib.contextmanager

@@ -116,14 +116,15 @@ def report(launch: Launch, same: Iterable[Launch] = ()) -> Report:
         "shared": shared,
         "blocks_per_sm": blocks,
         "warps_per_sm": blocks * launch.num_warps,
-        "hmma": program.count("HMMA", "HGMMA"),
+        "hmma": program.count("HMMA", "HGMMA", "UTCHMMA"),
         "duplicated": max((p.duplicates for p in products(ttgir)), default=1.0),
         "loops": loops,
         "loads": program.widths("LDG"),
         "stores": program.widths("STG"),
         "async_copies": program.widths("LDGSTS"),
         "ldsm": program.count("LDSM"),
-        "atomics": program.count(*ATOMICS),
+        # those of sm_100 in shared memory give out its tensor memory
+        "atomics": program.count(*(name for name in ATOMICS if (name, launch.arch) != ("ATOMS", "sm_100"))),
     }
     unchecked = Report(**values, failures=())  # type: ignore[arg-type]
     limits = limits_of(launch.kernel, launch.constants, launch.arch)
@@ -140,7 +141,7 @@ def _imprecise(ttir: str) -> Iterable[str]:
 
 def _static_shared(resources: Resources, arch: str) -> int:
     # ptxas counts the driver's 1 KiB as static from sm_90 on
-    return max(0, resources.static_shared - (1024 if arch == "sm_90" else 0))
+    return max(0, resources.static_shared - (1024 if int(arch.removeprefix("sm_")) >= 90 else 0))
 
 
 def _loops(program: Program, fractions: list[float]) -> tuple[Loop, ...]:

@@ -180,7 +180,7 @@ def _products(
     sequence = (safe_rows // L).to(tl.int64)
     x_rows = x_ptr + (sequence * (stride_xb * X_UNIT) + (safe_rows % L).to(tl.int64) * (stride_xl * X_UNIT))[:, None]
     w_rows = w_ptr + (safe_columns.to(tl.int64) * (stride_wr * W_UNIT))[None, :]
-    w_half = F.to(tl.int64) * (stride_wr * W_UNIT)
+    w_half = tl.to_tensor(F).to(tl.int64) * (stride_wr * W_UNIT)  # F = 1 is a constant
     first = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     second = first
     for block in range(inner_blocks):
