@@ -8,6 +8,7 @@ import json
 import pytest
 from compiling import compiled
 
+from kernels.compile_only import ARCHITECTURES
 from kernels.fused.tiles_glu import TABLE, product_tile
 
 SESSION = """
@@ -149,7 +150,7 @@ EVERYTHING = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_everything_on_every_target(arch):
     for case, rows in zip(EVERYTHING, _session(arch, EVERYTHING), strict=True):
         for row in rows:
