@@ -37,7 +37,8 @@ def problems(launches: Iterable[Launch]) -> list[str]:
     found = []
     for launch in {launch.program: launch for launch in launches}.values():
         try:
-            make_ttir(*launch.source(), launch.arch)
+            function, signature, constants, attributes = launch.source()
+            make_ttir(function, signature, constants, attributes, launch.arch)
         except Exception as error:  # whatever Triton makes of it is the finding
             last = (str(error).strip().splitlines() or [""])[-1]
             found.append(f"{launch.program}: {type(error).__name__}: {error.__cause__ or last}")

@@ -199,7 +199,7 @@ def _row(session, name):
 
 
 def test_every_target_has_its_resources():
-    """Shared memory of a block by the CUDA programming guide's table: 99 KiB on consumer parts, 227 KiB on H100, B200."""
+    """Shared memory of a block by the CUDA programming guide: 99 KiB on consumer parts, 227 on H100 and B200."""
     assert tuple(ARCHITECTURE_DATA) == ARCHITECTURES
     blocks = {arch: data.shared_memory_block // 1024 for arch, data in ARCHITECTURE_DATA.items()}
     assert blocks == {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
