@@ -14,11 +14,14 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["kernels", "kernels.*", "march", "march.*"]),
-    package_data={"march": ["py.typed"], "kernels": ["py.typed"]},
+    # tiles that `python -m kernels.tune` measured are part of the kernels
+    package_data={"march": ["py.typed"], "kernels": ["py.typed", "fused/measured/*.json"]},
     install_requires=[
         # older: memory corruption in torch.load(weights_only=True), GHSA-63cw-57p8-fm3p
         "torch>=2.10",
-        "triton>=3.5; platform_system == 'Linux'",
+        # the oldest that compiles a training step within its limits: 3.7 spills (16 registers of Baseline's), 3.6 and
+        # 3.5 refuse the kernels
+        "triton>=3.8; platform_system == 'Linux'",
         "deepspeed>=0.17",
         "numpy>=1.26",
         "filelock>=3.12",

@@ -1,7 +1,7 @@
 """Whether an implementation deserves a time: outputs and gradients against the float64 formula.
 
 The error budget of the kernels' tests: twice the plain formula's error in the same dtype, plus 1e-5, of the largest
-element and of the norm; in 16 bits the largest may be four times off, as in the check of the first start, since which
+element and of the norm; in 16 bits the largest may be four times off, as in the self-test, since which
 element rounds worst is luck. And one thing more, the scale of each result: twice bfloat16's own error hides a gradient
 that is 1% too large, but its projection on the exact one does not, since rounding averages out over many elements.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.startup import evaluate
+from kernels.selftest import evaluate
 
 ERROR_FACTOR, LARGEST_FACTOR_16, ERROR_FLOOR = 2.0, 4.0, 1e-5
 # what a result may be too large or too small by; float16 and bfloat16 rounding bends it by less than 1e-3

@@ -103,8 +103,8 @@ def brief(name: str, arch: str, launches: Sequence[Launch], rows: Sequence[Repor
         "spilling": ", ".join(spilling) or "-",
         "most shared": str(max((row.shared for row in rows), default=0)),
         "fewest warps an SM": str(min((row.warps_per_sm for row in rows if row.hmma), default=0)),
-        # wgmma's loops have no HMMA of one warp to count by
-        "most slots/HMMA": f"{max(slots):.2f}" if slots and arch != "sm_90" else "-",
+        # the loops of wgmma and tcgen05 have no HMMA of one warp to count by
+        "most slots/HMMA": f"{max(slots):.2f}" if slots and arch not in ("sm_90", "sm_100") else "-",
         "atomics": str(sum(row.atomics for row in rows)),
         "verdict": "FAIL: " + "; ".join(failures) if failures else "pass" if rows else "no fused kernel",
     }

@@ -2,7 +2,7 @@
 
     python -m bench.gpu [--out gpu_report] [--only PART,...] [--again] [--quick] [--projection FILE.json ...]
 
-Kernel tests on the device, the first-start check, the tuner, `pytest bench/`, 20 steps of Baseline through `deepspeed`.
+Kernel tests on the device, the self-test, the tuner, `pytest bench/`, 20 steps of Baseline through `deepspeed`.
 A part that fails does not stop the others. The page is written anew after each; a part that held on this device and
 these sources is not run again unless --again says so, so an interrupted hour goes on. Without a GPU what can run does,
 on the CPU, and says so. Exit status 1 where a part failed, 130 after Ctrl-C.
@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from bench import first_start, machine, pages
+from bench import machine, pages, self_test
 from bench.beside_projection import beside_the_projection, projected_here
 from bench.projection import Projection
 from bench.report.load import ReportError, benchmark
@@ -132,14 +132,14 @@ def kernel_tests(given: Context) -> Outcome:
     return Outcome.of(status == 0, where, lines, command)
 
 
-def first_start_check(given: Context) -> Outcome:
+def kernels_self_test(given: Context) -> Outcome:
     """Every operator in every dtype in a process of its own kind: under the interpreter where there is no GPU."""
     environment = {} if given.cuda else {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "bench.first_start", *(["--quick"] if given.quick else [])]
-    status, output = given.run("first_start", command, environment)
-    lines = [line for line in output.splitlines() if line.startswith(first_start.MARK)]
+    command = [sys.executable, "-m", "bench.self_test", *(["--quick"] if given.quick else [])]
+    status, output = given.run("self_test", command, environment)
+    lines = [line for line in output.splitlines() if line.startswith(self_test.MARK)]
     where = given.where if given.cuda else "Triton's interpreter on the CPU, float32: no kernel ran on a device"
-    return Outcome.of(status == 0, where, [x.removeprefix(first_start.MARK) for x in lines], command)
+    return Outcome.of(status == 0, where, [x.removeprefix(self_test.MARK) for x in lines], command)
 
 
 def tuner(given: Context) -> Outcome:
@@ -205,7 +205,7 @@ def training(given: Context) -> Outcome:
 
 PARTS: dict[str, tuple[str, Callable[[Context], Outcome]]] = {
     "tests": ("The kernel tests", kernel_tests),
-    "first-start": ("The first-start check", first_start_check),
+    "self-test": ("The self-test", kernels_self_test),
     "tuner": ("The tuner", tuner),
     "bench": ("`pytest bench/`", benchmarks),
     "training": ("Baseline through deepspeed", training),
@@ -217,12 +217,12 @@ PARTS: dict[str, tuple[str, Callable[[Context], Outcome]]] = {
 
 def fingerprint(quick: bool) -> str:
     """Sources, device and versions: where it is the same, a part that held need not run again."""
-    from kernels.startup import fingerprint as kernel_fingerprint
+    from kernels.selftest import fingerprint as kernel_fingerprint
 
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
-    return f"{commit} | {kernel_fingerprint('all', 'triton', machine.device(), torch.bfloat16)} | quick {quick}"
+    return f"{commit} | {kernel_fingerprint(machine.device())} | quick {quick}"
 
 
 def write_page(given: Context, outcomes: Mapping[str, Outcome], found: Sequence[Projection]) -> None:

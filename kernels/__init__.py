@@ -15,7 +15,7 @@ from kernels.api import (
     tied_table,
     unified_attention,
 )
-from kernels.dispatch import Impl, ImplementationError, describe, first_start, parse_impl, validate
+from kernels.dispatch import Impl, ImplementationError, describe, parse_impl, require, self_test, validate
 from kernels.dropout import Dropout, dropout_state
 
 # "0.0.x": with a larger version `transformers` believes that Hugging Face's package of this name is installed
@@ -30,16 +30,17 @@ __all__ = [
     "describe",
     "dropout_state",
     "embedding",
-    "first_start",
     "glu",
     "head_width",
     "linear",
     "linear_cross_entropy",
     "packed_unified_attention",
     "parse_impl",
+    "require",
     "residual_norm",
     "row_width",
     "self_attention",
+    "self_test",
     "tied_table",
     "unified_attention",
     "validate",

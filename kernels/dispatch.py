@@ -131,18 +131,23 @@ def _function(called: str, name: str, device_type: str) -> Callable:
     return packed.resolve(called, importlib.import_module(module))
 
 
+def _is_checked(name: str, device: torch.device) -> bool:
+    """Whether implementation `name` is compared with the reference before its first use on `device`."""
+    return device.type == "cuda" and name not in ("torch", "reference")
+
+
 def _load(operator: str, name: str, device: torch.device, dtype: torch.dtype) -> None:
     """Puts the function that is `name` for `operator` into _LOADED, or raises and says what to do.
 
-    On a CUDA device a kernel is compared with `reference` before its first use (kernels.startup).
+    On a CUDA device a kernel is compared with `reference` before its first use (kernels.selftest).
     """
     if (operator, name, device, dtype) in _LOADED:
         return
     function = _function(operator, name, device.type)
-    if device.type == "cuda" and name not in ("torch", "reference"):
-        from kernels import startup
+    if _is_checked(name, device):
+        from kernels import selftest
 
-        if startup.verify(operator, name, function, device, dtype) != "remembered":
+        if selftest.verify(operator, name, function, device, dtype) != "remembered":
             log.info("kernels: %s=%s agrees with the reference on %s in %s", operator, name, device, dtype)
     _LOADED[operator, name, device, dtype] = function
 
@@ -178,25 +183,45 @@ def implementation(operator: str, impl: Impl, device: torch.device, dtype: torch
     return function
 
 
-def first_start(
-    impl: Impl, device: torch.device, dtype: torch.dtype, operators: tuple[str, ...] = OPERATORS
+def require(impl: Impl, device: torch.device, operators: tuple[str, ...] = OPERATORS) -> None:
+    """ImplementationError where what `impl` selects for `operators` cannot run on `device`; nothing is compared."""
+    for operator in operators:
+        _function(operator, choice(operator, impl, device), device.type)
+
+
+def self_test(
+    impl: Impl,
+    device: torch.device,
+    dtype: torch.dtype,
+    operators: tuple[str, ...] = OPERATORS,
+    step: Callable[[], object] | None = None,
 ) -> dict[str, str]:
     """Loads what `impl` selects for `operators` and runs its checks now, so that a run refuses before it starts.
 
+    step: a training step on meta tensors, fused kernels chosen by name; then each program that it launches is compared
+    at a call of the step's own, cut in size, and a fused operator that it does not call is left to its first use.
     Returns by operator which implementation it takes and, where that is a kernel, how its check went. Raises
-    ImplementationError where one cannot run or disagrees with the reference. Aims at 10 s for all operators.
+    ImplementationError where one cannot run or disagrees with the reference.
     """
-    start, report = time.perf_counter(), {}
-    for operator in operators:
-        before = time.perf_counter()
-        for name in (operator, *packed.FORMS.get(operator, ())):
-            implementation(name, impl, device, dtype)
-        report[operator] = f"{choice(operator, impl, device)}, {time.perf_counter() - before:.1f} s"
-    seconds = time.perf_counter() - start
-    from kernels.startup import BUDGET_SECONDS
+    if device == torch.device("cuda") and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    chosen = {operator: choice(operator, impl, device) for operator in operators}
+    report = {}
+    if step is not None and not triton_interpreted() and "triton" in chosen.values() and _is_checked("triton", device):
+        from kernels import selftest
 
-    if seconds > BUDGET_SECONDS:
-        log.warning("kernels: the checks of the first start took %.0f s, more than %.0f", seconds, BUDGET_SECONDS)
+        outcome, cases = selftest.verify_step(step, device)
+        for call in cases:
+            if chosen.get(packed.operator_of(call.operator)) == "triton":
+                key = call.operator, "triton", device, call.dtype
+                _LOADED[key] = _function(call.operator, "triton", device.type)
+        report = {o: f"triton, step {outcome}" for o, name in chosen.items() if name == "triton"}
+    for operator, name in chosen.items():
+        before = time.perf_counter()
+        if operator not in report:
+            for form in (operator, *packed.FORMS.get(operator, ())):
+                implementation(form, impl, device, dtype)
+            report[operator] = f"{name}, {time.perf_counter() - before:.1f} s"
     return report
 
 

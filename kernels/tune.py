@@ -17,13 +17,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kernels import cases, startup
+from kernels import cases, selftest
+from kernels.calls import cases_of, fused_function
 from kernels.dropout import Dropout, dropout_state
 
 # a tile must be faster by this share: below it, two runs of one tile differ
@@ -36,16 +36,13 @@ Fields = dict[str, Any]
 @dataclass(frozen=True)
 class Entry:
     """One entry of the tables. committed: its fields on an architecture; prepare: makes, on a device, a function that
-    runs the operator once, forward and backward, at the paper's shape; case: what the tile is compared at, where the
-    check of the first start would not launch it."""
+    runs the operator once at the paper's shape, forward and, where the tile is of backward, backward. The tile is
+    compared at the calls of that function, cut in size."""
 
     name: str
-    operator: str
-    dtype: torch.dtype
     committed: Callable[[str], Fields]
     alternatives: tuple[Fields, ...]
     prepare: Callable[[torch.device], Callable[[], None]]
-    case: Callable[[torch.device], tuple[Fields, Fields]] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ class Choice:
         return self.best.tile != self.before.tile
 
 
-def _run(operator: str, dtype: torch.dtype, dims: Fields, kwargs: Fields, drops: Sequence[str]):
+def _run(operator: str, dtype: torch.dtype, dims: Fields, kwargs: Fields, drops: Sequence[str], backward: bool = True):
     """`Entry.prepare` of an operator at factory dimensions `dims`."""
 
     def prepare(device: torch.device) -> Callable[[], None]:
@@ -86,9 +83,11 @@ def _run(operator: str, dtype: torch.dtype, dims: Fields, kwargs: Fields, drops:
         wanted = [x for x in leaves.values() if x is not None and x.requires_grad]
 
         def once() -> None:
-            out = getattr(kernels, operator)(**leaves, **kwargs, **dropouts, impl="triton")
+            with torch.set_grad_enabled(backward):
+                out = getattr(kernels, operator)(**leaves, **kwargs, **dropouts, impl="triton")
             outputs = out if isinstance(out, tuple) else (out,)
-            torch.autograd.grad(outputs, wanted, [torch.ones_like(x) for x in outputs])
+            if backward:
+                torch.autograd.grad(outputs, wanted, [torch.ones_like(x) for x in outputs])
 
         return once
 
@@ -109,8 +108,6 @@ def entries() -> list[Entry]:
     found = [
         Entry(
             f"rows.{kind}",
-            operator,
-            torch.bfloat16,
             lambda arch, kind=kind: {"elements": tiles_rows.ELEMENTS[kind]},  # type: ignore[misc]
             elements,
             _run(operator, torch.bfloat16, dims, {}, drops),
@@ -130,19 +127,18 @@ def entries() -> list[Entry]:
     products = [
         (kernel, bits, candidates, logits)
         for bits, candidates in ((16, shapes), (32, shapes_32))
-        for kernel, logits in (("forward", "auto"), ("dlogits", "chunks"))
+        for kernel, logits in (("forward", "chunks"), ("dlogits", "chunks"))
     ]
     for kernel, bits, candidates, logits in [*products, ("gradient", 16, gradient, "recompute")]:
         dtype = torch.bfloat16 if bits == 16 else torch.float32
         precisions = ("ieee",) if bits == 16 else ("ieee", "tf32x3")
+        kwargs = {"scale": 512**-0.5, "logits": logits}
         found.append(
             Entry(
                 f"linear_cross_entropy.{kernel}.{bits}",
-                "linear_cross_entropy",
-                dtype,
                 lambda arch, kernel=kernel, bits=bits: asdict(tiles_rows.product_tile(arch, kernel, bits)),  # type: ignore[misc]
                 tuple(asdict(tiles_rows.ProductTile(*shape, one)) for shape in candidates for one in precisions),
-                _run("linear_cross_entropy", dtype, loss, {"scale": 512**-0.5, "logits": logits}, []),
+                _run("linear_cross_entropy", dtype, loss, kwargs, [], kernel != "forward"),
             )
         )
     return [*found, *_attention_entries(), *_glu_entries()]
@@ -153,11 +149,6 @@ def _attention_entries() -> list[Entry]:
     from kernels.fused import tiles_attention
 
     shapes = [(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2), (32, 128, 8, 2)]
-
-    def case(width: int, device: torch.device) -> tuple[Fields, Fields]:
-        _, kwargs = startup.cases_of("attention", device)
-        # longer than the widest tile, and no multiple of it
-        return cases.attention_inputs(2, 150, 150, 2, width, device=device), kwargs | {"key_lengths": None}
 
     found = []
     for width in (32, 64, 128):
@@ -171,16 +162,13 @@ def _attention_entries() -> list[Entry]:
             found.append(
                 Entry(
                     f"attention.{direction}.{width}.dropout.16",
-                    "attention",
-                    torch.bfloat16,
                     committed,
                     tuple(
                         asdict(tiles_attention.Tile(*shape, registers))
                         for shape in shapes
                         for registers in ((0, 128) if shape[2] == 8 else (0, 168))
                     ),
-                    _run("attention", torch.bfloat16, dims, {}, ["dropout"]),
-                    partial(case, width),
+                    _run("attention", torch.bfloat16, dims, {}, ["dropout"], direction != "forward"),
                 )
             )
     return found
@@ -200,20 +188,12 @@ def _glu_entries() -> list[Entry]:
             "hidden": hidden,
             "kind": kind,
         }
-
-        def case(device: torch.device, kind: str = kind) -> tuple[Fields, Fields]:
-            _, kwargs = startup.cases_of("glu", device)
-            return cases.glu_inputs(2, 150, 64, 200, kind=kind, device=device), kwargs | {"kind": kind}
-
         found.append(
             Entry(
                 f"glu.{name}.16",
-                "glu",
-                torch.bfloat16,
                 lambda arch, pair=kind != "plain": asdict(tiles_glu.product_tile(arch, pair, 16)),  # type: ignore[misc]
                 tuple(asdict(tiles_glu.Tile(*shape)) for shape in shapes),
                 _run("glu", torch.bfloat16, dims, {"kind": kind, "activation": "relu"}, ["dropout"]),
-                case,
             )
         )
     return found
@@ -223,15 +203,18 @@ def _glu_entries() -> list[Entry]:
 
 
 def measure(entry: Entry, fields: Fields, device: torch.device, timer: Callable[[Callable[[], None]], float]):
-    """Times one tile, after comparing it with the reference."""
-    from kernels.dispatch import implementation
+    """Times one tile, after comparing every program that is timed with the reference."""
+    from kernels.compile_only import architecture
     from kernels.fused import measured
 
     with measured.trying(entry.name, fields):
         try:
-            function = implementation(entry.operator, "triton", device, entry.dtype)
-            case = entry.case(device) if entry.case else None
-            problems = startup.disagreements(entry.operator, function, device, entry.dtype, case=case)
+            calls, _ = cases_of(entry.prepare(torch.device("meta")), architecture(torch.empty(0, device=device)))
+            problems = [
+                f"{call.operator}: {problem}"
+                for call in calls
+                for problem in selftest.disagreements(call, fused_function(call.operator), device)
+            ]
             if problems:
                 return Measurement(fields, None, "disagrees with the reference: " + "; ".join(problems))
             return Measurement(fields, timer(entry.prepare(device)))

@@ -4,7 +4,8 @@
 of the specification is checked on the compiled programs by `reports`.
 """
 
-from kernels.compile_only.record import ARCHITECTURES, Argument, Launch, architecture, launches, recording
+from kernels.compile_only.front_end import front_end_only
+from kernels.compile_only.record import ARCHITECTURES, Argument, Launch, architecture, launches, recording, watching
 from kernels.compile_only.report import Report, report, reports, save, table
 
 __all__ = [
@@ -13,10 +14,12 @@ __all__ = [
     "Launch",
     "Report",
     "architecture",
+    "front_end_only",
     "launches",
     "recording",
     "report",
     "reports",
     "save",
     "table",
+    "watching",
 ]

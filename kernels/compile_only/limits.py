@@ -36,6 +36,8 @@ ARCHITECTURE_DATA = {
     "sm_86": Architecture(100 * 1024, 99 * 1024, 48, 16),
     "sm_89": Architecture(100 * 1024, 99 * 1024, 48, 24),
     "sm_90": Architecture(228 * 1024, 227 * 1024, 64, 32),
+    "sm_100": Architecture(228 * 1024, 227 * 1024, 64, 32),
+    "sm_120": Architecture(100 * 1024, 99 * 1024, 48, 24),
 }
 
 
@@ -83,7 +85,7 @@ def _wide(constants: Mapping[str, Any]) -> bool:
 
 
 LIMITS: list[Limit] = [
-    Limit("_glu_*", no_spills=True, architectures=("sm_80", "sm_86", "sm_89", "sm_90")),
+    Limit("_glu_*", no_spills=True, architectures=tuple(ARCHITECTURE_DATA)),
     Limit("_glu_forward_kernel", issue_per_hmma=4.2, no_duplicates=True),
     Limit("_*attention_*", lambda c: _width(c) <= 128, no_spills=True, no_duplicates=True),
     Limit("_glu_dx_kernel", _aligned, issue_per_hmma=4.2, shared_per_tensor=0.95),

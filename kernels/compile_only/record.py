@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from kernels.dispatch import triton_interpreted
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ class Launch:
     arguments: tuple[Argument, ...]
     # Triton's CompiledKernel: asm (ttir, ttgir, ptx, cubin) and metadata; None where only recorded
     compiled: Any = field(default=None, repr=False, compare=False)
+    # what Triton makes one program of: kernel, types, alignment and constants of its arguments, options
+    program: str = field(default="", repr=False)
+    # gives (the kernel, types, constants, attributes), as Triton's front end takes them
+    source: Any = field(default=None, repr=False, compare=False)
 
     @property
     def programs(self) -> int:
@@ -63,11 +67,6 @@ class Launch:
         """Constants and options on one line, for a table."""
         constants = " ".join(f"{name}={value}" for name, value in sorted(self.constants.items()))
         return f"{constants} warps={self.num_warps} stages={self.num_stages}".strip()
-
-    @property
-    def binary(self) -> str:
-        """What distinguishes compiled programs: Triton's hash where compiled, else kernel and configuration."""
-        return self.compiled.hash if self.compiled is not None else f"{self.module}.{self.kernel} {self.configuration}"
 
 
 _active: list["Recorder"] = []
@@ -174,6 +173,34 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str | type(None)) else getattr(value, "__name__", str(value))
 
 
+def _specialised(function: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[str, Callable[[], tuple]]:
+    """(`Launch.program`, `Launch.source`) of a launch, as the active driver's target specialises its arguments."""
+    from triton.runtime.driver import driver
+
+    backend, binder = function.device_caches[driver.active.get_current_device()][3:]
+    bound, specialisation, options = binder(*args, **kwargs)
+    program = f"{function.__module__}.{function.__name__} {specialisation} {options}"
+    return program, lambda: (function, *function._pack_args(backend, kwargs, bound, specialisation, options)[1:])
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[set[str]]:
+    """Within it kernels run as ever; yields the growing set of the programs (`Launch.program`) that are launched."""
+    from triton.runtime.jit import JITFunction
+
+    original, programs = JITFunction.run, set()
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        programs.add(_specialised(self, args, kwargs)[0])
+        return original(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+    JITFunction.run = run
+    try:
+        yield programs
+    finally:
+        JITFunction.run = original
+
+
 class Recorder:
     """Notes down every launch made while it is `installed`; kernels.emulator derives one that executes them."""
 
@@ -203,6 +230,7 @@ class Recorder:
             n: _Pointer(v, self.address(i, v)) if isinstance(v, Tensor) else v
             for i, (n, v) in enumerate(values.items())
         }
+        program, source = _specialised(function, (), pointers | options)
         if callable(grid):
             grid = grid(dict(values))
         grid3 = tuple(int(n) for n in (*grid, 1, 1)[:3])
@@ -219,6 +247,8 @@ class Recorder:
             constants={n: _plain(v) for n, v in values.items() if names[n].is_constexpr},
             arguments=tuple(_argument(n, v) for n, v in values.items() if not names[n].is_constexpr),
             compiled=compiled,
+            program=program,
+            source=source,
         )
         self.launched(launch, dict(values))
         return compiled

@@ -116,14 +116,15 @@ def report(launch: Launch, same: Iterable[Launch] = ()) -> Report:
         "shared": shared,
         "blocks_per_sm": blocks,
         "warps_per_sm": blocks * launch.num_warps,
-        "hmma": program.count("HMMA", "HGMMA"),
+        "hmma": program.count("HMMA", "HGMMA", "UTCHMMA"),
         "duplicated": max((p.duplicates for p in products(ttgir)), default=1.0),
         "loops": loops,
         "loads": program.widths("LDG"),
         "stores": program.widths("STG"),
         "async_copies": program.widths("LDGSTS"),
         "ldsm": program.count("LDSM"),
-        "atomics": program.count(*ATOMICS),
+        # those of sm_100 in shared memory give out its tensor memory
+        "atomics": program.count(*(name for name in ATOMICS if (name, launch.arch) != ("ATOMS", "sm_100"))),
     }
     unchecked = Report(**values, failures=())  # type: ignore[arg-type]
     limits = limits_of(launch.kernel, launch.constants, launch.arch)
@@ -140,7 +141,7 @@ def _imprecise(ttir: str) -> Iterable[str]:
 
 def _static_shared(resources: Resources, arch: str) -> int:
     # ptxas counts the driver's 1 KiB as static from sm_90 on
-    return max(0, resources.static_shared - (1024 if arch == "sm_90" else 0))
+    return max(0, resources.static_shared - (1024 if int(arch.removeprefix("sm_")) >= 90 else 0))
 
 
 def _loops(program: Program, fractions: list[float]) -> tuple[Loop, ...]:
@@ -184,7 +185,7 @@ def reports(launches: Iterable[Launch]) -> list[Report]:
     """One report a distinct compiled program, in the order of first launch."""
     groups: dict[str, list[Launch]] = {}
     for launch in launches:
-        groups.setdefault(launch.binary, []).append(launch)
+        groups.setdefault(launch.program, []).append(launch)
     return [report(group[0], group) for group in groups.values()]
 
 
@@ -250,10 +251,10 @@ def save(launches: Iterable[Launch], directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
     for launch in launches:
-        if launch.binary in seen:
+        if launch.program in seen:
             continue
-        seen.add(launch.binary)
-        name = re.sub(r"\W+", "_", f"{launch.kernel.strip('_')}_{launch.arch}_{launch.binary[:12]}")
+        seen.add(launch.program)
+        name = re.sub(r"\W+", "_", f"{launch.kernel.strip('_')}_{launch.arch}_{launch.compiled.hash[:12]}")
         (directory / f"{name}.cubin").write_bytes(launch.compiled.asm["cubin"])
         (directory / f"{name}.sass").write_text(listing(launch))
         for kind in ("ptx", "ttgir"):

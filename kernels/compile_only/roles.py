@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from kernels.compile_only.front_end import make_ttir
 from kernels.compile_only.record import Launch
 
 _TYPES = {
@@ -131,21 +132,10 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any]]:
 def _roles(module: str, kernel: str, arch: str, types: tuple, constants: tuple) -> Roles:
     function = getattr(importlib.import_module(module), kernel)
     from triton._C.libtriton import ir, passes
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler.compiler import ASTSource, make_backend
 
     signature = {name: dict(types)[name] for name in function.arg_names}
-    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    backend = make_backend(target)
-    options = backend.parse_options({})
-    context = ir.context()
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    source = ASTSource(function, signature, dict(constants))
-    ttir = source.make_ir(
-        target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
-    )
-    manager = ir.pass_manager(context)
+    ttir = make_ttir(function, signature, dict(constants), {}, arch)
+    manager = ir.pass_manager(ttir.context)
     passes.common.add_inliner(manager)
     passes.common.add_canonicalizer(manager)
     manager.run(ttir, "roles")

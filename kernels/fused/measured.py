@@ -38,6 +38,11 @@ def trying(name: str, fields: dict[str, Any]) -> Iterator[None]:
         del _trying[name]
 
 
+def tried() -> dict[str, dict[str, Any]]:
+    """The entries that are replaced now."""
+    return dict(_trying)
+
+
 def forget() -> None:
     """Reads the files again."""
     _file.cache_clear()

@@ -31,7 +31,7 @@ _DEFAULT: dict[tuple[bool, int], Tile] = {
     (False, 32): Tile(64, 128, 16, 4, 3, "ieee"),
     (True, 32): Tile(64, 64, 16, 4, 3, "ieee"),
 }
-# A100 and H100: tf32 at 8 times and more the rate of float32 multiply-adds
+# A100, H100 and B200: tf32 at 8 times and more the rate of float32 multiply-adds
 _TF32X3: dict[tuple[bool, int], Tile] = {
     (False, 32): Tile(64, 64, 32, 4, 2, "tf32x3"),
     (True, 32): Tile(64, 32, 32, 4, 2, "tf32x3"),
@@ -53,6 +53,7 @@ _GRADIENT_TF32X3: dict[tuple[str, int], Tile] = {
 GRADIENT_TABLE: dict[str, dict[tuple[str, int], Tile]] = {
     "sm_80": _GRADIENT_TF32X3,
     "sm_90": _GRADIENT_TF32X3 | {("dw", 16): Tile(128, 128, 64, 8, 2)},
+    "sm_100": _GRADIENT_TF32X3,
 }
 # rows aligned to less than 8 bytes are read 2 or 4 bytes at a time: 128 x 128 spills up to 154 registers there
 _NARROW = Tile(64, 64, 32, 4, 2)
@@ -60,7 +61,7 @@ _NARROW = Tile(64, 64, 32, 4, 2)
 # the device: the partial sums are as many everywhere
 PROGRAMS = 128
 # architecture -> its own choices; what is not named takes the default
-TABLE: dict[str, dict[tuple[bool, int], Tile]] = {"sm_80": _TF32X3, "sm_90": _TF32X3}
+TABLE: dict[str, dict[tuple[bool, int], Tile]] = dict.fromkeys(("sm_80", "sm_90", "sm_100"), _TF32X3)
 
 # rows, columns and warps of a program that maps elements: 16 rows share a column's dropout key
 ELEMENTWISE = (16, 256, 4)

@@ -75,14 +75,15 @@ _DEFAULT: dict[tuple[str, int], ProductTile] = {
     ("forward", 32): ProductTile(64, 128, 16, 4, 3),
     ("dlogits", 32): ProductTile(64, 128, 16, 4, 3),
 }
-# A100 and H100 multiply tf32 8 times as fast as float32, and win with three products for one; A5000 and its kin twice
+# A100, H100 and B200 multiply tf32 8 times as fast as float32 and more, and win with three products for one; A5000 and
+# its kin twice at most
 _TF32X3: dict[tuple[str, int], ProductTile] = {
     ("forward", 32): ProductTile(64, 64, 32, 4, 2, "tf32x3"),
     ("dlogits", 32): ProductTile(64, 64, 32, 4, 2, "tf32x3"),
     ("gradient", 32): ProductTile(32, 32, 256, 4, 2, "tf32x3"),
 }
 # architecture -> its own choices; what is not named takes the default
-TABLE: dict[str, dict[tuple[str, int], ProductTile]] = {"sm_80": _TF32X3, "sm_90": _TF32X3}
+TABLE: dict[str, dict[tuple[str, int], ProductTile]] = dict.fromkeys(("sm_80", "sm_90", "sm_100"), _TF32X3)
 
 
 def product_tile(arch: str, kernel: str, bits: int) -> ProductTile:

@@ -18,7 +18,7 @@ from march import cost, experiments
 from march.config import ModelConfig
 from march.data import SpanCorruption, Store, ensure
 from march.data.store import stores_in
-from march.training import published
+from march.training import published, selftest
 from march.training.arguments import Request
 from march.training.budget import Budget
 from march.training.checkpoint import Checkpoint, Checkpoints
@@ -159,16 +159,15 @@ def load_checkpoint(folder: RunFolder, budget: Budget, world: World) -> Checkpoi
 
 
 def check_kernels(request: Request, world: World) -> None:
-    """Loads what --impl selects; on a CUDA device each kernel is compared with the reference before the run starts.
+    """Refuses an --impl that cannot run here, before anything takes time.
 
     Raises:
-        UsageError: an operator cannot run here, or its kernel disagrees.
+        UsageError: an operator cannot run here.
     """
-    dtype = torch.bfloat16 if request.precision == "bf16" else torch.float32
 
     def check() -> None:
         try:
-            kernels.first_start(request.impl, world.device, dtype)
+            kernels.require(request.impl, world.device)
         except kernels.ImplementationError as error:
             raise UsageError(str(error)) from error
 
@@ -211,11 +210,15 @@ def fit_micro_batch(
             zero_world=world.size if request.zero else 1,
         )
         start = largest_divisor(share, fits)
+    impl, precision = request.impl, request.precision
+    selftest.check(config, lengths, start, impl, precision, world)
     attempt = trial(model, lengths, config.vocab_size, request.precision, request.zero, world)
     try:
         size = choose_micro_batch(attempt, share, start, world, lambda text: say(world, text))
     except kernels.ImplementationError as error:
         raise UsageError(str(error)) from error
+    if size != start:  # the same programs as a rule, which are remembered
+        selftest.check(config, lengths, size, impl, precision, world)
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(world.device)  # the trial set memory aside that training does not use

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kernels.compile_only import ARCHITECTURES
+
 ROOT = Path(__file__).parents[2]
 PAPER = [(64, 921, 921)]
 CROSS = [(64, 206, 921)]
@@ -93,7 +95,7 @@ EXPERIMENTS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("case", EXPERIMENTS, ids=lambda case: "-".join(str(x) for x in case.values()))
 def test_every_experiment_compiles_within_the_limits(case, arch):
     _assert_passes(compiled(case | {"arch": arch}))

@@ -3,6 +3,7 @@
 import pytest
 from test_attention_compiled import PAPER, compiled
 
+from kernels.compile_only import ARCHITECTURES
 from kernels.compile_only.limits import ARCHITECTURE_DATA
 from kernels.fused import tiles_attention
 from kernels.fused.tiles_attention import head_dim_class, key_directions, parts_of
@@ -114,7 +115,7 @@ def test_every_class_keeps_the_limits_at_both_ends(bits, width):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])
+@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != "sm_86"])
 @pytest.mark.parametrize(("bits", "width"), _ends(16) + _ends(32))
 def test_every_class_fits_the_other_targets_at_both_ends(bits, width, arch):
     _judge(bits, width, (VARIANTS[0], VARIANTS[6], VARIANTS[8]), arch)

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from kernels import packed, reference, startup
+from kernels import packed, reference, selftest
+from kernels.calls import generic_call
 from kernels.fused import attention as fused
 from kernels.fused import unified_attention as unified
 
@@ -334,11 +335,11 @@ def test_wrong_shapes_say_what_is_expected(form, shapes, message):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_first_start_checks_the_forms(form):
+def test_the_self_test_checks_the_forms(form):
     """The formula passes; one that forgets a gradient, such as what came back to keys and values, does not."""
     function = packed.resolve(form, reference)
     device = torch.device("cpu")
-    assert startup.disagreements(form, function, device, torch.float32) == []
+    assert selftest.disagreements(generic_call(form, torch.float32), function, device) == []
 
     def forgetful(**arguments):
         if form == "self_attention":
@@ -347,5 +348,5 @@ def test_the_first_start_checks_the_forms(form):
         name = "kv" if form == "cross_attention" else "kv_other"
         return function(**arguments | {name: arguments[name].detach()})
 
-    problems = startup.disagreements(form, forgetful, device, torch.float32)
+    problems = selftest.disagreements(generic_call(form, torch.float32), forgetful, device)
     assert [one for one in problems if one.startswith("d")] == problems != []

@@ -1,4 +1,4 @@
-"""The seam: names, refusals, what `auto` takes, the libraries, and the check at the first start on a device."""
+"""The seam: names, refusals, what `auto` takes, the libraries, and the self-test on a device."""
 
 import json
 import logging
@@ -10,7 +10,8 @@ import torch
 from harness import DEVICE, evaluate
 
 import kernels
-from kernels import cases, dispatch, portable, reference, startup
+from kernels import cases, dispatch, portable, reference, selftest
+from kernels.calls import generic_call
 from kernels.dropout import Dropout, dropout_state
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -204,7 +205,7 @@ def test_the_published_mask_is_in_reference_only():
         kernels.unified_attention(**inputs, as_published=True, impl="torch")
 
 
-# ---------------------------------------------------------------- the first start
+# ---------------------------------------------------------------- the self-test
 
 WRONG = {
     "attention": ("dv", lambda f: lambda q, k, v, **kw: f(q, k, v.detach() + 0.5 * (v - v.detach()), **kw)),
@@ -236,7 +237,7 @@ def _dims(operator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("operator", dispatch.OPERATORS)
 def test_the_check_accepts_a_right_kernel(operator, dtype):
-    assert startup.disagreements(operator, getattr(portable, operator), CPU, dtype) == []
+    assert selftest.disagreements(generic_call(operator, dtype), getattr(portable, operator), CPU) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -244,14 +245,14 @@ def test_the_check_accepts_a_right_kernel(operator, dtype):
 def test_the_check_refuses_a_wrong_kernel(operator, dtype):
     where, spoil = WRONG[operator]
     wrong = _positional(spoil(getattr(reference, operator)), operator)
-    problems = startup.disagreements(operator, wrong, CPU, dtype)
+    problems = selftest.disagreements(generic_call(operator, dtype), wrong, CPU)
     assert any(p.startswith(where) for p in problems), problems
 
 
 @pytest.mark.parametrize("operator", [n for n in dispatch.OPERATORS if dispatch.fused_available(n)])
 def test_the_check_accepts_the_fused_kernels(operator):
     function = dispatch.implementation(operator, "triton", torch.device(DEVICE), torch.float32)
-    assert startup.disagreements(operator, function, torch.device(DEVICE), torch.float32) == []
+    assert selftest.disagreements(generic_call(operator, torch.float32), function, torch.device(DEVICE)) == []
 
 
 def test_a_pass_is_remembered_by_device_and_versions(monkeypatch, tmp_path):
@@ -262,39 +263,39 @@ def test_a_pass_is_remembered_by_device_and_versions(monkeypatch, tmp_path):
         return portable.residual_norm(*args, **kwargs)
 
     def verify(dtype=torch.float32):
-        return startup.verify("residual_norm", "triton", counted, CPU, dtype)
+        return selftest.verify("residual_norm", "triton", counted, CPU, dtype)
 
     assert verify().startswith("passed in")
     assert verify() == "remembered"
     assert len(calls) == 1
     assert verify(torch.bfloat16).startswith("passed in")
-    monkeypatch.setattr(startup, "_sources", lambda: "edited")
+    monkeypatch.setattr(selftest, "_sources", lambda: "edited")
     assert verify().startswith("passed in")
     monkeypatch.setattr(torch, "__version__", "9.9.9")
     assert verify().startswith("passed in")
     assert len(calls) == 4
-    assert len(json.loads((tmp_path / "first_start.json").read_text())) == 4
+    assert len(json.loads((tmp_path / "self_test.json").read_text())) == 4
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]"])
 def test_a_broken_memory_is_forgotten(tmp_path, content):
-    (tmp_path / "first_start.json").write_text(content)
-    assert startup.verify("residual_norm", "triton", portable.residual_norm, CPU, torch.float32).startswith("passed")
-    assert startup.verify("residual_norm", "triton", portable.residual_norm, CPU, torch.float32) == "remembered"
+    (tmp_path / "self_test.json").write_text(content)
+    assert selftest.verify("residual_norm", "triton", portable.residual_norm, CPU, torch.float32).startswith("passed")
+    assert selftest.verify("residual_norm", "triton", portable.residual_norm, CPU, torch.float32) == "remembered"
 
 
 def test_a_disagreement_raises_and_is_not_remembered(tmp_path):
     wrong = _positional(WRONG["residual_norm"][1](reference.residual_norm), "residual_norm")
     for _ in range(2):
         with pytest.raises(kernels.ImplementationError, match=r"residual_norm: impl='triton' disagrees .* use impl="):
-            startup.verify("residual_norm", "triton", wrong, CPU, torch.float32)
-    assert not (tmp_path / "first_start.json").exists()
+            selftest.verify("residual_norm", "triton", wrong, CPU, torch.float32)
+    assert not (tmp_path / "self_test.json").exists()
 
 
 def test_a_cuda_device_is_checked_before_the_first_use(monkeypatch):
     """The seam's part, with a check that is only counted: no device is needed."""
     seen = []
-    monkeypatch.setattr(startup, "verify", lambda *a: seen.append((a[0], a[1], a[4])) or "remembered")
+    monkeypatch.setattr(selftest, "verify", lambda *a: seen.append((a[0], a[1], a[4])) or "remembered")
     for _ in range(2):
         dispatch.implementation("residual_norm", "triton", CUDA, torch.bfloat16)
         dispatch.implementation("residual_norm", "reference", CUDA, torch.bfloat16)
@@ -307,18 +308,18 @@ def test_a_refused_kernel_stays_refused(monkeypatch):
     def refuse(*args):
         raise kernels.ImplementationError("residual_norm: disagrees")
 
-    monkeypatch.setattr(startup, "verify", refuse)
+    monkeypatch.setattr(selftest, "verify", refuse)
     for _ in range(2):
         with pytest.raises(kernels.ImplementationError, match="disagrees"):
             dispatch.implementation("residual_norm", "triton", CUDA, torch.bfloat16)
 
 
-def test_first_start_reports_every_operator():
-    report = kernels.first_start({"glu": "reference"}, CPU, torch.float32)
+def test_self_test_reports_every_operator():
+    report = kernels.self_test({"glu": "reference"}, CPU, torch.float32)
     assert set(report) == set(dispatch.OPERATORS)
     assert report["glu"].startswith("reference")
     assert report["attention"].startswith("torch")
-    assert set(kernels.first_start("torch", CPU, torch.float32, ("glu",))) == {"glu"}
+    assert set(kernels.self_test("torch", CPU, torch.float32, ("glu",))) == {"glu"}
 
 
 # ---------------------------------------------------------------- libraries
@@ -371,7 +372,7 @@ def test_flash_attn_is_called_as_it_wants(flash, causal):
     inputs = cases.attention_inputs(2, 6, 6, 4, 8, key_heads=2, key_batch=1, dtype=torch.bfloat16)
     got = flash(**inputs, **ARGUMENTS | {"causal": causal})
     torch.testing.assert_close(got, reference.attention(**inputs, scale=0.5, causal=causal))
-    assert startup.disagreements("attention", flash, CPU, torch.bfloat16, contract_dropout=False) == []
+    assert selftest.disagreements(generic_call("attention", torch.bfloat16, contract_dropout=False), flash, CPU) == []
 
 
 @pytest.mark.parametrize(
@@ -447,7 +448,7 @@ def test_nvidias_apex(apex_path):
     with pytest.raises(kernels.ImplementationError, match="without its CUDA extension"):
         apex.library()
     (apex_path / "fused_layer_norm_cuda.py").touch()
-    assert startup.disagreements("residual_norm", apex.residual_norm, CPU, torch.float32) == []
+    assert selftest.disagreements(generic_call("residual_norm", torch.float32), apex.residual_norm, CPU) == []
     inputs = cases.residual_norm_inputs(2, 3, 8)
     for form in ({}, {"x": None}, {"s": None}):
         got = apex.residual_norm(**inputs | form, dropout=None, eps=1e-6)

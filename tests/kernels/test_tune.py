@@ -5,11 +5,10 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from compiling import compiled
 
 from kernels import tune
 from kernels.fused import measured, tiles_attention, tiles_glu, tiles_rows
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -21,9 +20,7 @@ def own_tables(monkeypatch, tmp_path):
 
 
 def _entry(alternatives=({"n": 1}, {"n": 2}, {"n": 3})):
-    return tune.Entry(
-        "rows.stream", "residual_norm", torch.float32, lambda arch: {"n": 1}, alternatives, lambda d: None
-    )
+    return tune.Entry("rows.stream", lambda arch: {"n": 1}, alternatives, lambda d: None)
 
 
 def _choose(times, entry=None):
@@ -86,25 +83,58 @@ def test_trying_holds_within_only():
     assert tiles_rows.row_tile("sm_86", "stream", 512).rows == 2
 
 
-def test_a_tile_is_compared_before_it_is_timed(monkeypatch):
-    """The tile that is tried reaches the launch, and a disagreement has no time."""
-    entry = _entry()
-    timed = []
+MEASURED = """
+import json, sys
+import torch
+from kernels import tune
+from dataclasses import replace
+from kernels.compile_only import record
+from kernels.fused import measured
+from kernels.calls import results as results_of
 
-    def timer(run):
-        timed.append(1)
-        return 1.0
+meta, results = torch.device("meta"), {}
+def launched(run):
+    with record.recording("sm_86", compile=False) as launches:
+        run()
+    return {x.program for x in launches}
 
-    seen = []
-    true = tiles_rows.row_tile
-    monkeypatch.setattr(tiles_rows, "row_tile", lambda *a: seen.append(true(*a).rows) or true(*a))
-    assert tune.measure(entry, {"elements": 4}, CPU, timer).milliseconds == 1.0
-    assert set(seen) == {true("sm_80", "stream", 96).rows // 2}
-    monkeypatch.setattr(tune.startup, "disagreements", lambda *a, **k: ["output 0: error 1"])
-    refused = tune.measure(entry, {"elements": 4}, CPU, timer)
-    assert refused.milliseconds is None
-    assert "disagrees" in refused.problem
-    assert len(timed) == 1
+def compare(call, function, device):
+    compared.update(launched(lambda: results_of(call.operator, function, *call.draw(meta), call.upstream)))
+    return refused
+tune.selftest.disagreements = compare
+
+def timer(run):
+    timed.update(launched(run))
+    return 1.0
+
+for entry in tune.entries():
+    tiles, refused = [], []
+    for fields in ({}, *entry.alternatives):
+        timed, compared = set(), set()
+        # timed on meta tensors, where a device would be
+        at = lambda device, true=entry.prepare: true(meta)
+        fields = fields or entry.committed("sm_86")
+        outcome = tune.measure(replace(entry, prepare=at), fields, torch.device("cpu"), timer)
+        assert outcome.milliseconds == 1.0, outcome
+        assert timed == compared, (entry.name, timed ^ compared)
+        tiles.append((fields, timed))
+    different = [a == b for i, (a, first) in enumerate(tiles) for b, second in tiles[:i] if first == second]
+    refused = ["dx: error 1"]
+    timed = set()
+    outcome = tune.measure(replace(entry, prepare=at), fields, torch.device("cpu"), timer)
+    results[entry.name] = [all(different), outcome.milliseconds, outcome.problem, len(timed)]
+print(json.dumps(results))
+"""
+
+
+def test_every_entry_is_launched_timed_and_compared():
+    """Two tiles of any entry are two sets of programs; what is timed was compared, and a disagreement has no time."""
+    results = compiled(MEASURED)
+    assert list(results) == [entry.name for entry in tune.entries()]
+    for name, (distinct, milliseconds, problem, timed) in results.items():
+        assert distinct, name
+        assert (milliseconds, timed) == (None, 0), name
+        assert problem.startswith("disagrees with the reference"), (name, problem)
 
 
 def test_every_entry_has_its_committed_tile_and_valid_alternatives():
@@ -120,7 +150,7 @@ def test_what_is_tuned_is_what_a_launch_reads():
         "attention": lambda e: tiles_attention.tile(e[1], "sm_86", int(e[2]), int(e[2]), False, e[3] == "dropout", 16),
         "glu": lambda e: tiles_glu.product_tile("sm_86", e[1] == "pair", int(e[2])),
     }
-    names = [entry.name for entry in tune.entries() if entry.operator in lookups]
+    names = [entry.name for entry in tune.entries() if entry.name.split(".")[0] in lookups]
     assert len(names) == 11
     for name in names:
         parts = name.split(".")
@@ -129,18 +159,6 @@ def test_what_is_tuned_is_what_a_launch_reads():
         with measured.trying(name, changed):
             assert asdict(lookups[parts[0]](parts)) == changed
         assert lookups[parts[0]](parts) == before
-
-
-@pytest.mark.parametrize("name", ["attention.dkdv.32.dropout.16", "glu.plain.16"])
-def test_a_tile_is_compared_where_it_is_launched(name, monkeypatch):
-    """The check's own shape reaches the entry's tile, not another width's or kind's."""
-    entry = next(one for one in tune.entries() if one.name == name)
-    asked = []
-    true = measured.tile
-    monkeypatch.setattr(measured, "tile", lambda arch, wanted: asked.append(wanted) or true(arch, wanted))
-    # bfloat16 is wrong in the interpreter: what is launched is looked at, not the verdict
-    tune.measure(entry, entry.committed("sm_86"), CPU, lambda run: 1.0)
-    assert name in asked
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

@@ -41,7 +41,7 @@ def page(tmp_path: Path) -> str:
 def test_in_this_order(parts, tmp_path):
     ran, _ = parts
     assert call(tmp_path) == 0
-    assert ran == ["tests", "first-start", "tuner", "bench", "training"]
+    assert ran == ["tests", "self-test", "tuner", "bench", "training"]
     assert all(f"said by {key}" in page(tmp_path) for key in ran)
     assert (tmp_path / "page.html").exists()
 
@@ -49,10 +49,10 @@ def test_in_this_order(parts, tmp_path):
 @pytest.mark.parametrize("what", [FAILED, ValueError("broken")])
 def test_a_failure_does_not_stop_the_others(parts, tmp_path, what):
     ran, does = parts
-    does["first-start"] = what
+    does["self-test"] = what
     assert call(tmp_path) == 1
     assert len(ran) == 5
-    assert "Does not hold: The first-start check (failed)" in page(tmp_path)
+    assert "Does not hold: The self-test (failed)" in page(tmp_path)
     if isinstance(what, ValueError):
         assert "ValueError: broken" in page(tmp_path)
 
@@ -61,7 +61,7 @@ def test_ctrl_c_keeps_the_page_and_the_next_call_goes_on(parts, tmp_path):
     ran, does = parts
     does["bench"] = KeyboardInterrupt()
     assert call(tmp_path) == 130
-    assert ran == ["tests", "first-start", "tuner", "bench"]
+    assert ran == ["tests", "self-test", "tuner", "bench"]
     assert f"`pytest bench/` ({INTERRUPTED})" in page(tmp_path)
     assert "not run yet" in page(tmp_path)
     does["bench"] = HOLDS

@@ -1,17 +1,17 @@
-"""The first-start check of every fused operator, in every dtype, one line each: `python -m bench.first_start`.
+"""The self-test of every fused operator, in every dtype, one line each: `python -m bench.self_test`.
 
 On a CUDA device, or under TRITON_INTERPRET=1, in float32 only (the interpreter is silently wrong in bfloat16). Unlike a
 run's own check it goes on after a disagreement and remembers nothing. Exit status 1 where one disagrees.
 """
 
-import importlib
 import sys
 import time
 
 import torch
 
-from kernels import startup
-from kernels.dispatch import FUSED, OPERATORS, triton_interpreted
+from kernels import selftest
+from kernels.calls import fused_function, generic_call
+from kernels.dispatch import OPERATORS, triton_interpreted
 
 MARK = "check: "
 
@@ -19,9 +19,8 @@ MARK = "check: "
 def check(operator: str, device: torch.device, dtype: torch.dtype) -> str:
     """ "" where the fused kernel agrees with the formula, else what is wrong."""
     try:
-        # past the seam, whose own check would raise at the first disagreement
-        function = getattr(importlib.import_module(FUSED[operator]), operator)
-        return "; ".join(startup.disagreements(operator, function, device, dtype))
+        call = generic_call(operator, dtype)
+        return "; ".join(selftest.disagreements(call, fused_function(operator), device))
     except Exception as error:  # a kernel that does not compile here is what this is for
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
@@ -30,7 +29,7 @@ def main() -> int:
     quick = "--quick" in sys.argv[1:]
     cuda = torch.cuda.is_available()
     if not cuda and not triton_interpreted():
-        print("bench.first_start: expected a CUDA device or TRITON_INTERPRET=1, found neither", file=sys.stderr)
+        print("bench.self_test: expected a CUDA device or TRITON_INTERPRET=1, found neither", file=sys.stderr)
         return 2
     device = torch.device("cuda") if cuda else torch.device("cpu")
     failed = False
