@@ -197,7 +197,7 @@ def generic_call(operator: str, dtype: torch.dtype, contract_dropout: bool = Tru
             kwargs = {"dropout": drop, "eps": 1e-6}
         case "linear_cross_entropy":
             kwargs = {"scale": 0.125, "ignore_index": -100}
-        case _:
+        case "embedding":
             kwargs = {"combine": "average", "dropout": drop, "position_dropout": drop}
 
     def layout(name: str, axes: str) -> Layout:
@@ -288,16 +288,9 @@ def observe(step: Callable[[], object], arch: str) -> tuple[list[Call], frozense
     distinct: list[Call] = []
     for call, upstream in noted:
         call = replace(call, upstream=tuple(upstream))
-        if not any(upstream):  # no backward follows
-            tensors = {n: x and replace(x, differentiable=False) for n, x in call.tensors.items()}
-            call = replace(call, tensors=tensors) if not _needs_backward(call) else call
         if call not in distinct:
             distinct.append(call)
     return distinct, frozenset(launch.program for launch in launches)
-
-
-def _needs_backward(call: Call) -> bool:
-    return any(x is not None and x.differentiable for x in call.tensors.values())
 
 
 def cases_of(step: Callable[[], object], arch: str) -> tuple[list[Call], frozenset[str]]:
