@@ -119,10 +119,12 @@ EXTRA_112 = Tile(64, 32, 4, 2)
 EXTRA_WIDE = ((96, Tile(128, 32, 8, 2)), (112, EXTRA_112), (128, Tile(128, 32, 8, 1)), *FORWARD[False][3:])
 FORWARD_EXTRA: Table = {
     False: ((32, Tile(64, 64, 4, 2)), (64, Tile(128, 64, 8, 2)), *EXTRA_WIDE),
-    True: ((32, Tile(128, 64, 8, 2)), (64, Tile(128, 32, 8, 2)), *EXTRA_WIDE),
+    # 128 x 64 by 8 warps spills seven with a key mask
+    True: ((32, Tile(64, 64, 4, 2)), (64, Tile(128, 32, 8, 2)), *EXTRA_WIDE),
 }
 DQ_EXTRA: Table = {
-    False: (EXTRA, *DQ[False][1:]),
+    # a key mask without dropout spills two under the cap: its keys and values are loaded by it
+    False: ((64, EXTRA_112), *DQ[False][1:]),
     True: (EXTRA, DQ_WIDE[0], (128, Tile(128, 16, 8, 2)), *DQ_WIDE[2:]),
 }
 TABLES = {
