@@ -127,6 +127,27 @@ def test_no_two_parameters_and_no_two_places_of_any_experiment_are_alike():
     assert len(set(firsts)) == len(firsts)
 
 
+@pytest.mark.parametrize("name", [n for n in experiments.names() if not n.endswith("Controlled")])
+def test_every_place_draws_once_a_pass(name, monkeypatch):
+    """No two operators of a forward pass share a mask, and of what is not dead no place is left out."""
+    drawn, dropout = [], kernels.Dropout
+
+    def recorded(p, rng, dropout_id):
+        drawn.append(dropout_id)
+        return dropout(p, rng, dropout_id)
+
+    monkeypatch.setattr(kernels, "Dropout", recorded)
+    model = small_model(name, dropout=0.25).train()
+    model(**batch(), dropout_state=kernels.dropout_state(1, 2))
+    assert len(set(drawn)) == len(drawn)
+    ids = places(model)
+    idle = {place for place, number in ids.items() if number not in drawn}
+    last = f"encoder.blocks.{len(model.encoder.blocks) - 1}."
+    unused = [place for place in idle if model.get_submodule(place).p and not place.startswith(last)]
+    tables = {"encoder.position_dropout", "decoder.position_dropout"}
+    assert set(unused) == (set() if model.config.positions == "absolute" else tables)
+
+
 def test_ids_are_stable_and_a_collision_is_refused():
     ids = ids_by_name(["encoder.blocks.0.feedforward.dropout", "decoder.token_dropout"], bits=30)
     assert ids == {"encoder.blocks.0.feedforward.dropout": 1_057_617_128, "decoder.token_dropout": 737_255_436}
