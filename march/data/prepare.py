@@ -28,8 +28,6 @@ from march.data.progress import bar
 from march.data.splits import SplitWriter
 from march.data.store import Store
 
-_BATCH_CHARACTERS = 2**20  # a batch for the tokenizer: 0.15 s of one core, 10 MB with its token objects
-
 
 def ensure(
     source: str = "excerpt",
@@ -151,10 +149,12 @@ def _build(corpus: Corpus, folder: Path, final: Path, vocab_size: int | None) ->
     documents = characters = 0
     try:
         with bar("tokenising", corpus.count(), unit="doc") as progress:
-            for tokens, lengths, count in _encoded(tokenizer, corpus.documents(), dtype):
-                writer.add(tokens, lengths)
-                documents, characters = documents + len(lengths), characters + count
-                progress.update(len(lengths))
+            for tokens, count in _encoded(tokenizer, corpus.documents(), dtype):
+                writer.add(tokens)
+                ended = int(np.count_nonzero(tokens == END_OF_TEXT))
+                documents, characters = documents + ended, characters + count
+                progress.set_postfix_str(f"{characters / 1e6:,.0f}M characters")
+                progress.update(ended)
         rule = writer.close()
     finally:
         writer.abandon()
@@ -216,13 +216,14 @@ class _Watched:
             yield text
 
 
-def _encoded(
-    tokenizer: Tokenizer, texts: Iterable[str], dtype: np.dtype
-) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Tokens, document lengths and the number of characters of one batch after another, in order.
+_Piece = tuple[str, bool]  # of a document, and whether it is the last one
+
+
+def _encoded(tokenizer: Tokenizer, texts: Iterable[str], dtype: np.dtype) -> Iterator[tuple[np.ndarray, int]]:
+    """Tokens and the number of characters of one batch after another, in order; documents end with END_OF_TEXT.
 
     The tokenizer uses all cores inside a batch (RAYON_NUM_THREADS sets how many); three batches at a time keep
-    them busy while Python turns a finished one into an array. Memory stays that of three batches.
+    them busy while Python turns a finished one into an array. Memory stays that of three batches and a document.
     """
     with ThreadPoolExecutor(max_workers=3) as pool:
         running: deque[Future] = deque()
@@ -234,24 +235,30 @@ def _encoded(
             yield running.popleft().result()
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, int]:
-    pieces = [np.array([*encoding.ids, END_OF_TEXT], dtype=dtype) for encoding in tokenizer.encode_batch_fast(texts)]
-    lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
-    return np.concatenate(pieces), lengths, sum(map(len, texts))
+def _encode(tokenizer: Tokenizer, batch: list[_Piece], dtype: np.dtype) -> tuple[np.ndarray, int]:
+    encodings = tokenizer.encode_batch_fast([text for text, _ in batch])
+    tokens = [
+        np.array(encoding.ids + [END_OF_TEXT] * last, dtype=dtype)
+        for encoding, (_, last) in zip(encodings, batch, strict=True)
+    ]
+    return np.concatenate(tokens), sum(len(text) for text, _ in batch)
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of texts of about _BATCH_CHARACTERS; texts without a visible character are left out."""
-    batch: list[str] = []
+def _batches(texts: Iterable[str]) -> Iterator[list[_Piece]]:
+    """Pieces of about vocabulary.PIECE characters together; texts without a visible character are left out."""
+    batch: list[_Piece] = []
     size = 0
     for text in texts:
         if not text or text.isspace():
             continue
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
+        done = 0
+        for piece in vocabulary.pieces(text):
+            done += len(piece)
+            batch.append((piece, done == len(text)))
+            size += len(piece)
+            if size >= vocabulary.PIECE:
+                yield batch
+                batch, size = [], 0
     if batch:
         yield batch
 

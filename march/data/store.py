@@ -15,7 +15,7 @@ from march.data.errors import DataError
 from march.data.progress import bar
 
 # counted upwards whenever the layout or the meaning of a file changes; other numbers are refused as stale
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 CHECKED = "checked.json"
@@ -55,10 +55,7 @@ class Store:
         return np.memmap(self.path / f"{name}.bin", dtype=np.dtype(self.manifest["dtype"]), mode="r")
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of these tokens. Text that spells out a control token is encoded as characters.
-
-        decode() leaves out control tokens unless skip_special_tokens=False.
-        """
+        """The tokenizer of these tokens. Text that spells out a control token is encoded as characters."""
         return self._tokenizer
 
     @cached_property
