@@ -27,7 +27,7 @@ from march.cost.counter import Counter, Event, Product
 from march.cost.flops import FORMULAS
 from march.cost.ledger import entry
 from march.cost.measure import DTYPES, measure
-from march.cost.parameters import total_parameters
+from march.cost.size import total_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 ENCODER_LENGTH, DECODER_LENGTH = 921, 206

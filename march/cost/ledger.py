@@ -17,7 +17,7 @@ from march.cost.cache import launch_traffic, product_reads
 from march.cost.counter import Allocation, Event
 from march.cost.flops import launch_flops
 from march.cost.measure import measure
-from march.cost.parameters import total_parameters
+from march.cost.size import total_parameters
 
 LOGITS_BYTES = 200_000_000
 PHASES = ("forward", "backward", "optimizer")

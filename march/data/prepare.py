@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from march.console import escaped
 from march.data import store as stores
 from march.data import vocabulary
 from march.data.corpora import Corpus, open_corpus
@@ -47,41 +48,48 @@ def ensure(
     corpus = open_corpus(source, **source_options)
     if vocab_size is not None:
         vocabulary.check_size(vocab_size)
-    requested = _requested(corpus, vocab_size)
     directory = Path(directory)
-    path = directory / f"{corpus.name}-v{requested}"
+    path = location(corpus, directory, vocab_size)
     if not force and (path / stores.MANIFEST).exists():
-        return _open(path, corpus, requested)
+        return _open(path, corpus, vocab_size)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _lock(directory / f".{path.name}.lock", path):
             if force or not (path / stores.MANIFEST).exists():
                 _prepare(corpus, path, vocab_size)
-            return _open(path, corpus, requested)
+            return _open(path, corpus, vocab_size)
     except OSError as error:
         got = f"{type(error).__name__}: {error}"
         raise DataError(
-            f"to be able to read the corpus and to write to {directory}", got, "check space and rights, or --directory"
+            f"to be able to read the corpus and to write to {directory}", got, "check space and rights, or --data-dir"
         ) from error
 
 
-def _requested(corpus: Corpus, vocab_size: int | None) -> str:
+def location(corpus: Corpus, directory: Path, vocab_size: int | None) -> Path:
+    """The folder of that store."""
+    return directory / f"{corpus.name}-v{requested(corpus, vocab_size)}"
+
+
+def requested(corpus: Corpus, vocab_size: int | None) -> str:
     """The vocabulary's size, or "auto" where the text decides it."""
     if vocab_size is None:
         return str(corpus.vocab_size) if corpus.fill_vocabulary else "auto"
     return str(vocab_size)
 
 
-def _open(path: Path, corpus: Corpus, requested: str) -> Store:
+def _open(path: Path, corpus: Corpus, vocab_size: int | None) -> Store:
     """The store, if it was made from this corpus as it is now."""
     found = Store(path)
-    wanted = {**_identity(corpus), "vocabulary": requested}
+    wanted = {**_identity(corpus), "vocabulary": requested(corpus, vocab_size)}
     have = {**found.manifest["source"], "vocabulary": found.manifest["vocabulary"]["requested"]}
     for key in wanted:
         # through JSON, which is how the manifest has it: tuples are lists there
         if have.get(key) != (value := json.loads(json.dumps(wanted[key]))):
-            what = f"the source's {key} {_short(value)}"
-            raise stores.stale(path, what, _short(have.get(key)), found.manifest)
+            raise DataError(
+                f"the source's {key} {_short(value)} in the store {path}",
+                f"{_short(have.get(key))}: it is stale",
+                f"prepare it again with {command(corpus, vocab_size, path.parent)} --force",
+            )
     return found
 
 
@@ -166,8 +174,9 @@ def _build(corpus: Corpus, folder: Path, final: Path, vocab_size: int | None) ->
         "format": stores.FORMAT,
         "source": identity,
         "note": corpus.note,
-        "command": _command(corpus, final.parent, vocab_size),
-        "vocabulary": {"size": size, "requested": _requested(corpus, vocab_size)},
+        "folder": str(final.absolute()),
+        "command": command(corpus, vocab_size),
+        "vocabulary": {"size": size, "requested": requested(corpus, vocab_size)},
         "dtype": dtype.str,
         "documents": documents,
         "characters": characters,
@@ -263,15 +272,16 @@ def _batches(texts: Iterable[str]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _command(corpus: Corpus, directory: Path, vocab_size: int | None) -> str:
-    """The command line that prepares this store."""
-    words = ["python", "-m", "march.data", "prepare", "--source", corpus.source, "--directory", str(directory)]
+def command(corpus: Corpus, vocab_size: int | None, directory: Path | None = None) -> str:
+    """The command line that prepares this store, in `directory` where it is given."""
+    words = ["python", "-m", "march.data", "prepare", "--source", corpus.source]
     if vocab_size is not None:
         words += ["--vocab-size", str(vocab_size)]
     defaults = {key: field.default for key, field in type(corpus).__dataclass_fields__.items()}
     for key, value in corpus.options().items():
         if value is None or value == defaults.get(key):
             continue
-        values = value if isinstance(value, list) else [str(value).replace("\n", "\\n").replace("\t", "\\t")]
-        words += [f"--{key}", *values]  # line breaks as the command line takes them, so that it stays one line
-    return shlex.join(words)
+        # escapes as the command line takes them, so that it stays one line
+        values = value if isinstance(value, list) else [escaped(value) if key == "separator" else str(value)]
+        words += [f"--{key}", *values]
+    return shlex.join([*words, *(["--data-dir", str(directory)] if directory else [])])

@@ -26,3 +26,6 @@ class _Lines(tqdm):
         if now - self._said >= SECONDS_BETWEEN_LINES:
             self._said = now
             print(str(self), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.disable = True

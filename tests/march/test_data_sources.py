@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -131,7 +132,7 @@ def test_a_huge_file_without_separator_is_refused(tmp_path, monkeypatch):
     [
         ([], 400, "a corpus with text in it, got none"),
         (["", "  \n", "\t"], 400, "a corpus with text in it, got none"),
-        (["one text", "and another"], 357, "at least 3 documents.*got 2"),
+        (["one text", "and another"], 357, "at least 160 tokens.*got 21 in 2 document"),
         (TEXTS, 5000, r"fills a vocabulary of 5,000, got text for \d+ tokens"),
         (TEXTS, 100, "a vocabulary of at least 357"),
     ],
@@ -165,7 +166,9 @@ def test_unknown_sources_and_options_are_refused(tmp_path):
 def test_wikipedia_from_a_copy(wiki, tmp_path, hf_cache):
     opened = ensure("wikipedia", tmp_path / "data", 380, dataset=str(wiki), snapshot="20990101.en")
     assert opened.manifest["documents"] == 30
-    assert opened.path.name == "wikipedia-20990101.en-v380"
+    assert re.fullmatch(r"wikipedia-20990101\.en-[0-9a-f]{8}-v380", opened.path.name), (
+        "a copy may differ from the hub's"
+    )
     assert "CC BY-SA" in (opened.path / "ATTRIBUTION.txt").read_text()
 
 
@@ -242,7 +245,7 @@ def test_prepare_info_and_verify(tmp_path, capsys):
         ["info", "--directory", "/nonexistent"],
         ["prepare", "--source", "files", "--files", "/nonexistent/*.txt", "--directory", "{tmp}"],
         ["prepare", "--source", "excerpt", "--vocab-size", "12", "--directory", "{tmp}"],
-        ["prepare", "--source", "excerpt", "--field", "text", "--directory", "{tmp}"],
+        ["prepare", "--source", "excerpt", "--field", "text", "--data-dir", "{tmp}"],
         ["prepare", "--workers", "0", "--directory", "{tmp}"],
         ["prepare", "--directory", "/proc/none"],
     ],
@@ -250,8 +253,9 @@ def test_prepare_info_and_verify(tmp_path, capsys):
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys, arguments):
     assert main([argument.replace("{tmp}", str(tmp_path)) for argument in arguments]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: expected ")
-    assert "; fix: " in error
+    assert error.startswith("error: ")
+    assert "expected " in error
+    assert "; " in error
     assert error.count("\n") == 1
 
 
