@@ -1,4 +1,4 @@
-"""What the fused kernels compile to, without a GPU: one row a kernel and configuration, judged by section 5.
+"""What the fused kernels compile to, without a GPU: one row a kernel and configuration, judged by its limits.
 
     python -m bench.compiled [--arch sm_86] [--exp Baseline] [--kernel PATTERN] [--padding] [--brief] [--json]
         [--save DIR]

@@ -2,7 +2,7 @@
 
 `Eager` computes the same function as `march.Transformer` without anything clever: one product a projection, masks and
 probabilities materialised, dropout by torch.nn, every encoder block run to its end, logits in full. Written from the
-model's specification; `load` copies a march model's parameters, so that a benchmark can check the loss first.
+model's description; `load` copies a march model's parameters, so that a benchmark can check the loss first.
 """
 
 import torch

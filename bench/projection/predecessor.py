@@ -13,7 +13,7 @@ from march.config import ModelConfig
 from march.training.published import PUBLISHED
 
 SEQUENCES, GPUS = 1024, 8
-# micro-batches were halved by hand where memory ran out (spec/model.md)
+# micro-batches were halved by hand where memory ran out
 MICRO_BATCH, HALVED = 64, 32
 HALVED_EXPERIMENTS = frozenset(
     {

@@ -1,7 +1,7 @@
 """Compiles fused kernels for a GPU that is not there, through the launch code a GPU run uses, and reads the result.
 
-`recording` is the door: within it, fused operators called on meta tensors record and compile their launches. Section 5
-of the specification is checked on the compiled programs by `reports`.
+`recording` is the door: within it, fused operators called on meta tensors record and compile their launches. The
+limits of `limits.py` are checked on the compiled programs by `reports`.
 """
 
 from kernels.compile_only.record import ARCHITECTURES, Argument, Launch, architecture, launches, recording

@@ -1,4 +1,4 @@
-"""Section 5 of the kernels' specification as data: what the compiled code of each kernel must show on sm_86."""
+"""Limits as data: what the compiled code of each kernel must show on sm_86."""
 
 import fnmatch
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""One row a compiled kernel and configuration, and its verdict against section 5 of the specification."""
+"""One row a compiled kernel and configuration, and its verdict against the limits (limits.py)."""
 
 import json
 import re

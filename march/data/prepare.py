@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from march.console import escaped
 from march.data import store as stores
@@ -207,7 +206,7 @@ def _train(corpus: Corpus, vocab_size: int | None) -> Tokenizer:
         raise DataError(
             f"a corpus that fills a vocabulary of {size:,}",
             f"text for {tokenizer.get_vocab_size():,} tokens (no other pair occurs twice)",
-            "choose a smaller --vocab-size or a larger corpus",
+            f"choose --vocab-size {tokenizer.get_vocab_size()} or a larger corpus",
         )
     return tokenizer
 
@@ -215,7 +214,7 @@ def _train(corpus: Corpus, vocab_size: int | None) -> Tokenizer:
 class _Watched:
     """Texts on their way to the trainer: moves a progress bar, and knows whether there was any text."""
 
-    def __init__(self, texts: Iterable[str], progress: tqdm):
+    def __init__(self, texts: Iterable[str], progress: Any):
         self._texts, self._progress, self.found = texts, progress, False
 
     def __iter__(self) -> Iterator[str]:

@@ -53,9 +53,14 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:  # rich would end the process with its own exit code
+        raise BrokenPipeError
+
+
 def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=UNLIMITED)
+    console = _Console()
+    return console if console.is_terminal else _Console(width=UNLIMITED)
 
 
 def print_list(rows: list[dict[str, Any]]) -> None:

@@ -113,10 +113,10 @@ def _run(request: command_line.Request, given, folder, stored, world) -> int:
 
     budget = request.budget
     say(world, f"{request.experiment.name} | budget {budget.name}: {budget.label}")
+    session.require_memory(request, world)
     session.check_kernels(request, world)
     store = session.prepare_data(request, world)
     config = session.fit_vocabulary(request, store)
-    session.require_memory(config, request, world)
     corruption = SpanCorruption(raw_length=budget.raw_length)
     session.check_lengths(config, corruption)
     seeds = {"train": request.seed, "validation": session.EVALUATION_SEED, "test": session.EVALUATION_SEED}

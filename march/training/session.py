@@ -17,6 +17,7 @@ from march import config as configuration
 from march import cost, experiments
 from march.config import ModelConfig
 from march.data import DataError, Examples, SpanCorruption, Store
+from march.data.vocabulary import SMALLEST
 from march.training import published
 from march.training.arguments import Request
 from march.training.budget import Budget
@@ -83,8 +84,13 @@ def fit_vocabulary(request: Request, store: Store) -> ModelConfig:
     return request.config
 
 
-def require_memory(config: ModelConfig, request: Request, world: World) -> None:
-    """UsageError, before anything is built, when weights, gradients and optimiser state alone do not fit."""
+def require_memory(request: Request, world: World) -> None:
+    """UsageError, before anything is done, when weights, gradients and optimiser state alone do not fit.
+
+    A vocabulary that only the text decides counts as the smallest.
+    """
+    vocabulary = request.overrides.get("vocab_size") or request.data.vocab_size or SMALLEST
+    config = configuration.override(request.config, vocab_size=vocabulary)
     parameters = cost.total_parameters(config)
     needed = cost.state_bytes(parameters, request.precision, world.size if request.zero else 1)
     total = total_memory(world)

@@ -1,4 +1,4 @@
-"""What the compiled attention kernels show, section 5 of the specification: compiled for sm_86 and its siblings, never
+"""What the compiled attention kernels show: compiled for sm_86 and its siblings, never
 run. `kernels.compile_only.limits` holds the numbers."""
 
 import json

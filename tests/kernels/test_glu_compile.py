@@ -1,4 +1,4 @@
-"""What the glu kernels compile to at the paper's shapes, through their own launch code: section 5 of the specification.
+"""What the glu kernels compile to at the paper's shapes, through their own launch code.
 
 Nothing runs on a GPU here. `make test-all` adds every target, dtype and activation.
 """

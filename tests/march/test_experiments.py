@@ -9,7 +9,7 @@ import march
 from march import config, experiments
 from march.cost.size import total_parameters
 
-# spec: parameters are exact, with per-dimension norm gains; BigHeads2 and 3 counted by hand from their shapes
+# parameters are exact, with per-dimension norm gains; BigHeads2 and 3 counted by hand from their shapes
 COUNTS = {
     "Baseline": 36_340_224,
     "BaselineFP32": 36_340_224,
