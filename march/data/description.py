@@ -110,5 +110,5 @@ class Description:
             raise DataError(
                 f"prepared Wikipedia at {path}",
                 "none",
-                f"run {command} once (hours, network), or train on the embedded text with --source excerpt",
+                f"run {command} once (hours, network), or train on other text: --budget demo --source excerpt",
             )
