@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import io
 import os
 import re
 import signal
@@ -30,6 +31,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*arguments, **{"allow_abbrev": False, **keywords})
 
     def error(self, message: str) -> NoReturn:
+        message = message if len(message) <= 400 else f"{message[:400]}..."
         raise UsageError(f"{message}; see {self.prog} --help")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -96,6 +98,8 @@ def whole(smallest: int, largest: int, fix: str) -> Callable[[str], int]:
 
 def quiet_pipe(run: Callable[..., int], *arguments: Any) -> int:
     """The exit code of `run`; 141, as a shell has it for SIGPIPE, and nothing on stderr where stdout was closed."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes, a terminal of any encoding
     try:
         code = run(*arguments)
         sys.stdout.flush()

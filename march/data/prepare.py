@@ -150,7 +150,7 @@ def _build(corpus: Corpus, folder: Path, final: Path, vocab_size: int | None) ->
     identity = _identity(corpus)
     tokenizer = _train(corpus, vocab_size)
     size = tokenizer.get_vocab_size()
-    tokenizer.save(str(folder / stores.TOKENIZER))
+    (folder / stores.TOKENIZER).write_text(tokenizer.to_str(pretty=True), "utf-8")
     dtype = np.dtype("<u2" if size <= 65_535 else "<u4")
     writer = SplitWriter(folder, dtype, size)
     documents = characters = 0
@@ -165,7 +165,7 @@ def _build(corpus: Corpus, folder: Path, final: Path, vocab_size: int | None) ->
         rule = writer.close()
     finally:
         writer.abandon()
-    (folder / "ATTRIBUTION.txt").write_text(corpus.attribution(), encoding="utf-8")
+    (folder / "ATTRIBUTION.txt").write_text(corpus.attribution(), "utf-8", errors="backslashreplace")
     if corpus.fingerprint() != identity["fingerprint"]:
         raise DataError("files that stay as they are", "a change while they were read", "prepare again when it is done")
     names = [stores.TOKENIZER, "ATTRIBUTION.txt", *(f"{split}.bin" for split in stores.SPLITS)]

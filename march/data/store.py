@@ -106,7 +106,7 @@ def sha256(path: Path) -> str:
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest with a digest of itself, so that a flipped bit in it is noticed too."""
-    text = json.dumps({**manifest, "digest": _digest(manifest)}, indent=1, sort_keys=True, ensure_ascii=False)
+    text = json.dumps({**manifest, "digest": _digest(manifest)}, indent=1, sort_keys=True)
     (path / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 

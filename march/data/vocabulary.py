@@ -99,4 +99,4 @@ def check_size(vocab_size: int) -> None:
 
 def load(path: Path) -> Tokenizer:
     """The tokenizer of a store."""
-    return Tokenizer.from_file(str(path))
+    return Tokenizer.from_str(path.read_text("utf-8"))

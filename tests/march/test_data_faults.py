@@ -133,6 +133,15 @@ def test_folders_links_and_two_spellings(tmp_path, monkeypatch):
     assert list(open_corpus("files", files=["in/*"]).documents()) == ["one text"]
 
 
+def test_file_names_may_be_any_bytes(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    path.write_text("few words " * 200)
+    command = ["-m", "march.data", "prepare", "--files", path, "--data-dir", tmp_path / os.fsdecode(b"\xff")]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"caf\udce9.txt" in next(tmp_path.glob("*/*/ATTRIBUTION.txt")).read_bytes()
+
+
 @pytest.mark.parametrize("encoding", ["utf-9", "rot13", "undefined", "a\0b", "hex"])
 def test_encodings_that_are_none(tmp_path, encoding):
     (tmp_path / "a.txt").write_text("x")
