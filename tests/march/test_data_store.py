@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -327,3 +328,50 @@ def test_large_vocabularies_use_32_bits(tmp_path):
     assert int(opened.split("train").max()) > 65_535
     ids = opened.split("test")[:-1].tolist()
     assert text.endswith(opened.tokenizer().decode(ids)), "equal documents: each gives its end"
+
+
+@pytest.mark.parametrize("limit", [100, 30_000, 70_000])
+def test_a_full_disk_at_any_write_is_one_line_and_leaves_nothing(lines, tmp_path, limit):
+    """Writing beyond `limit` bytes of a file fails as it does on a full disk, inside the real writes."""
+    code = (
+        "import resource, signal, sys\nfrom march.data.__main__ import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "sys.exit(main(['prepare', '--vocab-size', '500', '--files', sys.argv[2], '--data-dir', sys.argv[1]]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path, lines], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: expected to be able to read the corpus and to write to ")
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
+
+
+@pytest.mark.parametrize(
+    "moment", [0.1, pytest.param(0.5, marks=pytest.mark.slow), pytest.param(0.9, marks=pytest.mark.slow)]
+)
+def test_a_preparation_killed_at_some_moment_is_made_good_by_the_next(lines, tmp_path, moment):
+    command = [
+        sys.executable,
+        "-m",
+        "march.data",
+        "prepare",
+        "--files",
+        lines,
+        "--vocab-size",
+        "500",
+        "--data-dir",
+        tmp_path,
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not list(tmp_path.glob(".*.partial")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(moment)
+    process.kill()
+    process.wait()
+    for path in store.stores_in(tmp_path):
+        Store(path).verify()
+    assert ensure("files", tmp_path, 500, files=[str(lines)]).manifest["documents"] == 60
+    assert not list(tmp_path.glob(".*.partial"))
