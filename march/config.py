@@ -6,6 +6,8 @@ ordered tuple of sublayers with a residual flag each. A module reads its block's
 
 import dataclasses
 import difflib
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -13,6 +15,20 @@ PerBlock = int | tuple[int, ...]
 SublayerKind = Literal["self_attention", "cross_attention", "unified_attention", "database_attention", "feedforward"]
 MAX_HEAD_DIM = 512
 UNTURNED = "one query would meet own keys that are turned and the encoder's that are not"
+# The least and the most of each number: room for every idea, and an end before a slip of the finger fills the memory
+# or takes hours to build. What fits a machine is asked when a run starts.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "dim_model": (1, 2**16),
+    "num_layers": (2, 1024),
+    "num_heads": (1, 1024),
+    "num_kv_heads": (0, 1024),
+    "dim_qkv": (1, MAX_HEAD_DIM),
+    "dim_feedforward": (1, 2**20),
+    "vocab_size": (1, 2**24),
+    "max_length": (1, 2**20),
+    "database_states": (0, 2**20),
+    "mixed_factor": (-1000.0, 1000.0),
+}
 
 
 class ConfigError(ValueError):
@@ -89,7 +105,6 @@ class ResolvedConfig:
 
 FIELDS: dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(ModelConfig)}
 _TYPES = get_type_hints(ModelConfig)
-_POSITIVE = ("dim_model", "num_layers", "dim_feedforward", "vocab_size", "max_length")
 
 
 def nearest(name: str, names: list[str], count: int = 3) -> list[str]:
@@ -104,7 +119,7 @@ def _expected(kind: Any) -> str:
         return "a whole number, or one for each block of a stack (12,8,4)"
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
-    return {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+    return {int: "a whole number", float: "a finite number", bool: "true or false"}[kind]
 
 
 def _whole(value: Any) -> bool:
@@ -116,19 +131,22 @@ def check_type(name: str, value: Any) -> Any:
     if name not in FIELDS:
         close = nearest(name, list(FIELDS))
         hint = f"did you mean {', '.join(close)}?" if close else f"the fields are {', '.join(FIELDS)}"
-        raise ConfigError(f"{name}: expected a field of the model, got {name!r}; {hint}")
+        raise ConfigError(f"{name[:60]}: expected a field of the model, got {name[:60]!r}; {hint}")
     kind = _TYPES[name]
     if kind == PerBlock and isinstance(value, list | tuple) and value and all(_whole(v) for v in value):
         return tuple(value)
     if kind in (PerBlock, int) and _whole(value):
         return value
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float and number and abs(value) <= sys.float_info.max:  # NaN is not; an integer may be more
         return float(value)
     if kind is bool and isinstance(value, bool):
         return value
     if get_origin(kind) is Literal and value in get_args(kind):
         return value
-    raise ConfigError(f"{name}: expected {_expected(kind)}, got {value!r}; for example {name}={_example(name)}")
+    raise ConfigError(
+        f"{name}: expected {_expected(kind)}, got {repr(value)[:60]}; for example {name}={_example(name)}"
+    )
 
 
 def _example(name: str) -> str:
@@ -144,7 +162,7 @@ def parse_value(name: str, text: str) -> Any:
     value: Any = text
     try:
         if kind == PerBlock:
-            numbers = [int(part) for part in text.strip("[]()").split(",") if part.strip()]
+            numbers = [int(part) for part in text.strip("[]()").removesuffix(",").split(",")]
             value = numbers if "," in text else numbers[0]
         elif kind is int:
             value = int(text.replace("_", ""))
@@ -161,8 +179,19 @@ def parse_override(assignment: str) -> tuple[str, Any]:
     """("field", value) of "field=value"."""
     name, separator, text = assignment.partition("=")
     if not separator or not text.strip():
-        raise ConfigError(f"--set: expected field=value, got {assignment!r}; for example --set num_heads=12,8,4")
+        raise ConfigError(f"--set: expected field=value, got {assignment[:60]!r}; for example --set num_heads=12,8,4")
     return name.strip(), parse_value(name.strip(), text)
+
+
+def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
+    """Fields and values of several "field=value", each field once."""
+    changes: dict[str, Any] = {}
+    for assignment in assignments:
+        name, value = parse_override(assignment)
+        if name in changes:
+            raise ConfigError(f"--set: expected {name} once, got it twice; leave one out")
+        changes[name] = value
+    return changes
 
 
 def override(config: ModelConfig, **changes: Any) -> ModelConfig:
@@ -186,14 +215,15 @@ def per_block(config: ModelConfig, name: Literal["num_heads", "num_kv_heads", "d
 
 def _require(condition: bool, name: str, expected: str, got: Any, fix: str) -> None:
     if not condition:
-        raise ConfigError(f"{name}: expected {expected}, got {got}; {fix}")
+        raise ConfigError(f"{name}: expected {expected}, got {str(got)[:60]}; {fix}")
 
 
 def check(config: ModelConfig) -> None:
     """ConfigError when the fields cannot go together."""
-    for name in _POSITIVE:
+    for name, (least, most) in BOUNDS.items():
         value = getattr(config, name)
-        _require(value >= 1, name, "at least 1", value, f"the baseline has {FIELDS[name].default}")
+        for number in value if isinstance(value, tuple) else (value,):
+            _require(least <= number <= most, name, f"{least} to {most}", number, f"the baseline has {_example(name)}")
     _require(
         config.num_layers % 2 == 0,
         "num_layers",
@@ -212,8 +242,6 @@ def check(config: ModelConfig) -> None:
                 f"{len(value)} in {','.join(map(str, value))}",
                 "give as many as blocks",
             )
-        for number in per_block(config, name):  # type: ignore[arg-type]
-            _require(number >= 1, name, "at least 1", number, "every block attends")
     heads, kv_heads = per_block(config, "num_heads"), per_block(config, "num_kv_heads")
     _require(
         all(g > 0 and h % g == 0 for h, g in zip(heads, kv_heads, strict=True)),
@@ -222,12 +250,9 @@ def check(config: ModelConfig) -> None:
         ",".join(map(str, kv_heads)),
         "each head of keys and values is read by as many heads of queries",
     )
-    for width in per_block(config, "dim_qkv"):
-        _require(width <= MAX_HEAD_DIM, "dim_qkv", f"at most {MAX_HEAD_DIM}", width, "use more, narrower heads")
     for name in ("dropout", "slow_dropout"):
         value = getattr(config, name)
         _require(0.0 <= value < 1.0, name, "a probability in [0, 1)", value, "0 switches it off")
-    _require(config.database_states >= 0, "database_states", "0 or more", config.database_states, "0: no database")
     if config.database_states:
         widths = sorted(set(per_block(config, "dim_qkv")))
         _require(

@@ -26,7 +26,7 @@ from march.cost.counter import Counter, Event, Product
 from march.cost.flops import FORMULAS
 from march.cost.ledger import entry
 from march.cost.measure import DTYPES, measure
-from march.cost.parameters import total_parameters
+from march.cost.size import total_parameters
 
 IMPLEMENTATIONS = ("eager", "triton")
 _SHARED = ("march/config.py", "march/experiments", "march/cost", "bench/projection/collect.py")

@@ -1,20 +1,22 @@
 """What a step costs: parameters, FLOPs, bytes, memory, the micro-batch that fits.
 
-Used by `train.py --show`, the trainer and the benchmarks. `parameters` needs no torch.
+Used by `train.py --show`, the trainer and the benchmarks. Torch is loaded by what needs it.
 """
 
 from typing import Any
 
 from march.cost.devices import DEVICES, Device, device_peak, find_device
-from march.cost.parameters import parameters, total_parameters
 
 _LAZY = {
+    "parameters": "size",
+    "total_parameters": "size",
     "StepCost": "step",
     "step_cost": "step",
     "training_flops": "step",
     "Ledger": "ledger",
     "step_ledger": "ledger",
     "Memory": "fitting",
+    "counted_as": "fitting",
     "memory": "fitting",
     "fitting_micro_batch": "fitting",
     "state_bytes": "fitting",
@@ -25,8 +27,6 @@ __all__ = [
     "Device",
     "device_peak",
     "find_device",
-    "parameters",
-    "total_parameters",
     *_LAZY,
 ]
 

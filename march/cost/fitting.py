@@ -9,7 +9,7 @@ import kernels
 from kernels.dispatch import OPERATORS
 from march.config import ModelConfig
 from march.cost.measure import fused_operators, interpreted, measure
-from march.cost.parameters import total_parameters
+from march.cost.size import total_parameters
 
 # CUDA context, DeepSpeed's buckets and allocator fragmentation: not counted, allowed for.
 RESERVED_BYTES = 1 << 30

@@ -17,7 +17,7 @@ from march.cost.cache import launch_traffic, product_reads
 from march.cost.counter import Allocation, Event
 from march.cost.flops import launch_flops
 from march.cost.measure import measure
-from march.cost.parameters import total_parameters
+from march.cost.size import total_parameters
 
 LOGITS_BYTES = 200_000_000
 PHASES = ("forward", "backward", "optimizer")
@@ -73,7 +73,7 @@ NUMBERS = (
 
 @dataclass(frozen=True)
 class Forbidden:
-    """A tensor that a step must not make (spec/kernels.md, section 6), and why."""
+    """A tensor that a step must not make, and why."""
 
     reason: str
     operator: str
@@ -87,7 +87,7 @@ class Forbidden:
 @dataclass
 class Ledger:
     """rows by operator and phase; peak: most bytes that live at one time beyond weights, gradients included;
-    forbidden: what section 6 forbids, of which nothing is expected."""
+    forbidden: what a step must not make, of which nothing is expected."""
 
     micro_batch: int
     encoder_length: int
@@ -172,7 +172,7 @@ def optimizer_row(parameters: int, precision: str) -> Row:
 def forbidden(
     allocations: list[Allocation], config: ModelConfig, lengths: tuple[int, int], batch: int
 ) -> list[Forbidden]:
-    """What section 6 forbids among `allocations`: [L, L] tensors, concatenated keys or values, float32 copies of an
+    """What a step must not make among `allocations`: [L, L] tensors, concatenated keys or values, float32 copies of an
     activation, logits in more than LOGITS_BYTES."""
     encoder, decoder = lengths
     both = encoder + decoder

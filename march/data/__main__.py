@@ -2,18 +2,24 @@
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
+from march.console import Parser, UsageError, quiet_pipe, whole
 from march.data.errors import DataError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit code: 2, with one line on stderr, for what a user can mend."""
-    options = _parser().parse_args(arguments)
+    return quiet_pipe(_main, arguments)
+
+
+def _main(arguments: list[str] | None) -> int:
     try:
+        options = _parser().parse_args(arguments)
         return options.run(options)
-    except DataError as error:
+    except (DataError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -22,53 +28,35 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m march.data", description=__doc__, allow_abbrev=False)
+    from march.data import description
+
+    parser = Parser(prog="python -m march.data", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="prepare|info|verify")
 
-    prepare = commands.add_parser("prepare", help="make a store from a corpus", allow_abbrev=False)
+    prepare = commands.add_parser("prepare", help="make a store from a corpus")
     prepare.set_defaults(run=_prepare)
-    prepare.add_argument("--source", choices=["excerpt", "wikipedia", "files"], default="excerpt")
-    prepare.add_argument("--directory", type=Path, default=Path("data"), help="folder of the stores (%(default)s)")
-    prepare.add_argument("--vocab-size", type=int, help="tokens (excerpt 4096, wikipedia 30000, files up to 30000)")
-    prepare.add_argument("--workers", type=int, help="threads of the tokenizer (all cores)")
     prepare.add_argument("--force", action="store_true", help="prepare again, replacing what is there")
-    files = prepare.add_argument_group("--source files")
-    files.add_argument("--files", nargs="+", metavar="GLOB", help=".txt .text .md, .jsonl .ndjson, .parquet")
-    files.add_argument("--field", help="field of JSON lines that holds the text (text)")
-    files.add_argument("--column", help="column of parquet that holds the text (text)")
-    files.add_argument("--separator", type=_unescaped, help="between documents of a text file (a file is one)")
-    files.add_argument("--encoding", help="of text files and JSON lines (utf-8)")
-    wikipedia = prepare.add_argument_group("--source wikipedia")
-    wikipedia.add_argument("--snapshot", help="configuration of the dataset (20231101.en)")
-    wikipedia.add_argument("--dataset", help="name on the hub, or a folder (wikimedia/wikipedia)")
-    wikipedia.add_argument("--limit", type=int, help="only so many articles, for a trial")
+    threads = whole(1, 1024, "leave it out for all cores")
+    prepare.add_argument("--workers", type=threads, metavar="N", help="threads of the tokenizer (all cores)")
+    description.add_arguments(prepare, "excerpt")
 
     for name, function, text in (
         ("info", _info, "what the stores in a folder hold"),
         ("verify", _verify, "read every file of the stores in a folder and compare the hashes"),
     ):
-        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command = commands.add_parser(name, help=text)
         command.set_defaults(run=function)
-        command.add_argument("path", type=Path, nargs="?", help="one store (all in --directory)")
-        command.add_argument("--directory", type=Path, default=Path("data"), help="folder of the stores (%(default)s)")
+        command.add_argument("path", type=Path, nargs="?", help="one store (all in --data-dir)")
+        command.add_argument("--data-dir", "--directory", type=Path, default=description.DIRECTORY, metavar="DIR")
     return parser
 
 
-def _unescaped(text: str) -> str:
-    """A shell hands over backslash and n for a line break."""
-    return text.replace("\\n", "\n").replace("\\t", "\t")
-
-
 def _prepare(options: argparse.Namespace) -> int:
-    if options.workers is not None:
-        if options.workers < 1:
-            raise DataError("at least one worker", str(options.workers), "leave --workers out for all cores")
-        os.environ["RAYON_NUM_THREADS"] = str(options.workers)  # read once, when the tokenizer first works
-    from march.data.prepare import ensure
+    from march.data.description import Description
 
-    names = ("files", "field", "column", "separator", "encoding", "snapshot", "dataset", "limit")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    store = ensure(options.source, options.directory, options.vocab_size, force=options.force, **given)
+    if options.workers is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(options.workers)  # read once, when the tokenizer first works
+    store = Description.of(options, "excerpt").open(force=options.force)
     print(_describe(store))
     return 0
 
@@ -97,9 +85,9 @@ def _open(path: Path):
 def _paths(options: argparse.Namespace) -> list[Path]:
     from march.data.store import stores_in
 
-    paths = [options.path] if options.path else list(stores_in(options.directory))
+    paths = [options.path] if options.path else list(stores_in(options.data_dir))
     if not paths:
-        raise DataError(f"a prepared store in {options.directory}", "none", "run python -m march.data prepare")
+        raise DataError(f"a prepared store in {options.data_dir}", "none", "run python -m march.data prepare")
     return paths
 
 
@@ -118,6 +106,7 @@ def _describe(store) -> str:
         lines.append(f"  {name:<11} {count:,} tokens, {count // 1024:,} sequences of 1024")
     lines.append(f"  splits      {manifest['splits']}")
     lines.append(f"  prepared    {manifest['created']} in {manifest['seconds']} s")
+    lines.append(f"  train       python train.py --data {shlex.quote(str(store.path))}")
     return "\n".join(lines)
 
 

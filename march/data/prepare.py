@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
+from march.console import escaped
 from march.data import store as stores
 from march.data import vocabulary
 from march.data.corpora import Corpus, open_corpus
@@ -27,8 +27,6 @@ from march.data.errors import DataError
 from march.data.progress import bar
 from march.data.splits import SplitWriter
 from march.data.store import Store
-
-_BATCH_CHARACTERS = 2**20  # a batch for the tokenizer: 0.15 s of one core, 10 MB with its token objects
 
 
 def ensure(
@@ -49,41 +47,48 @@ def ensure(
     corpus = open_corpus(source, **source_options)
     if vocab_size is not None:
         vocabulary.check_size(vocab_size)
-    requested = _requested(corpus, vocab_size)
     directory = Path(directory)
-    path = directory / f"{corpus.name}-v{requested}"
+    path = location(corpus, directory, vocab_size)
     if not force and (path / stores.MANIFEST).exists():
-        return _open(path, corpus, requested)
+        return _open(path, corpus, vocab_size)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _lock(directory / f".{path.name}.lock", path):
             if force or not (path / stores.MANIFEST).exists():
                 _prepare(corpus, path, vocab_size)
-            return _open(path, corpus, requested)
+            return _open(path, corpus, vocab_size)
     except OSError as error:
         got = f"{type(error).__name__}: {error}"
         raise DataError(
-            f"to be able to read the corpus and to write to {directory}", got, "check space and rights, or --directory"
+            f"to be able to read the corpus and to write to {directory}", got, "check space and rights, or --data-dir"
         ) from error
 
 
-def _requested(corpus: Corpus, vocab_size: int | None) -> str:
+def location(corpus: Corpus, directory: Path, vocab_size: int | None) -> Path:
+    """The folder of that store."""
+    return directory / f"{corpus.name}-v{requested(corpus, vocab_size)}"
+
+
+def requested(corpus: Corpus, vocab_size: int | None) -> str:
     """The vocabulary's size, or "auto" where the text decides it."""
     if vocab_size is None:
         return str(corpus.vocab_size) if corpus.fill_vocabulary else "auto"
     return str(vocab_size)
 
 
-def _open(path: Path, corpus: Corpus, requested: str) -> Store:
+def _open(path: Path, corpus: Corpus, vocab_size: int | None) -> Store:
     """The store, if it was made from this corpus as it is now."""
     found = Store(path)
-    wanted = {**_identity(corpus), "vocabulary": requested}
+    wanted = {**_identity(corpus), "vocabulary": requested(corpus, vocab_size)}
     have = {**found.manifest["source"], "vocabulary": found.manifest["vocabulary"]["requested"]}
     for key in wanted:
         # through JSON, which is how the manifest has it: tuples are lists there
         if have.get(key) != (value := json.loads(json.dumps(wanted[key]))):
-            what = f"the source's {key} {_short(value)}"
-            raise stores.stale(path, what, _short(have.get(key)), found.manifest)
+            raise DataError(
+                f"the source's {key} {_short(value)} in the store {path}",
+                f"{_short(have.get(key))}: it is stale",
+                f"prepare it again with {command(corpus, vocab_size, path.parent)} --force",
+            )
     return found
 
 
@@ -145,20 +150,22 @@ def _build(corpus: Corpus, folder: Path, final: Path, vocab_size: int | None) ->
     identity = _identity(corpus)
     tokenizer = _train(corpus, vocab_size)
     size = tokenizer.get_vocab_size()
-    tokenizer.save(str(folder / stores.TOKENIZER))
+    (folder / stores.TOKENIZER).write_text(tokenizer.to_str(pretty=True), "utf-8")
     dtype = np.dtype("<u2" if size <= 65_535 else "<u4")
     writer = SplitWriter(folder, dtype, size)
     documents = characters = 0
     try:
         with bar("tokenising", corpus.count(), unit="doc") as progress:
-            for tokens, lengths, count in _encoded(tokenizer, corpus.documents(), dtype):
-                writer.add(tokens, lengths)
-                documents, characters = documents + len(lengths), characters + count
-                progress.update(len(lengths))
+            for tokens, count in _encoded(tokenizer, corpus.documents(), dtype):
+                writer.add(tokens)
+                ended = int(np.count_nonzero(tokens == END_OF_TEXT))
+                documents, characters = documents + ended, characters + count
+                progress.set_postfix_str(f"{characters / 1e6:,.0f}M characters")
+                progress.update(ended)
         rule = writer.close()
     finally:
         writer.abandon()
-    (folder / "ATTRIBUTION.txt").write_text(corpus.attribution(), encoding="utf-8")
+    (folder / "ATTRIBUTION.txt").write_text(corpus.attribution(), "utf-8", errors="backslashreplace")
     if corpus.fingerprint() != identity["fingerprint"]:
         raise DataError("files that stay as they are", "a change while they were read", "prepare again when it is done")
     names = [stores.TOKENIZER, "ATTRIBUTION.txt", *(f"{split}.bin" for split in stores.SPLITS)]
@@ -166,8 +173,9 @@ def _build(corpus: Corpus, folder: Path, final: Path, vocab_size: int | None) ->
         "format": stores.FORMAT,
         "source": identity,
         "note": corpus.note,
-        "command": _command(corpus, final.parent, vocab_size),
-        "vocabulary": {"size": size, "requested": _requested(corpus, vocab_size)},
+        "folder": str(final.absolute()),
+        "command": command(corpus, vocab_size),
+        "vocabulary": {"size": size, "requested": requested(corpus, vocab_size)},
         "dtype": dtype.str,
         "documents": documents,
         "characters": characters,
@@ -198,7 +206,7 @@ def _train(corpus: Corpus, vocab_size: int | None) -> Tokenizer:
         raise DataError(
             f"a corpus that fills a vocabulary of {size:,}",
             f"text for {tokenizer.get_vocab_size():,} tokens (no other pair occurs twice)",
-            "choose a smaller --vocab-size or a larger corpus",
+            f"choose --vocab-size {tokenizer.get_vocab_size()} or a larger corpus",
         )
     return tokenizer
 
@@ -206,7 +214,7 @@ def _train(corpus: Corpus, vocab_size: int | None) -> Tokenizer:
 class _Watched:
     """Texts on their way to the trainer: moves a progress bar, and knows whether there was any text."""
 
-    def __init__(self, texts: Iterable[str], progress: tqdm):
+    def __init__(self, texts: Iterable[str], progress: Any):
         self._texts, self._progress, self.found = texts, progress, False
 
     def __iter__(self) -> Iterator[str]:
@@ -216,13 +224,14 @@ class _Watched:
             yield text
 
 
-def _encoded(
-    tokenizer: Tokenizer, texts: Iterable[str], dtype: np.dtype
-) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Tokens, document lengths and the number of characters of one batch after another, in order.
+_Piece = tuple[str, bool]  # of a document, and whether it is the last one
+
+
+def _encoded(tokenizer: Tokenizer, texts: Iterable[str], dtype: np.dtype) -> Iterator[tuple[np.ndarray, int]]:
+    """Tokens and the number of characters of one batch after another, in order; documents end with END_OF_TEXT.
 
     The tokenizer uses all cores inside a batch (RAYON_NUM_THREADS sets how many); three batches at a time keep
-    them busy while Python turns a finished one into an array. Memory stays that of three batches.
+    them busy while Python turns a finished one into an array. Memory stays that of three batches and a document.
     """
     with ThreadPoolExecutor(max_workers=3) as pool:
         running: deque[Future] = deque()
@@ -234,37 +243,44 @@ def _encoded(
             yield running.popleft().result()
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, int]:
-    pieces = [np.array([*encoding.ids, END_OF_TEXT], dtype=dtype) for encoding in tokenizer.encode_batch_fast(texts)]
-    lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
-    return np.concatenate(pieces), lengths, sum(map(len, texts))
+def _encode(tokenizer: Tokenizer, batch: list[_Piece], dtype: np.dtype) -> tuple[np.ndarray, int]:
+    encodings = tokenizer.encode_batch_fast([text for text, _ in batch])
+    tokens = [
+        np.array(encoding.ids + [END_OF_TEXT] * last, dtype=dtype)
+        for encoding, (_, last) in zip(encodings, batch, strict=True)
+    ]
+    return np.concatenate(tokens), sum(len(text) for text, _ in batch)
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of texts of about _BATCH_CHARACTERS; texts without a visible character are left out."""
-    batch: list[str] = []
+def _batches(texts: Iterable[str]) -> Iterator[list[_Piece]]:
+    """Pieces of about vocabulary.PIECE characters together; texts without a visible character are left out."""
+    batch: list[_Piece] = []
     size = 0
     for text in texts:
         if not text or text.isspace():
             continue
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
+        done = 0
+        for piece in vocabulary.pieces(text):
+            done += len(piece)
+            batch.append((piece, done == len(text)))
+            size += len(piece)
+            if size >= vocabulary.PIECE:
+                yield batch
+                batch, size = [], 0
     if batch:
         yield batch
 
 
-def _command(corpus: Corpus, directory: Path, vocab_size: int | None) -> str:
-    """The command line that prepares this store."""
-    words = ["python", "-m", "march.data", "prepare", "--source", corpus.source, "--directory", str(directory)]
+def command(corpus: Corpus, vocab_size: int | None, directory: Path | None = None) -> str:
+    """The command line that prepares this store, in `directory` where it is given."""
+    words = ["python", "-m", "march.data", "prepare", "--source", corpus.source]
     if vocab_size is not None:
         words += ["--vocab-size", str(vocab_size)]
     defaults = {key: field.default for key, field in type(corpus).__dataclass_fields__.items()}
     for key, value in corpus.options().items():
         if value is None or value == defaults.get(key):
             continue
-        values = value if isinstance(value, list) else [str(value).replace("\n", "\\n").replace("\t", "\\t")]
-        words += [f"--{key}", *values]  # line breaks as the command line takes them, so that it stays one line
-    return shlex.join(words)
+        # escapes as the command line takes them, so that it stays one line
+        values = value if isinstance(value, list) else [escaped(value) if key == "separator" else str(value)]
+        words += [f"--{key}", *values]
+    return shlex.join([*words, *(["--data-dir", str(directory)] if directory else [])])

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from march.data.errors import DataError
 from march.data.progress import bar
 
 # counted upwards whenever the layout or the meaning of a file changes; other numbers are refused as stale
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 CHECKED = "checked.json"
@@ -55,10 +56,7 @@ class Store:
         return np.memmap(self.path / f"{name}.bin", dtype=np.dtype(self.manifest["dtype"]), mode="r")
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of these tokens. Text that spells out a control token is encoded as characters.
-
-        decode() leaves out control tokens unless skip_special_tokens=False.
-        """
+        """The tokenizer of these tokens. Text that spells out a control token is encoded as characters."""
         return self._tokenizer
 
     @cached_property
@@ -108,7 +106,7 @@ def sha256(path: Path) -> str:
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest with a digest of itself, so that a flipped bit in it is noticed too."""
-    text = json.dumps({**manifest, "digest": _digest(manifest)}, indent=1, sort_keys=True, ensure_ascii=False)
+    text = json.dumps({**manifest, "digest": _digest(manifest)}, indent=1, sort_keys=True)
     (path / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
@@ -131,7 +129,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not file.is_file():
         got = "no manifest in it" if path.is_dir() else "no such folder"
-        raise DataError(f"a prepared store at {path}", got, "run python -m march.data prepare")
+        raise DataError(
+            f"a prepared store at {path}", got, "run python -m march.data prepare, or info for those there are"
+        )
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         digest = manifest.pop("digest")
@@ -140,7 +140,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if digest != _digest(manifest):
         raise _damaged(path, f"{MANIFEST} as it was written", "changed text", {})
     if manifest["format"] != FORMAT:
-        raise stale(path, f"store format {FORMAT}", f"format {manifest['format']}", manifest)
+        got = f"format {manifest['format']}: it is stale"
+        raise DataError(f"store format {FORMAT} in the store {path}", got, _again(path, manifest))
     return manifest
 
 
@@ -148,19 +149,22 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def stale(path: Path, expected: str, got: str, manifest: dict[str, Any]) -> DataError:
-    return DataError(f"{expected} in the store {path}", f"{got}: it is stale", _again(path, manifest))
-
-
 def _damaged(path: Path, expected: str, got: str, manifest: dict[str, Any]) -> DataError:
     return DataError(f"{expected} in the store {path}", f"{got}: the store is damaged", _again(path, manifest))
 
 
 def _again(path: Path, manifest: dict[str, Any]) -> str:
-    command = manifest.get("command")
-    if command:
-        return f"prepare it again with {command} --force"
-    return f"delete {path} and run python -m march.data prepare again"
+    """What mends the store at `path`, which may be a copy of another one or renamed."""
+    if "folder" not in manifest:
+        return f"delete {path} and run python -m march.data prepare with its options again"
+    original, command = Path(manifest["folder"]), manifest["command"]
+    again = f"{command} --data-dir {shlex.quote(str(path.parent))}"
+    if path.absolute() == original:
+        return f"prepare it again with {again} --force"
+    copy = f"copy it again from {original}, or " if (original / MANIFEST).exists() else ""
+    if path.name == original.name:
+        return f"{copy}prepare it again with {again} --force"
+    return f"{copy}prepare {path.parent / original.name} with {again}, and delete this one"
 
 
 def stores_in(directory: Path) -> Iterator[Path]:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+import kernels
 from march import experiments
 from march.config import (
     ModelConfig,
@@ -15,26 +16,27 @@ from march.config import (
     difference,
     outside_kernels,
     override,
-    parse_override,
+    parse_overrides,
     resolve,
     to_dict,
 )
 from march.cost import DEVICES, parameters, total_parameters
+from march.data import SpanCorruption
+from march.data.corpora import SOURCES
+from march.training.budget import get_budget
 
-# The paper budget's lengths: 1024 raw tokens corrupted.
-ENCODER_LENGTH, DECODER_LENGTH, RAW_LENGTH, GLOBAL_BATCH = 921, 206, 1024, 1024
-REFERENCE_DEVICE = "a5000"
+REFERENCE_DEVICE, PROCESSES = "a5000", 8
 UNLIMITED = 1000  # columns where the output is not a terminal: no wrapping for grep
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Prints what --list or --show asks for; returns the exit code. ConfigError on a wrong name or value."""
-    changes = dict(parse_override(assignment) for assignment in arguments.set or ())
     if arguments.list:
         rows = [describe(name) for name in experiments.names()]
         print(json.dumps(rows, indent=2)) if arguments.json else print_list(rows)
         return 0
-    shown = show(arguments.show, changes)
+    changes = parse_overrides(arguments.set or ())
+    shown = show(arguments.show, changes, arguments.budget or "paper", arguments.impl or "auto")
     print(json.dumps(shown, indent=2)) if arguments.json else print_show(shown)
     return 0
 
@@ -60,9 +62,14 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:  # rich would end the process with its own exit code
+        raise BrokenPipeError
+
+
 def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=UNLIMITED)
+    console = _Console()
+    return console if console.is_terminal else _Console(width=UNLIMITED)
 
 
 def print_list(rows: list[dict[str, Any]]) -> None:
@@ -82,19 +89,27 @@ def print_list(rows: list[dict[str, Any]]) -> None:
     _console().print(table)
 
 
-def show(name: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """Everything about experiment `name`, with `changes` on top: configuration, difference, parameters, cost."""
+def show(name: str, changes: dict[str, Any], budget_name: str = "paper", impl: str = "auto") -> dict[str, Any]:
+    """Everything about experiment `name`, with `changes` on top: configuration, difference, parameters, cost.
+
+    The cost is that of a budget's lengths and batch, and of one implementation on the reference device, a GPU. A budget
+    without a vocabulary of its own has its corpus's.
+    """
     from march import cost
 
-    experiment = experiments.get(name)
+    experiment, budget = experiments.get(name), get_budget(budget_name)
+    vocabulary = SOURCES[budget.source].vocab_size if budget.vocab_size is None else budget.vocab_size
     declared = experiments.configuration(name)
-    config = override(declared, **changes) if changes else declared
+    config = override(declared, **{"vocab_size": vocabulary, **changes})
     base = experiments.configuration(experiment.base) if experiment.base else ModelConfig()
-    lengths = (min(ENCODER_LENGTH, config.max_length), min(DECODER_LENGTH, config.max_length))
-    step = cost.step_cost(config, *lengths)
-    estimate = cost.memory(config, *lengths, device_type="cuda")
+    corruption = SpanCorruption(budget.raw_length)
+    lengths = (min(corruption.input_length, config.max_length), min(corruption.label_length, config.max_length))
+    counted = cost.counted_as(kernels.parse_impl(impl), "cuda")
+    step = cost.step_cost(config, *lengths, impl=counted)
+    estimate = cost.memory(config, *lengths, impl=counted)
     device = DEVICES[REFERENCE_DEVICE]
-    fits = cost.fitting_micro_batch(config, *lengths, memory_bytes=device.memory, device_type="cuda")
+    fits = cost.fitting_micro_batch(config, *lengths, memory_bytes=device.memory, impl=counted)
+    chosen = largest_power_of_two(min(fits, budget.global_batch // PROCESSES))
     return {
         **describe(name),
         "parameters": total_parameters(config),
@@ -117,11 +132,13 @@ def show(name: str, changes: dict[str, Any]) -> dict[str, Any]:
         "outside_kernels": outside_kernels(config),
         "parameters_by_part": parameters(config),
         "cost": {
-            "how": "counted on meta tensors, forward and backward; memory as on a GPU, the rest by the torch path",
+            "how": "counted on meta tensors, forward and backward",
+            "implementation": sorted({chosen.partition("=")[2] for chosen in counted.split(",")}),
+            "budget": budget.name,
             "encoder_length": lengths[0],
             "decoder_length": lengths[1],
             "training_flops_per_sequence": step.flops,
-            "training_flops_per_raw_token": step.flops / RAW_LENGTH,
+            "training_flops_per_raw_token": step.flops / budget.raw_length,
             "saved_for_backward_bytes_per_sequence": step.saved_bytes,
             "state_bytes": estimate.states,
             "fixed_bytes": estimate.fixed,
@@ -129,13 +146,14 @@ def show(name: str, changes: dict[str, Any]) -> dict[str, Any]:
             "device": device.name,
             "device_memory_bytes": device.memory,
             "micro_batch_that_fits": fits,
-            "micro_batch_on_8_devices": largest_power_of_two(min(fits, GLOBAL_BATCH // 8)),
+            "micro_batch_on_8_devices": chosen,
+            "accumulation_on_8_devices": budget.global_batch // PROCESSES // chosen,
         },
     }
 
 
 def largest_power_of_two(number: int) -> int:
-    """The largest power of two up to `number`: it divides the global batch of 1024."""
+    """The largest power of two up to `number`: it divides the budgets' batches."""
     return 1 << (number.bit_length() - 1)
 
 
@@ -185,7 +203,8 @@ def print_show(shown: dict[str, Any]) -> None:
     cost = shown["cost"]
     mib = 2**20
     table(
-        f"cost of training on {cost['encoder_length']} + {cost['decoder_length']} positions ({cost['how']})",
+        f"cost of the {cost['budget']} budget: {cost['encoder_length']} + {cost['decoder_length']} positions, "
+        f"{' and '.join(cost['implementation'])} ({cost['how']})",
         [
             ("FLOPs a sequence", f"{cost['training_flops_per_sequence'] / 1e9:,.1f} G"),
             ("FLOPs a raw token", f"{cost['training_flops_per_raw_token'] / 1e6:,.1f} M"),
@@ -198,7 +217,7 @@ def print_show(shown: dict[str, Any]) -> None:
             (
                 f"micro-batch that fits a {cost['device']}",
                 f"{cost['micro_batch_that_fits']} (estimate); on 8 of them {cost['micro_batch_on_8_devices']} "
-                f"x {GLOBAL_BATCH // 8 // cost['micro_batch_on_8_devices']} accumulation steps",
+                f"x {cost['accumulation_on_8_devices']} accumulation steps",
             ),
         ],
     )

@@ -6,19 +6,20 @@ Options that were not given stay None, so that a resumed run can tell "as before
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from march import config as configuration
 from march import experiments
+from march.console import Parser, whole
+from march.data import description
+from march.data.description import Description
 from march.training.budget import BUDGETS, FASTEST, Budget, get_budget
 from march.training.errors import UsageError
 
 # What a run folder remembers of the command line, and a resumed run takes from there.
-REMEMBERED = ("exp", "impl", "budget", "seed", "steps", "set", "source", "files", "data_dir", "zero", "precision")
+REMEMBERED = ("exp", "impl", "budget", "seed", "steps", "set", "zero", "precision", *description.OPTIONS)
 
 ZERO_STAGES = (0, 1, 2)
 # Tried with DeepSpeed 0.19: backward meets empty weights, because the operators read weights of other modules
@@ -26,26 +27,9 @@ ZERO_STAGES = (0, 1, 2)
 NO_ZERO_3 = "stage 3 releases weights that the operators read across modules; 1 is the default"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Mistakes become one line with the nearest option, instead of the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see --help")
-
-    def parse(self, argv: list[str] | None) -> argparse.Namespace:
-        arguments, unknown = self.parse_known_args(argv)
-        if unknown:
-            options = [name for action in self._actions for name in action.option_strings]
-            close = difflib.get_close_matches(unknown[0].split("=")[0], options, n=2)
-            hint = f"did you mean {' or '.join(close)}?" if close else "see --help"
-            raise UsageError(f"expected an option of train.py, got {unknown[0]!r}; {hint}")
-        return arguments
-
-
-def build_parser() -> _Parser:
-    parser = _Parser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="train.py",
-        allow_abbrev=False,
         description="Train one experiment: `deepspeed train.py ...` on every GPU, `python train.py ...` on one.",
     )
     what = parser.add_argument_group("what to train")
@@ -56,17 +40,17 @@ def build_parser() -> _Parser:
     what.add_argument("--impl", help="auto, torch, reference, triton, or by operator: attention=flash_attn,glu=torch")
     how = parser.add_argument_group("how")
     how.add_argument("--budget", metavar="NAME", help=f"{' or '.join(BUDGETS)}; default paper on CUDA, else demo")
-    how.add_argument("--steps", type=int, metavar="N", help="optimiser steps, instead of the budget's")
+    count = whole(1, 10**9, "leave it out for the usual number")
+    how.add_argument("--steps", type=count, metavar="N", help="optimiser steps, instead of the budget's")
     how.add_argument("--seed", type=int, metavar="N", help="initialisation, data order, dropout; default 42")
     how.add_argument("--precision", metavar="TYPE", help="bf16 or fp32; default the budget's or the experiment's")
-    how.add_argument("--micro-batch", type=int, metavar="N", help="sequences at once in a process; default what fits")
+    how.add_argument("--micro-batch", type=count, metavar="N", help="sequences at once in a process; default what fits")
     how.add_argument("--zero", type=int, metavar="STAGE", help="ZeRO stage 0, 1 or 2; default 1")
-    how.add_argument("--source", metavar="NAME", help="of the text: excerpt, wikipedia, files; default the budget's")
-    how.add_argument("--files", nargs="+", metavar="PATH", help="with --source files: text, JSON lines or parquet")
-    how.add_argument("--data-dir", metavar="DIR", help="prepared data; default data")
+    how.add_argument("--data", metavar="DIR", help="a prepared store, instead of the options of the text")
+    description.add_arguments(parser, "the budget's")
     where = parser.add_argument_group("where, and again")
     where.add_argument("--run-dir", metavar="DIR", help="default runs/<experiment>-<budget>-<date>")
-    where.add_argument("--checkpoint-every", type=int, metavar="N", help="steps; the last one is always saved")
+    where.add_argument("--checkpoint-every", type=count, metavar="N", help="steps; the last one is always saved")
     where.add_argument(
         "--resume",
         nargs="?",
@@ -80,6 +64,18 @@ def build_parser() -> _Parser:
     show.add_argument("--json", action="store_true", help="with --list or --show: for machines")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from the launcher
     return parser
+
+
+def check_mode(arguments: argparse.Namespace) -> None:
+    """UsageError for options that go with --list or --show where there are none, and for those they cannot heed."""
+    modes = [mode for mode in ("list", "show") if getattr(arguments, mode)]
+    heeded = {"show": {"set", "budget", "impl", "json", "show"}, "list": {"json", "list"}}
+    given = [name for name, value in vars(arguments).items() if value not in (None, False) and name != "local_rank"]
+    for mode in modes:
+        if other := [f"--{name.replace('_', '-')}" for name in given if name not in heeded[mode]]:
+            raise UsageError(f"expected --{mode} without {' '.join(other)}, got both; leave one out")
+    if arguments.json and not modes:
+        raise UsageError("expected --json with --list or --show, got it alone; name what to print")
 
 
 @dataclass(frozen=True)
@@ -96,9 +92,7 @@ class Request:
     precision_open: bool
     zero: int
     impl: str | Mapping[str, str]
-    source: str
-    files: list[str]
-    data_dir: Path
+    data: Description
     micro_batch: int | None
     remembered: dict[str, Any]  # the options given, for a later --resume
 
@@ -106,7 +100,7 @@ class Request:
     def comparable(self) -> bool:
         """May the losses stand beside the published ones? The recipe, the corpus and the model as published."""
         unchanged = not self.overrides and self.precision == experiments.configuration(self.experiment.name).precision
-        return self.budget.comparable and unchanged and self.source == "wikipedia"
+        return self.budget.comparable and unchanged
 
 
 def check(arguments: argparse.Namespace, *, cuda: bool) -> Request:
@@ -116,14 +110,9 @@ def check(arguments: argparse.Namespace, *, cuda: bool) -> Request:
         UsageError, march.config.ConfigError: a name or value that cannot be; one line: expected, got, fix.
     """
     experiment = experiments.get(arguments.exp or "Baseline")
-    overrides: dict[str, Any] = {}
-    for assignment in arguments.set or []:
-        name, value = configuration.parse_override(assignment)
-        overrides[name] = value
+    overrides = configuration.parse_overrides(arguments.set or ())
     budget_name = arguments.budget or ("paper" if cuda else "demo")
     budget = get_budget(budget_name, steps=arguments.steps, checkpoint_every=arguments.checkpoint_every)
-    if arguments.micro_batch is not None and arguments.micro_batch < 1:
-        raise UsageError(f"expected --micro-batch of at least 1, got {arguments.micro_batch}; leave it out")
     if arguments.seed is not None and not 0 <= arguments.seed < 2**63:
         raise UsageError(f"expected --seed from 0 to 2^63 - 1, got {arguments.seed}; 42 is the recipe's")
     precision = _precision(arguments.precision, overrides, budget, experiment.name)
@@ -135,11 +124,9 @@ def check(arguments: argparse.Namespace, *, cuda: bool) -> Request:
     zero = 1 if arguments.zero is None else arguments.zero
     if zero not in ZERO_STAGES:
         raise UsageError(f"expected --zero 0, 1 or 2, got {zero}; {NO_ZERO_3}")
-    source = arguments.source or ("files" if arguments.files else budget.source)
-    if arguments.files and source != "files":
-        raise UsageError(f"expected --files with --source files, got --source {source}; leave one out")
-    if source != budget.source:
-        budget = replace(budget, vocab_size=None, comparable=False, label=f"{budget.label}; from {source}")
+    data = Description.of(arguments, budget.source, budget.vocab_size)
+    if not data.is_plain(budget.source, budget.vocab_size):
+        budget = replace(budget, vocab_size=None, comparable=False, label=f"{budget.label}; from {data.name}")
     config = experiments.configuration(experiment.name, **{**overrides, "precision": precision})
     return Request(
         experiment=experiment,
@@ -152,9 +139,7 @@ def check(arguments: argparse.Namespace, *, cuda: bool) -> Request:
         precision_open=precision_open,
         zero=zero,
         impl=_impl(arguments.impl or "auto"),
-        source=source,
-        files=arguments.files or [],
-        data_dir=Path(arguments.data_dir or "data"),
+        data=data,
         micro_batch=arguments.micro_batch,
         remembered={
             **{name: getattr(arguments, name) for name in REMEMBERED if getattr(arguments, name) is not None},
@@ -185,7 +170,8 @@ def _impl(text: str) -> str | Mapping[str, str]:
 def fill_from(arguments: argparse.Namespace, remembered: dict[str, Any]) -> argparse.Namespace:
     """`arguments` with what was not given taken from the run that is continued."""
     filled = argparse.Namespace(**vars(arguments))
+    other_text = any(getattr(filled, name) is not None for name in description.OPTIONS)
     for name in REMEMBERED:
-        if getattr(filled, name) is None:
+        if getattr(filled, name) is None and not (other_text and name in description.OPTIONS):
             setattr(filled, name, remembered.get(name))
     return filled

@@ -92,14 +92,11 @@ def get_budget(name: str, *, steps: int | None = None, checkpoint_every: int | N
     A `paper` budget with fewer steps is no longer comparable and says so in its label.
 
     Raises:
-        UsageError: unknown name, or a number below 1.
+        UsageError: unknown name.
     """
     if name not in BUDGETS:
         raise UsageError(f"expected a budget among {', '.join(BUDGETS)}, got {name!r}; use --budget NAME")
     budget = BUDGETS[name]
-    for option, value in (("--steps", steps), ("--checkpoint-every", checkpoint_every)):
-        if value is not None and value < 1:
-            raise UsageError(f"expected {option} of at least 1, got {value}; give a positive number")
     if checkpoint_every is not None:
         budget = replace(budget, checkpoint_every=checkpoint_every)
     if steps is not None and steps != budget.steps:

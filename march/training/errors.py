@@ -3,11 +3,9 @@
 `report` says whether this process prints it; None: rank 0 does, because every rank raised the same.
 """
 
+from march.console import UsageError
 
-class UsageError(ValueError):
-    """The request cannot be carried out as asked: expected, got, fix. Exit code 2."""
-
-    report: bool | None = None
+__all__ = ["RunError", "UsageError"]
 
 
 class RunError(RuntimeError):

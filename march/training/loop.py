@@ -119,10 +119,12 @@ class Trainer:
                     last = self.step == budget.steps
                     if last or self.step % budget.eval_every == 0:
                         row["eval_loss"] = self.evaluate()
+                    share = self.plan.peak_share(row["tokens_per_second"] / budget.raw_length / world.size)
+                    if share is not None:
+                        row["mfu"] = round(share, 4)
                     self._record(row)
                     spent = time.perf_counter() - begin
                     left = spent / (self.step - begin_step) * (budget.steps - self.step)
-                    share = self.plan.peak_share(row["tokens_per_second"] / budget.raw_length / world.size)
                     line.show(row, self._last_eval(), share, left)
                     if last or stop_now or self.step % budget.checkpoint_every == 0:
                         self.save()
@@ -206,10 +208,11 @@ class Trainer:
             )
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean loss over the validation sequences, the same draw every time, without dropout; collective."""
+    def evaluate(self, examples: Examples | None = None) -> float:
+        """Mean loss over `examples` (validation), the same draw every time, without dropout; collective."""
         plan, world = self.plan, self.world
-        number = min(plan.budget.eval_sequences, len(plan.validation))
+        examples = examples or plan.validation
+        number = min(plan.budget.eval_sequences, len(examples))
         stride = plan.micro_batch * world.size
         loss_sum, count = 0.0, 0
         self.engine.eval()
@@ -218,7 +221,7 @@ class Trainer:
             indices = np.arange(first, min(first + plan.micro_batch, number), dtype=np.int64)
             if not len(indices):
                 break  # forward has no collectives: a rank may have one micro-batch less
-            batch = plan.validation.batch(indices, np.zeros(len(indices), dtype=np.int64))
+            batch = examples.batch(indices, np.zeros(len(indices), dtype=np.int64))
             arrays = (batch.input_ids, batch.decoder_input_ids, batch.labels)
             loss = self.engine(*[self._on_device(array) for array in arrays], None)
             loss_sum += float(loss) * len(indices)

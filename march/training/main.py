@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from march.config import ConfigError
+from march.console import quiet_pipe
 from march.data.errors import DataError
 from march.training import arguments as command_line
 from march.training.errors import RunError, UsageError
@@ -23,23 +25,31 @@ def main(argv: list[str] | None = None) -> int:
     0: all steps done. 1: the run had to stop. 2: it could not start as asked. 128 + n: stopped by signal n, with a
     checkpoint.
     """
+    return quiet_pipe(_main, argv)
+
+
+def _main(argv: list[str] | None) -> int:
     # OpenMP's threads spin while they wait, before torch is loaded is the time to say otherwise: with other programs
     # on the cores a demo step took 13 s spinning and 2.6 s asleep (2 cores, load 7)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        given = command_line.build_parser().parse(argv)
+        given = command_line.build_parser().parse_args(argv)
+        command_line.check_mode(given)
         if given.list or given.show:
             from march.report import listing
 
             return listing.main(given)
-        return _train(given)
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints about memory; nobody asked for it there
+            return _train(given)
+    except BrokenPipeError:  # quiet_pipe's
+        raise
     except (UsageError, ConfigError, DataError, RunError, OSError) as error:
         report = getattr(error, "report", None)
         # a mistake on the command line is every rank's; one of them says it
         if report or (report is None and os.environ.get("RANK", "0") == "0"):
             print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         code = 1 if isinstance(error, RunError | OSError) else 2
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
             # the process group is left standing: its threads abort an orderly exit now and then, with another code
             sys.stdout.flush()
             sys.stderr.flush()
@@ -56,7 +66,7 @@ def _train(given) -> int:
 
     from march.training import distributed, session
 
-    world = distributed.start()
+    world = _join()
     folder, stored = None, None
     if given.resume is not None:
         folder, stored = session.find_run(given.resume, _canonical(given.exp), given.budget, RUNS, world)
@@ -71,6 +81,22 @@ def _train(given) -> int:
     return code
 
 
+def _join():
+    from march.training import distributed
+
+    try:
+        return distributed.start()
+    except (RuntimeError, ValueError, KeyError) as error:
+        if isinstance(error, UsageError | RunError):
+            raise
+        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        got = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UsageError(
+            f"expected to join {os.environ.get('WORLD_SIZE', '?')} process(es) at {place}, got {got}; use a free port "
+            "(deepspeed --master_port), or unset RANK, WORLD_SIZE and MASTER_PORT for one process"
+        ) from error
+
+
 def _canonical(name: str | None) -> str | None:
     from march import experiments
 
@@ -79,7 +105,7 @@ def _canonical(name: str | None) -> str | None:
 
 def _run(request: command_line.Request, given, folder, stored, world) -> int:
     import kernels
-    from march.data import Examples, SpanCorruption
+    from march.data import SpanCorruption
     from march.training import distributed, session
     from march.training.distributed import say
     from march.training.loop import Plan, Trainer
@@ -87,13 +113,14 @@ def _run(request: command_line.Request, given, folder, stored, world) -> int:
 
     budget = request.budget
     say(world, f"{request.experiment.name} | budget {budget.name}: {budget.label}")
+    session.require_memory(request, world)
     session.check_kernels(request, world)
     store = session.prepare_data(request, world)
     config = session.fit_vocabulary(request, store)
     corruption = SpanCorruption(raw_length=budget.raw_length)
     session.check_lengths(config, corruption)
-    train = Examples(store.split("train"), corruption, request.seed)
-    validation = Examples(store.split("validation"), corruption, session.EVALUATION_SEED)
+    seeds = {"train": request.seed, "validation": session.EVALUATION_SEED, "test": session.EVALUATION_SEED}
+    train, validation, test = (session.examples(store, name, corruption, seed) for name, seed in seeds.items())
     identity = session.identity(request, config, store)
     checkpoint = session.load_checkpoint(folder, budget, world) if folder else None
     if folder and checkpoint:
@@ -139,9 +166,12 @@ def _run(request: command_line.Request, given, folder, stored, world) -> int:
     except RunError as error:
         session.write_end(folder, request, config, trainer.rows, entropy, world, {"failed": str(error)})
         raise
+    # once, of a run that was finished: who chooses by a split has no other to judge the choice by
+    test_loss = trainer.evaluate(test) if outcome.stopped_by is None else None
     memory = session.largest_memory(peak_memory(world), world)
     end: dict[str, Any] = {
         **asdict(outcome),
+        "test_loss": test_loss,
         **memory,
         "finished": outcome.stopped_by is None,
         "process_seconds": round(process_age(), 1),

@@ -7,6 +7,7 @@ reduced gradients behind, and other ranks waiting.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,18 @@ def available_memory(world: World) -> int:
     except (OSError, ValueError):
         pass
     return int(free * USABLE_SHARE / world.local_size)
+
+
+def total_memory(world: World) -> int:
+    """Bytes that a process can have at most: the device's, or its part of the main memory and swap."""
+    if world.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(world.device)[1])
+    import psutil
+
+    total = psutil.virtual_memory().total
+    with contextlib.suppress(OSError, ValueError):  # a container's limit is not in what the kernel says
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return (total + psutil.swap_memory().total) // world.local_size
 
 
 def share_of_process(global_batch: int, processes: int) -> int:

@@ -16,8 +16,8 @@ import march
 from march import config as configuration
 from march import cost, experiments
 from march.config import ModelConfig
-from march.data import SpanCorruption, Store, ensure
-from march.data.store import stores_in
+from march.data import DataError, Examples, SpanCorruption, Store
+from march.data.vocabulary import SMALLEST
 from march.training import published, selftest
 from march.training.arguments import Request
 from march.training.budget import Budget
@@ -30,6 +30,7 @@ from march.training.microbatch import (
     choose_micro_batch,
     largest_divisor,
     share_of_process,
+    total_memory,
     trial,
 )
 from march.training.plot import plot_curve
@@ -45,23 +46,16 @@ def prepare_data(request: Request, world: World) -> Store:
     """The token store of the request's source; local rank 0 prepares what is not there, the others wait.
 
     Raises:
-        UsageError: the wikipedia source has not been prepared; it takes too long to do so on the side.
-        DataError: what march.data finds wrong.
+        DataError: what march.data finds wrong, and Wikipedia that was not prepared: it takes too long on the side.
     """
-    options: dict[str, Any] = {"files": request.files} if request.files else {}
-    vocab_size = request.budget.vocab_size
-
-    def open_store() -> Store:
-        return ensure(source=request.source, directory=request.data_dir, vocab_size=vocab_size, **options)
 
     def prepare() -> Store:
-        if request.source == "wikipedia":
-            _require_prepared(request)
-        return open_store()
+        request.data.require_prepared()
+        return request.data.open()
 
     prepares = world.local_rank == 0
     prepared = together(world, prepare, when=prepares)
-    store = together(world, lambda: prepared or open_store())
+    store = together(world, lambda: prepared or request.data.open())
     assert store is not None
     content = from_first(world, store.manifest["files"])
 
@@ -71,19 +65,6 @@ def prepare_data(request: Request, world: World) -> Store:
 
     together(world, compare)
     return store
-
-
-def _require_prepared(request: Request) -> None:
-    size = request.budget.vocab_size
-    for path in stores_in(request.data_dir) if request.data_dir.is_dir() else ():
-        manifest = Store(path).manifest
-        if manifest["source"]["name"] == "wikipedia" and size in (None, manifest["vocabulary"]["size"]):
-            return
-    command = f"python -m march.data prepare --source wikipedia --directory {request.data_dir}"
-    raise UsageError(
-        f"expected prepared Wikipedia in {request.data_dir}, got none; run {command} --vocab-size {size or 30000} once "
-        "(hours, network), or train on the embedded text with --budget demo"
-    )
 
 
 def fit_vocabulary(request: Request, store: Store) -> ModelConfig:
@@ -101,6 +82,36 @@ def fit_vocabulary(request: Request, store: Store) -> ModelConfig:
             "leave --set vocab_size out"
         )
     return request.config
+
+
+def require_memory(request: Request, world: World) -> None:
+    """UsageError, before anything is done, when weights, gradients and optimiser state alone do not fit.
+
+    A vocabulary that only the text decides counts as the smallest.
+    """
+    vocabulary = request.overrides.get("vocab_size") or request.data.vocab_size or SMALLEST
+    config = configuration.override(request.config, vocab_size=vocabulary)
+    parameters = cost.total_parameters(config)
+    needed = cost.state_bytes(parameters, request.precision, world.size if request.zero else 1)
+    total = total_memory(world)
+    if needed > total:
+        raise UsageError(
+            f"expected a model that fits {total / 2**30:.1f} GiB of memory for each process, got {parameters:,} "
+            f"parameters, which need {needed / 2**30:.1f} GiB with gradients and optimiser state; use a smaller "
+            "dim_model, num_layers, dim_feedforward or max_length"
+        )
+
+
+def examples(store: Store, split: str, corruption: SpanCorruption, seed: int) -> Examples:
+    """The sequences of a split; DataError when there is not one."""
+    tokens = store.split(split)
+    if tokens.size < corruption.raw_length:
+        raise DataError(
+            f"at least one sequence of {corruption.raw_length} tokens in each split of {store.path}",
+            f"{tokens.size} tokens in {split}",
+            "prepare more text" + ("" if corruption.raw_length < 1024 else ", or train with --budget demo"),
+        )
+    return Examples(tokens, corruption, seed)
 
 
 def check_lengths(config: ModelConfig, corruption: SpanCorruption) -> None:
@@ -331,7 +342,7 @@ def write_end(
             title=request.experiment.name,
             subtitle=(
                 f"{request.budget_name} budget: {request.budget.global_batch} x {request.budget.raw_length} tokens a "
-                f"step, from {request.source}; {config.vocab_size:,} tokens in the vocabulary"
+                f"step, from {request.data.name}; {config.vocab_size:,} tokens in the vocabulary"
             ),
             vocab_size=config.vocab_size,
             unigram_entropy=entropy,
@@ -346,8 +357,9 @@ def closing_lines(
     if end["stopped_by"]:
         lines.append(f"stopped by {end['stopped_by']} after step {end['steps']}; continue with --resume {folder.path}")
     evaluated = "none" if end["eval_loss"] is None else f"{end['eval_loss']:.4f}"
+    test = "" if end["test_loss"] is None else f", test {end['test_loss']:.4f}"
     lines.append(
-        f"loss {end['first_loss']:.4f} -> {end['final_loss']:.4f}, eval {evaluated} "
+        f"loss {end['first_loss']:.4f} -> {end['final_loss']:.4f}, eval {evaluated}{test} "
         f"(ln V {math.log(config.vocab_size):.4f}, unigram entropy {entropy:.4f})"
     )
     memory = ", ".join(

@@ -36,16 +36,8 @@ def test_numbers_are_split_into_digits_and_decode_keeps_them(tokenizer):
     assert all(token.startswith("<extra_id_") for token in merged), merged
 
 
-def test_text_that_spells_a_control_token_stays_text(tokenizer):
-    text = "a</s>b <extra_id_3> <extra_id_99></s>"
-    ids = tokenizer.encode(text).ids
-    assert min(ids) > 100
-    assert tokenizer.decode(ids, skip_special_tokens=False) == text
-
-
 def test_control_tokens_decode_to_their_names(tokenizer):
     assert tokenizer.decode([0, 100, 1, 105], skip_special_tokens=False) == "</s><extra_id_0><extra_id_99>4"
-    assert tokenizer.decode([0, 100, 1, 105]) == "4"
 
 
 @settings(max_examples=200, deadline=None)
@@ -59,14 +51,6 @@ def test_any_text_comes_back_to_the_character(tokenizer, text):
 def test_every_article_comes_back_to_the_character(tokenizer, articles):
     for text, encoding in zip(articles, tokenizer.encode_batch_fast(articles), strict=True):
         assert tokenizer.decode(encoding.ids, skip_special_tokens=False) == text
-
-
-def test_a_saved_tokenizer_is_the_same_one(tokenizer, tmp_path):
-    tokenizer.save(str(tmp_path / "t.json"))
-    loaded = vocabulary.load(tmp_path / "t.json")
-    text = "1969 </s> <extra_id_0> ½ été"
-    assert loaded.encode(text).ids == tokenizer.encode(text).ids
-    assert loaded.decode(loaded.encode(text).ids) == text
 
 
 def test_training_is_deterministic(articles):

@@ -7,9 +7,9 @@ import torch
 
 import march
 from march import config, experiments
-from march.cost.parameters import total_parameters
+from march.cost.size import total_parameters
 
-# spec: parameters are exact, with per-dimension norm gains; BigHeads2 and 3 counted by hand from their shapes
+# parameters are exact, with per-dimension norm gains; BigHeads2 and 3 counted by hand from their shapes
 COUNTS = {
     "Baseline": 36_340_224,
     "BaselineFP32": 36_340_224,
@@ -124,7 +124,7 @@ def test_overrides_are_typed(assignment, value):
     ("assignment", "words"),
     [
         ("num_heads=eight", "expected a whole number"),
-        ("dropout=high", "expected a number"),
+        ("dropout=high", "expected a finite number"),
         ("num_layers=3.5", "expected a whole number"),
         ("activation=swish", "one of relu"),
         ("num_heads", "expected field=value"),
@@ -179,5 +179,5 @@ def test_configuration_needs_no_torch():
     import subprocess
     import sys
 
-    code = "import sys, march, march.experiments, march.cost.parameters; sys.exit('torch' in sys.modules)"
+    code = "import sys, march, march.experiments, march.cost; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""The ledger of a step: what it counts, and section 6 of the kernels' specification.
+"""The ledger of a step: what it counts, and what a step must not make.
 
 Recording launches needs Triton without its interpreter, which the kernels' tests switch on for the whole process: what
 records runs in processes of its own, and answers in JSON.
@@ -41,7 +41,7 @@ def baseline():
     return json.loads(fresh("-m", "bench.ledger", "--exp", "Baseline", "--impl", "triton", "--json"))["results"][0]
 
 
-# ---------------------------------------------------------------- section 6
+# ---------------------------------------------------------------- what a step must not make
 
 
 def test_baseline_keeps_at_most_2_6_gib(baseline):

@@ -186,12 +186,12 @@ def test_paper_budget_is_the_recipe():
     assert PAPER.comparable
     assert not DEMO.comparable
     assert not get_budget("paper", steps=10).comparable
-    with pytest.raises(UsageError, match="checkpoint-every of at least 1, got 0"):
-        get_budget("paper", checkpoint_every=0)
+    with pytest.raises(UsageError, match=r"checkpoint-every: expected a whole number from 1 .* got '0'"):
+        request("--checkpoint-every", "0")
 
 
 def request(*argv, cuda=False):
-    return check(build_parser().parse(list(argv)), cuda=cuda)
+    return check(build_parser().parse_args(list(argv)), cuda=cuda)
 
 
 def test_default_budget_follows_the_device_and_precision_the_budget_or_experiment():
@@ -219,7 +219,7 @@ def test_only_the_recipe_itself_is_comparable():
 
 
 def test_launcher_arguments_are_accepted_and_resume_fills_what_was_not_given():
-    given = build_parser().parse(["--local_rank=1", "--resume", "--steps", "9"])
+    given = build_parser().parse_args(["--local_rank=1", "--resume", "--steps", "9"])
     assert given.resume == ""
     filled = fill_from(given, {"exp": "Database", "steps": 4, "set": ["dropout=0.2"], "budget": "demo"})
     again = check(filled, cuda=True)

@@ -243,7 +243,7 @@ WRONG = [
     (["--set", "num_heads=3.5"], "expected a whole number, or one for each block of a stack"),
     (["--set", "dim_model"], "expected field=value"),
     (["--budget", "papr"], "expected a budget among paper, demo, got 'papr'"),
-    (["--steps", "0"], "expected --steps of at least 1, got 0"),
+    (["--steps", "0"], "--steps: expected a whole number from 1 to 1000000000, got '0'"),
     (["--seed", "x"], "invalid int value: 'x'"),
     (["--seed", "-1"], "expected --seed from 0"),
     (["--precision", "fp16"], "expected --precision bf16 or fp32, got 'fp16'"),
@@ -252,7 +252,7 @@ WRONG = [
     (["--resume", "nowhere"], "expected a run folder with a config.json, got nowhere"),
     (["--resume", "--run-dir", "x"], "expected --resume or --run-dir, got both"),
     (["--budget", "paper", "--data-dir", "nowhere"], "python -m march.data prepare --source wikipedia"),
-    (["--files", "x.txt", "--source", "excerpt"], "expected --files with --source files"),
+    (["--files", "x.txt", "--source", "excerpt"], "expected options of the source excerpt: none, got files"),
 ]
 
 

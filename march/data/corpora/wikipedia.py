@@ -1,5 +1,8 @@
 """English Wikipedia (or another language) as cleaned by Wikimedia, through Hugging Face datasets."""
 
+import hashlib
+import os
+import re
 import socket
 import urllib.request
 from collections.abc import Iterator
@@ -33,10 +36,15 @@ class Wikipedia(Corpus):
     def __post_init__(self):
         if self.limit is not None and self.limit < 1:
             raise DataError("a limit of at least one article", str(self.limit), "leave --limit out for all of them")
+        if not re.fullmatch(r"[\w.-]+", self.snapshot):  # it is part of a folder's name
+            raise DataError("a snapshot such as 20231101.en", repr(self.snapshot), "choose one of the dataset's")
+        if Path(self.dataset).exists():
+            object.__setattr__(self, "dataset", os.path.abspath(self.dataset))
 
     @property
     def name(self) -> str:
-        return f"wikipedia-{self.snapshot}" + (f"-first{self.limit}" if self.limit else "")
+        copy = "" if self.dataset == Wikipedia.dataset else f"-{hashlib.sha256(self.dataset.encode()).hexdigest()[:8]}"
+        return f"wikipedia-{self.snapshot}{copy}" + (f"-first{self.limit}" if self.limit else "")
 
     def fingerprint(self) -> dict[str, Any]:
         return {"dataset": self.dataset, "snapshot": self.snapshot}

@@ -1,0 +1,114 @@
+"""Which text a command means: one set of options for `march.data prepare` and for training."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from march.console import unescaped, whole
+from march.data import prepare, vocabulary
+from march.data.corpora import SOURCES, Corpus, open_corpus
+from march.data.errors import DataError
+from march.data.store import MANIFEST, Store
+
+# The options of the sources, as the command line and march.data.corpora call them.
+SOURCE_OPTIONS = ("files", "field", "column", "separator", "encoding", "snapshot", "dataset", "limit")
+# All of a description; `data` is a prepared folder instead of the others.
+OPTIONS = ("data", "source", "data_dir", "vocab_size", *SOURCE_OPTIONS)
+DIRECTORY = Path("data")
+
+
+def add_arguments(parser: argparse.ArgumentParser, default_source: str) -> None:
+    """Adds OPTIONS but `data`; each is None where it is not given."""
+    what = parser.add_argument_group("the text")
+    what.add_argument("--source", metavar="NAME", help=f"{', '.join(SOURCES)}; default {default_source}")
+    what.add_argument("--data-dir", "--directory", metavar="DIR", help="folder of prepared stores; default data")
+    what.add_argument(
+        "--vocab-size",
+        type=whole(vocabulary.SMALLEST, vocabulary.LARGEST, "30000 is the recipe's"),
+        metavar="N",
+        help="tokens (excerpt 4096, wikipedia 30000, files up to 30000)",
+    )
+    files = parser.add_argument_group("--source files")
+    files.add_argument("--files", nargs="+", metavar="GLOB", help=".txt .text .md, .jsonl .ndjson, .parquet")
+    files.add_argument("--field", help="field of JSON lines that holds the text (text)")
+    files.add_argument("--column", help="column of parquet that holds the text (text)")
+    files.add_argument(
+        "--separator", type=unescaped, help=r"between documents of a text file, such as '\n\n' (a file is one)"
+    )
+    files.add_argument("--encoding", help="of text files and JSON lines (utf-8)")
+    wikipedia = parser.add_argument_group("--source wikipedia")
+    wikipedia.add_argument("--snapshot", help="configuration of the dataset (20231101.en)")
+    wikipedia.add_argument("--dataset", help="name on the hub, or a folder (wikimedia/wikipedia)")
+    wikipedia.add_argument(
+        "--limit", type=whole(1, 10**12, "leave it out for all"), metavar="N", help="only so many articles, for a trial"
+    )
+
+
+@dataclass(frozen=True)
+class Description:
+    """A prepared folder, or a source with its options and the vocabulary's size (None: the source's own)."""
+
+    source: str
+    options: Mapping[str, Any]
+    directory: Path
+    vocab_size: int | None = None
+    folder: Path | None = None
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, default_source: str, vocab_size: int | None = None) -> "Description":
+        """What the arguments say; vocab_size is that of the default source.
+
+        Raises:
+            DataError: a source, an option or a prepared folder that cannot be.
+        """
+        given = {name: value for name in OPTIONS if (value := getattr(arguments, name, None)) is not None}
+        directory = Path(given.pop("data_dir", DIRECTORY))
+        if folder := given.pop("data", None):
+            if given:
+                others = " ".join(f"--{name.replace('_', '-')}" for name in given)
+                raise DataError("--data alone, the prepared folder", f"{others} too", "leave one or the other out")
+            return cls(Store(folder).manifest["source"]["name"], {}, directory, folder=Path(folder))
+        source = given.pop("source", "files" if "files" in given else default_source)
+        size = given.pop("vocab_size", vocab_size if source == default_source else None)
+        open_corpus(source, **given)
+        return cls(source, given, directory, size)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return str(self.folder) if self.folder else self.corpus().name
+
+    def corpus(self) -> Corpus:
+        return open_corpus(self.source, **self.options)
+
+    def is_plain(self, source: str, vocab_size: int | None) -> bool:
+        """Is it `source` with no option, in a vocabulary of that size?"""
+        if self.folder is None:
+            return (self.source, self.vocab_size, bool(self.options)) == (source, vocab_size, False)
+        plain, manifest = SOURCES[source], Store(self.folder).manifest
+        return manifest["source"]["name"] == source and (
+            prepare.requested(plain.create(), vocab_size) == manifest["vocabulary"]["requested"]
+            and manifest["source"]["options"] == plain.create().options()
+        )
+
+    def open(self, *, force: bool = False) -> Store:
+        """The store, prepared if it is not there; `force` prepares it anew."""
+        if self.folder is not None:
+            return Store(self.folder)
+        return prepare.ensure(self.source, self.directory, self.vocab_size, force=force, **self.options)
+
+    def require_prepared(self) -> None:
+        """DataError where opening would start hours of work: Wikipedia that was not prepared."""
+        if self.folder is not None or self.source != "wikipedia":
+            return
+        corpus = self.corpus()
+        path = prepare.location(corpus, self.directory, self.vocab_size)
+        if not (path / MANIFEST).exists():
+            command = prepare.command(corpus, self.vocab_size, self.directory)
+            raise DataError(
+                f"prepared Wikipedia at {path}",
+                "none",
+                f"run {command} once (hours, network), or train on other text: --budget demo --source excerpt",
+            )

@@ -1,0 +1,43 @@
+"""What the documents, comments and messages point at is in this repository."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+DOCUMENTS = [
+    name for name in TRACKED if name.endswith(".md") and name != "CHANGELOG.md" and "example_report" not in name
+]
+SOURCES = [name for name in TRACKED if name.endswith((".py", ".md")) and name not in ("CHANGELOG.md", __file__)]
+PATHS = re.compile(r"(?<![\w/.*-])((?:kernels|march|bench|tests|docs|examples|\.ci)(?:/[\w.*-]+)+)")
+# a section, a specification or a number that only somebody who was there can look up
+ELSEWHERE = re.compile(r"\b[Ss]ections? \d|\bspec/|the specification|# spec:|§|\b[Ii]ssue #?\d")
+PUBLISHED = ("Raffel", "Programming Guide")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_paths_modules_and_links_of_a_document_exist(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    paths = {path.rstrip(".").split("::")[0] for path in PATHS.findall(text) if "XX" not in path}
+    assert not {path for path in paths if not list(ROOT.glob(path))}
+    modules = {
+        module.rstrip(".").replace(".", "/")
+        for module in re.findall(r"python -m ((?:bench|march|kernels)[\w.]*)", text)
+    }
+    assert not {m for m in modules if not (ROOT / f"{m}.py").exists() and not (ROOT / m / "__main__.py").exists()}
+    links = {link for link in re.findall(r"\]\(([^)#:\s]+)\)", text) if link != "..."}
+    assert not {link for link in links if not (ROOT / name).parent.joinpath(link).exists()}
+
+
+def test_nothing_refers_to_what_is_not_here():
+    found = [
+        f"{name}:{number}: {line.strip()}"
+        for name in SOURCES
+        if (ROOT / name) != Path(__file__)
+        for number, line in enumerate((ROOT / name).read_text(encoding="utf-8").splitlines(), 1)
+        if ELSEWHERE.search(line) and not any(source in line for source in PUBLISHED)
+    ]
+    assert not found, "\n".join(found)
