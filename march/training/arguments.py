@@ -20,6 +20,9 @@ from march.training.errors import UsageError
 # What a run folder remembers of the command line, and a resumed run takes from there.
 REMEMBERED = ("exp", "impl", "budget", "seed", "steps", "set", "source", "files", "data_dir", "zero", "precision")
 
+# --resume without a folder; no text, so that an empty variable of the shell is not taken for it
+NEWEST = object()
+
 ZERO_STAGES = (0, 1, 2)
 # Tried with DeepSpeed 0.19: backward meets empty weights, because the operators read weights of other modules
 # (tied embedding, norms), which stage 3 has released by then.
@@ -70,9 +73,12 @@ def build_parser() -> _Parser:
     where.add_argument(
         "--resume",
         nargs="?",
-        const="",
+        const=NEWEST,
         metavar="DIR",
         help="continue the run in DIR, or the newest one of this experiment and budget",
+    )
+    where.add_argument(
+        "--replay", type=int, metavar="STEP", help="with --resume: run that step again, say what is not finite in it"
     )
     show = parser.add_argument_group("look only")
     show.add_argument("--list", action="store_true", help="the experiments")
