@@ -141,11 +141,9 @@ class Checkpoints:
             if tag >= tag_of(step) or tag == self.resumed:
                 continue
             try:
-                if kept < self.keep:
-                    self._read(self.directory / tag)
-                    kept += 1
-                else:
-                    self._verify(self.directory / tag)
+                self._read(self.directory / tag)
+                kept += 1
+                if kept > self.keep:
                     self._remove(self.directory / tag)
             except UsageError as error:
                 say(None, f"WARNING: left as it is: {error}")

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,13 +34,11 @@ class Metrics:
         self._descriptor: int | None = None
         self._written = 0
         self._said: set[str] = set()
-        self._board: Any = None
         step = self.rows[-1]["step"] if self.rows else 0
         try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
-        except Exception as error:
+            self._board: Board | None = Board(tensorboard, step)
+        except OSError as error:
+            self._board = None
             self._warn("tensorboard/", error)
         self._write()
 
@@ -48,10 +48,8 @@ class Metrics:
         if self._board is None:
             return
         try:
-            for name, value in row.items():
-                if name != "step" and value is not None:
-                    self._board.add_scalar(f"train/{name}" if name != "eval_loss" else "eval/loss", value, row["step"])
-        except Exception as error:  # its thread hands over whatever it met
+            self._board.add(row)
+        except OSError as error:
             self._warn("tensorboard/", error)
             self._board = None
 
@@ -69,11 +67,6 @@ class Metrics:
                 f"WARNING: {self._path} lacks the last {len(self.rows) - self._written} steps; a checkpoint has them",
             )
         self._release()
-        try:
-            if self._board is not None:
-                self._board.close()
-        except Exception as error:
-            self._warn("tensorboard/", error)
 
     def _write(self) -> None:
         """Every row that is not on the disk; after a failure the file anew, so that no half line stays in it."""
@@ -102,6 +95,41 @@ class Metrics:
         if what not in self._said:
             self._said.add(what)
             say(None, f"WARNING: {what} could not be written ({first_line(error)}): training goes on without")
+
+
+class Board:
+    """A file of events for TensorBoard, each step on the disk when `add` returns.
+
+    Not torch's SummaryWriter: it writes in a thread, which ends with a traceback when the disk is full.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        """What other files there say of steps after `step` does not count."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(exist_ok=True)
+        self._path = folder / f"events.out.tfevents.{int(time.time())}.{platform.node()}.{os.getpid()}.{id(self)}"
+        with open(self._path, "xb") as file:
+            for event in (
+                Event(wall_time=time.time(), file_version="brain.Event:2"),
+                Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)),
+            ):
+                RecordWriter(file).write(event.SerializeToString())
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        values = [
+            Summary.Value(tag=f"train/{name}" if name != "eval_loss" else "eval/loss", simple_value=value)
+            for name, value in row.items()
+            if name != "step" and isinstance(value, float)
+        ]
+        event = Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
+        with open(self._path, "ab") as file:
+            RecordWriter(file).write(event.SerializeToString())
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:

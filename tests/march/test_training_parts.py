@@ -11,11 +11,11 @@ import pytest
 import torch
 from training_support import process_world
 
-from march.training.files import sha256
 from march.training.arguments import NEWEST, build_parser, check, fill_from
 from march.training.budget import DEMO, PAPER, get_budget
 from march.training.checkpoint import Checkpoints, tag_of
 from march.training.errors import RunError, UsageError
+from march.training.files import sha256
 from march.training.metrics import LiveLine, Metrics, clock, read, short_number
 from march.training.microbatch import (
     available_memory,
