@@ -63,18 +63,24 @@ def prepare_environment() -> None:
 
 def _check_launcher(environment: Mapping[str, str]) -> None:
     fix = "unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT, or start with deepspeed train.py"
+
+    def refuse(text: str) -> UsageError:
+        error = UsageError(f"{text}; {fix}")
+        error.report = True  # whatever RANK says
+        return error
+
     numbers = {}
     for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_PORT", "0")):
         text = environment.get(name, default)
         if not text.isascii() or not text.isdigit():
-            raise UsageError(f"expected {name} as a launcher sets it, got {text!r}; {fix}")
+            raise refuse(f"expected {name} as a launcher sets it, got {text!r}")
         numbers[name] = int(text)
     size = numbers["WORLD_SIZE"]
     needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if size > 1 and not environment.get(name)]
     if missing or size < 1 or numbers["RANK"] >= size or numbers["LOCAL_RANK"] > numbers["RANK"]:
         given = ", ".join(f"{name}={environment[name]}" for name in ("WORLD_SIZE", *needed) if name in environment)
-        raise UsageError(f"expected the environment of a launcher, got {given or 'none'} alone; {fix}")
+        raise refuse(f"expected the environment of a launcher, got {given} alone")
 
 
 def _free_port() -> int:

@@ -99,7 +99,7 @@ def _canonical(name: str | None) -> str | None:
 
 def _run(request: command_line.Request, given, folder, checkpoint, world, stop, stack: ExitStack) -> int:
     import kernels
-    from march.data import Examples, SpanCorruption
+    from march.data import SpanCorruption
     from march.training import records, session
     from march.training.distributed import say, together
     from march.training.loop import Plan, Trainer
@@ -113,9 +113,8 @@ def _run(request: command_line.Request, given, folder, checkpoint, world, stop, 
     config = session.fit_vocabulary(request, store)
     corruption = SpanCorruption(raw_length=budget.raw_length)
     session.check_lengths(config, corruption)
-    train = Examples(store.split("train"), corruption, request.seed)
-    validation = Examples(store.split("validation"), corruption, session.EVALUATION_SEED)
-    session.check_validation(validation, store)
+    train = session.examples(store, "train", corruption, request.seed)
+    validation = session.examples(store, "validation", corruption, session.EVALUATION_SEED)
     identity = session.identity(request, config, store)
     state = checkpoint.state if checkpoint else {}
     before = state.get("run", {})

@@ -151,9 +151,9 @@ def closing_lines(
     lines = []
     if end["stopped_by"]:
         lines.append(f"stopped by {end['stopped_by']} after step {end['steps']}; continue with --resume {folder.path}")
-    evaluated = "none" if end["eval_loss"] is None else f"{end['eval_loss']:.4f}"
+    evaluated = "not evaluated yet" if end["eval_loss"] is None else f"eval {end['eval_loss']:.4f}"
     lines.append(
-        f"loss {end['first_loss']:.4f} -> {end['final_loss']:.4f}, eval {evaluated} "
+        f"loss {end['first_loss']:.4f} -> {end['final_loss']:.4f}, {evaluated} "
         f"(ln V {math.log(config.vocab_size):.4f}, unigram entropy {entropy:.4f})"
     )
     memory = ", ".join(

@@ -95,9 +95,7 @@ class RunFolder:
         """
         folder = cls(path)
         if not folder.holds_run():
-            raise UsageError(
-                f"expected a run folder with a config.json or checkpoints, got {path}; give the folder after --resume"
-            )
+            raise UsageError(f"expected a run folder with a config.json, got {path}; give the folder after --resume")
         folder.lock()
         return folder
 

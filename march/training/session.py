@@ -108,13 +108,15 @@ def check_lengths(config: ModelConfig, corruption: SpanCorruption) -> None:
         )
 
 
-def check_validation(validation: Examples, store: Store) -> None:
-    """UsageError where there is nothing to evaluate on: a run without an evaluation says nothing about its model."""
-    if len(validation) < 1:
+def examples(store: Store, split: str, corruption: SpanCorruption, seed: int) -> Examples:
+    """A split as sequences. UsageError where there is none: without validation a run says nothing about its model."""
+    tokens = store.split(split)
+    if len(tokens) < corruption.raw_length:
         raise UsageError(
-            f"expected at least one validation sequence, got {len(store.split('validation')):,} tokens of validation "
-            f"in {store.path}; prepare more text"
+            f"expected at least one {split} sequence of {corruption.raw_length} tokens, got {len(tokens)} tokens in "
+            f"{store.path}; prepare more text"
         )
+    return Examples(tokens, corruption, seed)
 
 
 def resume_command(folder: RunFolder, world: World) -> str:

@@ -1,5 +1,5 @@
-"""NaN and infinity, wherever they arise: the step is named with its sequences, the weights do not see it, nothing that is
-not finite is saved."""
+"""NaN and infinity, wherever they arise: the step is named with its sequences, the weights do not see it, nothing of it
+is saved."""
 
 import json
 import math
@@ -136,7 +136,7 @@ def test_a_moment_that_is_not_finite_is_never_saved(tmp_path, part, zero, value)
                 moments[part].view(-1)[5] = value
 
     trainer._record = poison
-    with pytest.raises(RunError, match="not finite|evaluation loss is nan|is nan in step"):
+    with pytest.raises(RunError, match=r"not finite|evaluation loss is nan|is nan in step"):
         trainer.run()
     directory = tmp_path / "checkpoints"
     assert [path.name for path in sorted(directory.glob("step-*"))] == ["step-00000002"]
