@@ -188,6 +188,18 @@ def _impl(text: str) -> str | Mapping[str, str]:
         raise UsageError(f"--{error}; see --help") from error
 
 
+def may_be_remembered(options: Mapping[str, Any]) -> bool:
+    """Whether each value is of a kind that the option of its name has; what was read from a file may be anything."""
+    actions = build_parser()._actions
+    lists = {a.dest for a in actions if a.nargs == "+" or isinstance(a, argparse._AppendAction)}
+    return all(
+        isinstance(value, list) and all(isinstance(part, str) for part in value)
+        if name in lists
+        else isinstance(value, str | int)
+        for name, value in options.items()
+    )
+
+
 def fill_from(arguments: argparse.Namespace, remembered: dict[str, Any]) -> argparse.Namespace:
     """`arguments` with what was not given taken from the run that is continued."""
     filled = argparse.Namespace(**vars(arguments))

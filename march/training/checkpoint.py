@@ -23,7 +23,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -154,8 +154,15 @@ class Checkpoints:
             return []
         return sorted(path.name for path in self.directory.iterdir() if _TAG.fullmatch(path.name))
 
-    def load(self, tag: str | None = None, *, before: int | None = None) -> Checkpoint:
-        """The checkpoint `tag`, or the newest whole one of this run (`before`: with fewer finished steps than that).
+    def load(
+        self,
+        tag: str | None = None,
+        *,
+        before: int | None = None,
+        check: Callable[[Checkpoint], object] = lambda checkpoint: None,
+    ) -> Checkpoint:
+        """The checkpoint `tag`, or the newest whole one of this run (`before`: with fewer finished steps than that;
+        `check` raises UsageError for those that will not do).
 
         A missing or damaged `latest` is not the end: older ones are tried, and `warning` says so. Where the run's
         identity is not known, it is that of the one which `latest` names.
@@ -170,7 +177,8 @@ class Checkpoints:
             return self._read(self.directory / tag)
         candidates = [name for name in self.tags()[::-1] if before is None or name < tag_of(before)]
         if not candidates:
-            raise UsageError(f"expected checkpoints in {self.directory}, got none; start without --resume")
+            when, fix = ("", "start without --resume") if before is None else (f" before step {before}", "see there")
+            raise UsageError(f"expected checkpoints{when} in {self.directory}, got none; {fix}")
         problems, foreign = [], False
         if before is None:
             latest = self._latest()
@@ -186,6 +194,7 @@ class Checkpoints:
         for candidate in candidates:
             try:
                 found = self._read(self.directory / candidate)
+                check(found)
             except UsageError as error:
                 foreign |= isinstance(error, _Foreign)
                 problems.append(str(error))
@@ -193,10 +202,11 @@ class Checkpoints:
             if not problems:
                 return found
             return replace(found, warning=f"{'; '.join(problems)}: continuing from {candidate}")
-        what = "damaged ones and another run's" if foreign else "damaged ones"
+        what, fix = "damaged ones", "start again without --resume"
+        if foreign:
+            what, fix = "another run's or damaged ones", f"{fix}, or remove config.json if that is another run's"
         raise UsageError(
-            f"expected a whole checkpoint in {self.directory}, got only {what} ({'; '.join(problems)}); "
-            "start again without --resume"
+            f"expected a whole checkpoint in {self.directory}, got only {what} ({'; '.join(problems)}); {fix}"
         )
 
     def states(self) -> Iterator[dict[str, Any]]:

@@ -151,7 +151,7 @@ class Trainer:
                     row["elapsed"] = round(self.elapsed, 3)
                     last = self.step == budget.steps
                     if self._evaluates(self.step):
-                        row["eval_loss"] = self.evaluate()
+                        row["eval_loss"] = self.evaluate(whole=last)
                     self._record(row)
                     spent = time.perf_counter() - begin
                     left = spent / (self.step - begin_step) * (budget.steps - self.step)
@@ -316,9 +316,9 @@ class Trainer:
             say(self.world, f"step {self.step} was not saved: {error}")
 
     @torch.no_grad()
-    def evaluate(self) -> float | None:
+    def evaluate(self, *, whole: bool = False) -> float | None:
         """Mean loss over the validation sequences, the same draw every time, without dropout; None where the run was
-        asked to stop meanwhile. Collective.
+        asked to stop meanwhile, unless `whole`. Collective.
 
         Raises:
             RunError: it is not finite.
@@ -330,7 +330,7 @@ class Trainer:
         self.engine.eval()
         try:
             for begin in range(0, number, stride):
-                if self._must_stop():
+                if self._must_stop() and not whole:
                     return None
                 first = begin + world.rank * plan.micro_batch
                 indices = np.arange(first, min(first + plan.micro_batch, number), dtype=np.int64)

@@ -76,7 +76,10 @@ def _train(given) -> int:
                 remembered = checkpoint.state["run"]["arguments"]
                 precision = checkpoint.state["identity"]["precision"]
                 given = command_line.fill_from(given, {"precision": precision, **remembered})
-                request = command_line.check(given, cuda=torch.cuda.is_available())
+                try:
+                    request = command_line.check(given, cuda=torch.cuda.is_available())
+                except (TypeError, AttributeError, KeyError) as error:  # a stranger's types
+                    raise UsageError(f"expected the run's options in its checkpoint, got {remembered}") from error
             elif request.precision_open:
                 given.precision = session.fastest_precision(world)
                 request = command_line.check(given, cuda=False)

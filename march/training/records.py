@@ -66,9 +66,16 @@ def write_start(
     store: Store,
     world: World,
 ) -> None:
-    """config.json, an entry in environment.json, and a summary.json that says that the run has not ended."""
-    folder.note("config.json", lambda: {**plan.run, "identity": plan.identity})
-    folder.note("summary.json", lambda: {"finished": False, "stopped_by": "no end yet: running, or killed"})
+    """config.json, an entry in environment.json, and a summary.json that says that the run has not ended.
+
+    Raises:
+        RunError: they cannot be written; better known before the first step than at the first checkpoint.
+    """
+    try:
+        folder.write("config.json", {**plan.run, "identity": plan.identity})
+        folder.write("summary.json", {"finished": False, "stopped_by": "no end yet: running, or killed"})
+    except OSError as error:
+        raise RunError(f"{folder.path} could not be written to: {error.strerror}; free space there first") from error
     folder.add_environment(
         environment(
             world,

@@ -21,7 +21,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -169,13 +169,6 @@ class RunFolder:
         """Replace the JSON file `name`."""
         write_json(self.path / name, content)
 
-    def note(self, name: str, content: Callable[[], Mapping[str, Any]]) -> None:
-        """Replace a file that no run needs; said where it cannot be written."""
-        try:
-            self.write(name, content())
-        except OSError as error:
-            say(None, f"WARNING: {name} could not be written ({error.strerror}): the run goes on without")
-
     def add_environment(self, entry: Mapping[str, Any]) -> None:
         """Append to environment.json: a resumed run may run elsewhere."""
         file = self.path / "environment.json"
@@ -185,7 +178,10 @@ class RunFolder:
                 starts = list(read_json(file).get("starts", []))
             except (UsageError, TypeError) as error:
                 say(None, f"WARNING: {error}: earlier starts are lost")
-        self.note("environment.json", lambda: {"starts": [*starts, dict(entry)]})
+        try:
+            self.write("environment.json", {"starts": [*starts, dict(entry)]})
+        except OSError as error:
+            say(None, f"WARNING: {file} could not be written ({error.strerror}): the run goes on without")
 
 
 def _is_told(run: Mapping[str, Any]) -> bool:

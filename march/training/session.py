@@ -17,7 +17,7 @@ from march import cost
 from march.config import ModelConfig
 from march.data import Examples, SpanCorruption, Store, ensure
 from march.data.store import stores_in
-from march.training.arguments import Request
+from march.training.arguments import Request, may_be_remembered
 from march.training.checkpoint import Checkpoint, Checkpoints
 from march.training.distributed import World, from_first, largest, say, together
 from march.training.errors import UsageError
@@ -156,8 +156,7 @@ def find_run(
             say(world, f"WARNING: {error}: written anew from the checkpoint")
         if not isinstance(identity, dict):
             identity = None
-        checkpoint = Checkpoints(folder.checkpoints, 1, identity).load(before=before)
-        check_state(checkpoint)
+        checkpoint = Checkpoints(folder.checkpoints, 1, identity).load(before=before, check=check_state)
         if checkpoint.warning:
             say(world, f"WARNING: {checkpoint.warning}")
         return folder, checkpoint
@@ -175,6 +174,7 @@ def check_state(checkpoint: Checkpoint) -> None:
     whole = (
         isinstance(run, dict)
         and isinstance(run.get("arguments"), dict)
+        and may_be_remembered(run["arguments"])
         and isinstance(run.get("numerics"), dict)
         and isinstance(state.get("identity"), dict)
         and isinstance(state["identity"].get("precision"), str)
@@ -185,7 +185,7 @@ def check_state(checkpoint: Checkpoint) -> None:
     )
     if not whole:
         raise UsageError(
-            f"expected a run's settings and metrics of {step} steps in {checkpoint.path / 'state.json'}, got others; "
+            f"{checkpoint.path.name}: expected a run's settings and metrics of {step} steps in state.json, got others; "
             "use another checkpoint"
         )
 

@@ -30,7 +30,7 @@ ENDING = (
     *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
 )
 # Parts of messages of gloo, NCCL and TCPStore when the other end is gone or does not answer.
-LOST = ("gloo", "nccl", "connection closed", "connection reset", "socket", "timed out", "broken pipe", "store")
+LOST = ("gloo", "nccl", "connection closed", "connection reset", "socket", "timed out", "broken pipe")
 
 
 @dataclass

@@ -190,16 +190,45 @@ def test_pruning_never_leaves_only_damaged_ones(run, home, capsys):
     assert "after step 6" in capsys.readouterr().err
 
 
-@pytest.mark.fault("a state.json with a right hash that lacks")
-@pytest.mark.parametrize("key", ["run", "rows", "identity", "elapsed"])
-def test_a_state_that_lacks_something_is_refused(run, key, capsys, fault):
+@pytest.mark.fault("a state.json with a right hash, but")
+@pytest.mark.parametrize("older", ["an older one", "none older"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"run": 3}, {"rows": []}, {"rows": [{"step": 1}] * 4}, {"identity": []}, {"elapsed": "long"}, {"run": {}}],
+    ids=str,
+)
+def test_a_state_that_is_not_a_runs_is_passed_over(run, home, changes, older, capsys, fault):
     file = run / "checkpoints" / tag_of(4) / "state.json"
-    state = json.loads(file.read_text())
-    del state[key]
-    file.write_text(json.dumps(state))
+    if older == "an older one":
+        shutil.copytree(home / "straight/checkpoints" / tag_of(6), run / "checkpoints" / tag_of(6))
+        file = run / "checkpoints" / tag_of(6) / "state.json"
+    edit_json(file, **changes)
     rehash(file.parent)
-    assert resume(run) == 2
-    fault.happened(one_line(capsys.readouterr().err))
+    assert resume(run) == (0 if older == "an older one" else 2)
+    said = capsys.readouterr().err
+    fault.happened(warnings(said) if older == "an older one" else one_line(said))
+    if older == "an older one":
+        assert is_as_uninterrupted(run, home)
+
+
+@pytest.mark.fault("options of other types in a checkpoint with a right hash", "refused in one line")
+@pytest.mark.parametrize("arguments", [{"seed": "x"}, {"steps": []}, {"set": 3}, {"exp": 3}, {"files": 1}], ids=str)
+def test_options_of_other_types_are_refused(run, arguments, capsys):
+    file = run / "checkpoints" / tag_of(4) / "state.json"
+    told = json.loads(file.read_text())["run"]
+    edit_json(file, run={**told, "arguments": {**told["arguments"], **arguments}})
+    rehash(file.parent)
+    assert main(["--resume", str(run)]) == 2
+    one_line(capsys.readouterr().err)
+
+
+@pytest.mark.fault("the disk full when a run starts", "refused before the first step, in one line")
+def test_a_disk_full_at_the_start(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "stop", lambda world: None)
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        fill(disk)
+        assert main([*options(home), "--run-dir", str(disk / "run"), "--steps", "2"]) == 1
+        assert "free space there" in one_line(capsys.readouterr().err)
 
 
 @pytest.mark.fault("another run's config.json damaged in the same folder, --resume without a name", "passed over")
@@ -378,3 +407,17 @@ def test_nothing_to_evaluate_on_is_refused(home, run, monkeypatch, capsys):
     monkeypatch.setattr(Store, "split", lambda self, name: whole(self, name)[: 50 if name == "validation" else None])
     assert resume(run) == 2
     assert "validation" in one_line(capsys.readouterr().err)
+
+
+def test_replay_writes_nothing(run, capsys):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert main(["--resume", str(run), "--replay", "5"]) == 0
+    said = capsys.readouterr().err
+    assert "replay of step 5 from the checkpoint of step 4" in said
+    assert "everything is finite" in said
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"} == before
+    assert main(["--resume", str(run), "--replay", "2"]) == 2
+    assert "expected checkpoints before step 2" in one_line(capsys.readouterr().err)
+    for wrong in (["--replay", "3"], ["--resume", str(run), "--replay", "0"]):
+        assert main(wrong) == 2
+        assert "expected --replay with the number of a step and --resume" in one_line(capsys.readouterr().err)
