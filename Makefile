@@ -10,12 +10,13 @@ ARGS ?=
 JOBS ?= 2
 TEST := $(RUN) OMP_NUM_THREADS=1 python -m pytest -n $(JOBS)
 
-.PHONY: help setup train test test-all compile-all gpu check format clean
+.PHONY: help setup train test test-all faults compile-all gpu check format clean
 
 help:
 	@echo "make train [EXP=Baseline] [ARGS='--budget demo']   set up, then train an experiment"
 	@echo "make test                                          set up, then the tests that CI runs"
 	@echo "make test-all                                      the slow ones too"
+	@echo "make faults                                        what each injected fault led to, a table"
 	@echo "make compile-all                                   every kernel for every GPU target, without a GPU"
 	@echo "make gpu                                           a GPU's first hour: what holds on it, on one page"
 	@echo "make check                                         ruff and mypy"
@@ -38,6 +39,10 @@ test: setup
 
 test-all: setup
 	$(TEST) -m "slow or not slow"
+
+# kills, full disks, damaged files, numbers that are not finite: a quarter of an hour
+faults: setup
+	$(TEST) -q -m fault --fault-table
 
 # every experiment's kernels for every target: half an hour the first time, kept in Triton's cache after that
 compile-all: setup

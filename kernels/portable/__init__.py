@@ -9,13 +9,14 @@ from kernels.portable.chunked_attention import attention, unified_attention
 from kernels.portable.feedforward import glu
 from kernels.portable.loss import linear_cross_entropy
 from kernels.portable.norm import residual_norm
-from kernels.portable.products import describe_products, linear, product_dtype
+from kernels.portable.products import describe_products, fix_float32_library, linear, product_dtype
 from kernels.portable.token_embedding import embedding, tied_table
 
 __all__ = [
     "attention",
     "describe_products",
     "embedding",
+    "fix_float32_library",
     "glu",
     "linear",
     "linear_cross_entropy",

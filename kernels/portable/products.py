@@ -54,10 +54,33 @@ def _operands(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.ones(tokens, inputs, dtype=dtype), torch.ones(outputs, inputs, dtype=dtype)
 
 
-@cache
+_fixed: dict[str, bool] = {}
+
+
+def fix_float32_library(name: str | None = None) -> str:
+    """Have every float32 product of this process go through "oneDNN" or "torch", where oneDNN is there; None: through
+    what is measured faster. Returns the one that is used.
+
+    The two differ in the last bits: a run that is continued, and all processes of one, take the same.
+    """
+    if name is not None:
+        _fixed["onednn"] = name == "oneDNN" and _has_onednn()
+    return "oneDNN" if onednn_float32() else "torch"
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 def onednn_float32() -> bool:
+    """True where float32 products go through oneDNN: as fixed, else as measured."""
+    return _fixed["onednn"] if _fixed else _onednn_is_faster()
+
+
+@cache
+def _onednn_is_faster() -> bool:
     """True where oneDNN's float32 products are clearly faster than torch's own; measured once."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not _has_onednn():
         return False
     with torch.no_grad():
         x, weight = _operands(torch.float32)

@@ -21,6 +21,9 @@ from march.training.errors import UsageError
 # What a run folder remembers of the command line, and a resumed run takes from there.
 REMEMBERED = ("exp", "impl", "budget", "seed", "steps", "set", "zero", "precision", *description.OPTIONS)
 
+# --resume without a folder; no text, so that an empty variable of the shell is not taken for it
+NEWEST = object()
+
 ZERO_STAGES = (0, 1, 2)
 # Tried with DeepSpeed 0.19: backward meets empty weights, because the operators read weights of other modules
 # (tied embedding, norms), which stage 3 has released by then.
@@ -54,9 +57,12 @@ def build_parser() -> Parser:
     where.add_argument(
         "--resume",
         nargs="?",
-        const="",
+        const=NEWEST,
         metavar="DIR",
         help="continue the run in DIR, or the newest one of this experiment and budget",
+    )
+    where.add_argument(
+        "--replay", type=int, metavar="STEP", help="with --resume: run that step again, say what is not finite in it"
     )
     show = parser.add_argument_group("look only")
     show.add_argument("--list", action="store_true", help="the experiments")
@@ -165,6 +171,18 @@ def _impl(text: str) -> str | Mapping[str, str]:
         return kernels.parse_impl(text)
     except ValueError as error:
         raise UsageError(f"--{error}; see --help") from error
+
+
+def may_be_remembered(options: Mapping[str, Any]) -> bool:
+    """Whether each value is of a kind that the option of its name has; what was read from a file may be anything."""
+    actions = build_parser()._actions
+    lists = {a.dest for a in actions if a.nargs == "+" or isinstance(a, argparse._AppendAction)}
+    return all(
+        isinstance(value, list) and all(isinstance(part, str) for part in value)
+        if name in lists
+        else isinstance(value, str | int)
+        for name, value in options.items()
+    )
 
 
 def fill_from(arguments: argparse.Namespace, remembered: dict[str, Any]) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Processes: the environment DeepSpeed expects, agreement between ranks, signals, and a launcher that died.
+"""Processes: the environment DeepSpeed expects, and agreement between ranks.
 
 Everything here works with one process and no launcher too; `python train.py` and `deepspeed train.py` take
 the same path.
@@ -6,15 +6,14 @@ the same path.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -48,13 +47,40 @@ def prepare_environment() -> None:
 
     Without them DeepSpeed looks for MPI. The launcher's default port 29500 belongs to the first run on a host;
     a single process listens to nobody else, so it always takes a free one.
+
+    Raises:
+        UsageError: some of them are there, but not what a launcher sets; left in a shell they would have this process
+            wait for others that nobody started.
     """
+    _check_launcher(os.environ)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1" or "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _check_launcher(environment: Mapping[str, str]) -> None:
+    fix = "unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT, or start with deepspeed train.py"
+
+    def refuse(text: str) -> UsageError:
+        error = UsageError(f"{text}; {fix}")
+        error.report = True  # whatever RANK says
+        return error
+
+    numbers = {}
+    for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_PORT", "0")):
+        text = environment.get(name, default)
+        if not text.isascii() or not text.isdigit():
+            raise refuse(f"expected {name} as a launcher sets it, got {text!r}")
+        numbers[name] = int(text)
+    size = numbers["WORLD_SIZE"]
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if size > 1 and not environment.get(name)]
+    if missing or size < 1 or numbers["RANK"] >= size or numbers["LOCAL_RANK"] > numbers["RANK"]:
+        given = ", ".join(f"{name}={environment[name]}" for name in ("WORLD_SIZE", *needed) if name in environment)
+        raise refuse(f"expected the environment of a launcher, got {given} alone")
 
 
 def _free_port() -> int:
@@ -78,23 +104,38 @@ def start() -> World:
             # Two processes with all cores each are slower than with half each.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if not torch_distributed.is_initialized():
-        _init_process_group(device)
+        _init_process_group(device, rank, size)
     return World(rank, size, local_rank, local_size, device)
 
 
-def _init_process_group(device: torch.device) -> None:
+def _init_process_group(device: torch.device, rank: int, size: int) -> None:
     import deepspeed
     import deepspeed.ops
 
     # A C++ op for shared-memory communication that only inference uses: building it takes 60 s and a compiler.
     # An op marked incompatible is not built (measured: 12-19 s to the first step instead of 75).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=COLLECTIVE_TIMEOUT,
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    waiting = threading.Timer(
+        10, say, (None, f"rank {rank} waits for the other {size - 1} processes of WORLD_SIZE={size} at {where}")
     )
+    waiting.daemon = True
+    if size > 1:
+        waiting.start()
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise RunError(
+            f"expected {size} process(es) to meet at {where}, got {' '.join(str(error).split())[:120]}; start them "
+            "all, or choose another --master_port"
+        ) from error
+    finally:
+        waiting.cancel()
 
 
 def stop(world: World) -> None:
@@ -119,6 +160,14 @@ def largest(world: World, value: float) -> float:
     if world.size > 1:
         torch_distributed.all_reduce(tensor, op=torch_distributed.ReduceOp.MAX)
     return float(tensor.item())
+
+
+def gathered(world: World, value: T) -> list[T]:
+    """Every rank's `value`, by rank."""
+    values: list[T] = [value] * world.size
+    if world.size > 1:
+        torch_distributed.all_gather_object(values, value)
+    return values
 
 
 def from_first(world: World, value: T) -> T:
@@ -159,81 +208,8 @@ def together(world: World, action: Callable[[], T], *, when: bool = True) -> T |
     raise other
 
 
-class StopRequest:
-    """Turns SIGINT, SIGTERM and a launcher's death into a flag that the loop reads between steps.
-
-    A second SIGINT ends the process at once; not a SIGTERM after a SIGINT, which is what DeepSpeed's launch process
-    sends after Ctrl-C. Its runner dies on SIGTERM without telling its children: the watcher thread sees that.
-    """
-
-    def __init__(self) -> None:
-        self.reason: str | None = None
-        self.exit_code = 0
-        self._previous: dict[int, object] = {}
-        self._closed = threading.Event()
-
-    def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._on_signal)
-        ancestors = _launcher_processes()
-        if ancestors:
-            threading.Thread(target=self._watch, args=(ancestors,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._closed.set()
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.reason is not None:
-            if number == signal.SIGINT and self.reason == "SIGINT":
-                # os.write: print is not safe inside a handler that interrupts another print
-                os.write(2, b"\nsecond SIGINT: ending at once, without a checkpoint\n")
-                os._exit(128 + number)
-            return
-        self.exit_code = 128 + number
-        self.reason = signal.Signals(number).name
-
-    def _watch(self, ancestors: list) -> None:
-        while not self._closed.wait(1.0):
-            if not all(_is_alive(process) for process in ancestors):
-                # the handler may be writing the same fields; a signal that came first keeps its own reason
-                if self.reason is None:
-                    self.exit_code = 128 + signal.SIGTERM
-                    self.reason = "end of the launcher"
-                return
-
-
-def _launcher_processes() -> list:
-    """DeepSpeed's launch process and its runner, where they are this process's parent and grandparent."""
-    import psutil
-
-    found = []
-    try:
-        launch = psutil.Process().parent()
-        if launch is not None and any("deepspeed.launcher.launch" in part for part in launch.cmdline()):
-            found.append(launch)
-            runner = launch.parent()
-            names = {os.path.basename(part) for part in runner.cmdline()[:3]} if runner is not None else set()
-            if names & {"deepspeed", "ds", "deepspeed.pt", "runner.py"}:
-                found.append(runner)
-    except psutil.Error:
-        pass
-    return found
-
-
-def _is_alive(process) -> bool:
-    import psutil
-
-    try:
-        # is_running compares creation times, so a reused process id is not mistaken for the launcher
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
 def say(world: World | None, text: str) -> None:
-    """Print on rank 0 only, to standard error, where the live line is."""
+    """Print on rank 0 only, to standard error, where the live line is. A terminal that has gone ends no run."""
     if world is None or world.is_first:
-        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):
+            print(text, file=sys.stderr, flush=True)

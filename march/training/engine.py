@@ -8,8 +8,9 @@ the number of processes, the ZeRO stage or the micro-batch.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -205,6 +206,39 @@ def build_engine(model: nn.Module, config: dict[str, Any], budget: Budget, world
     if reported != asked:
         raise RuntimeError(f"DeepSpeed's engine runs with {reported}, not with {asked}")
     return engine
+
+
+def guard_gradients(engine, world: World, refuse: Callable[[str, float], object]) -> None:
+    """Has `refuse(what, value)` called on every rank when what is about to change the weights is not finite on any.
+
+    It looks where every setting passes: at the gradients that the basic optimiser is about to use, averaged, unscaled
+    and clipped. DeepSpeed itself looks with some settings only (not with bf16 in stage 2, not without ZeRO).
+    """
+    optimizer = engine.basic_optimizer
+
+    def before_step(*_: Any) -> None:
+        norm = 0.0 if _is_plain(engine) else global_norm(engine)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        bad = not math.isfinite(norm) or not all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        if largest(world, float(bad)):
+            refuse("gradient norm", math.nan if math.isfinite(norm) else norm)
+
+    optimizer.register_step_pre_hook(before_step)
+
+
+def plain_norm(engine) -> float | None:
+    """The norm of the averaged gradients before they are clipped, which DeepSpeed does not keep without ZeRO; None
+    with it."""
+    if not _is_plain(engine):
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def global_norm(engine) -> float:
+    """ZeRO's norm of the averaged gradients before they are clipped; NaN where it found one that is not finite."""
+    norm = float(engine.optimizer._global_grad_norm)
+    return norm if norm >= 0 else math.nan  # -1 stands for infinite and for NaN
 
 
 def gather_state(engine, step: int, world: World) -> dict[str, dict[str, Tensor]] | None:

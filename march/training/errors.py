@@ -12,3 +12,9 @@ class RunError(RuntimeError):
     """The run had to stop (non-finite loss, full disk, memory): what, where, what to do. Exit code 1."""
 
     report: bool | None = None
+
+
+class NonFiniteError(RunError):
+    """A loss or gradient that is not finite. facts: failed_step, and the indices of its training sequences."""
+
+    facts: dict[str, object] = {}  # noqa: RUF012 replaced, never changed

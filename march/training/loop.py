@@ -8,24 +8,34 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from march.data import Examples
-from march.data.order import Prefetch
+from march.data.order import MicroBatch, Prefetch, step_indices
 from march.training.budget import Budget
 from march.training.checkpoint import Checkpoint, Checkpoints
-from march.training.distributed import StopRequest, World, largest, together, total
-from march.training.engine import build_engine, deepspeed_config, gather_state, scatter_state
-from march.training.errors import RunError
-from march.training.metrics import LiveLine, Metrics
+from march.training.distributed import World, gathered, largest, say, together, total
+from march.training.engine import (
+    build_engine,
+    deepspeed_config,
+    gather_state,
+    global_norm,
+    guard_gradients,
+    plain_norm,
+    scatter_state,
+)
+from march.training.errors import NonFiniteError, RunError
+from march.training.metrics import LiveLine, Metrics, read
 from march.training.microbatch import is_out_of_memory
 from march.training.runfolder import RunFolder
+from march.training.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class Plan:
     train: Examples
     validation: Examples
     identity: Mapping[str, Any] = field(default_factory=dict)  # what a resumed run must share
+    run: Mapping[str, Any] = field(default_factory=dict)  # config.json, which every checkpoint carries
     peak_share: Callable[[float], float | None] = lambda sequences_per_second: None  # of one device
 
 
@@ -67,6 +78,7 @@ class Trainer:
             moved in place.
         folder: where to write, or None to write nothing (tests).
         checkpoint: a loaded checkpoint to continue from.
+        stop: says when to end; None: a watch of its own in `run`.
     """
 
     def __init__(
@@ -77,48 +89,69 @@ class Trainer:
         folder: RunFolder | None = None,
         checkpoint: Checkpoint | None = None,
         *,
+        stop: Watch | None = None,
         quiet: bool = False,
     ):
         self.plan, self.world, self.folder, self.quiet = plan, world, folder, quiet
+        self.stop = stop
         budget = plan.budget
         config = deepspeed_config(budget, plan.precision, plan.zero, plan.micro_batch, world.size)
         self.accumulation = config["gradient_accumulation_steps"]
         self.engine = build_engine(model, config, budget, world)
         self.step = 0  # finished steps
         self.elapsed = 0.0  # training seconds, over all starts
-        self.checkpoints = Checkpoints(folder.checkpoints, budget.keep_checkpoints) if folder else None
+        self.rows: list[dict[str, Any]] = []
+        self.checkpoints = Checkpoints(folder.checkpoints, budget.keep_checkpoints, plan.identity) if folder else None
+        self._saved_step: int | None = None
         if checkpoint is not None:
             scatter_state(self.engine, checkpoint.tensors, checkpoint.step, world)
-            self.step = checkpoint.step
-            self.elapsed = float(checkpoint.state["elapsed"])
-        self._saved_step = self.step if checkpoint is not None else None
-        self._metrics = Metrics(folder.metrics, folder.tensorboard, self.step) if folder and world.is_first else None
-        self.rows: list[dict[str, Any]] = list(self._metrics.rows) if self._metrics else []
+            self.step = self._saved_step = checkpoint.step
+            self.elapsed = checkpoint.state["elapsed"]
+            self.rows = list(checkpoint.state["rows"])
+            if self.checkpoints:
+                self.checkpoints.resumed = checkpoint.path.name
+        guard_gradients(self.engine, world, self._non_finite)
+        self._metrics: Metrics | None = None
+        if folder and world.is_first:
+            on_disk = {row["step"]: row for row in read(folder.metrics)}
+            lost = sum(row != on_disk.get(row["step"]) for row in self.rows)
+            if lost:
+                say(world, f"WARNING: {folder.metrics} lacked {lost} of {self.step} steps: written from the checkpoint")
+            self._metrics = Metrics(folder.metrics, folder.tensorboard, self.rows)
 
     def run(self) -> Outcome:
         """Train until the budget's last step, or until a signal; evaluates and saves on the way.
 
         Raises:
-            RunError: non-finite loss or gradients, a checkpoint that cannot be written, out of memory.
+            RunError: non-finite loss, gradients, weights or evaluation, a checkpoint that cannot be written, out of
+                memory, another rank that is gone.
         """
+        if self.stop is None:
+            with Watch() as self.stop:
+                return self.run()
+        stop, self.stop.orderly = self.stop, True
         budget, world = self.plan.budget, self.world
         line = LiveLine(budget.steps, self.step, enabled=world.is_first and not self.quiet)
         speeds: list[float] = []
         begin, begin_step = time.perf_counter(), self.step
-        stopped: str | None = None
+        stopped = False
         try:
-            with StopRequest() as request, self._batches() as batches:
+            with self._batches() as batches:
+                self._catch_up_evaluation()
                 for _, micro_batches in batches:
                     row = self._one_step(micro_batches)
+                    if row is None:
+                        stopped = True
+                        self.save()
+                        break
                     self.step += 1
                     row = {"step": self.step, **row}
                     self.elapsed += row["seconds"]
                     speeds.append(row["tokens_per_second"])
                     row["elapsed"] = round(self.elapsed, 3)
-                    stop_now = bool(largest(world, float(request.reason is not None)))
                     last = self.step == budget.steps
-                    if last or self.step % budget.eval_every == 0:
-                        row["eval_loss"] = self.evaluate()
+                    if self._evaluates(self.step):
+                        row["eval_loss"] = self.evaluate(whole=last)
                     share = self.plan.peak_share(row["tokens_per_second"] / budget.raw_length / world.size)
                     if share is not None:
                         row["mfu"] = round(share, 4)
@@ -126,19 +159,40 @@ class Trainer:
                     spent = time.perf_counter() - begin
                     left = spent / (self.step - begin_step) * (budget.steps - self.step)
                     line.show(row, self._last_eval(), share, left)
-                    if last or stop_now or self.step % budget.checkpoint_every == 0:
+                    stopped = self._must_stop() and not last
+                    if last or stopped or self.step % budget.checkpoint_every == 0:
                         self.save()
-                    if stop_now and not last:
-                        stopped = request.reason or "a signal to another rank"
+                    if stopped:
                         break
-                exit_code = (request.exit_code or 143) if stopped else 0
+        except Exception as error:
+            lost = stop.lost(error)
+            if lost is not None:
+                raise lost from error
+            raise
         finally:
             line.close()
             if self._metrics:
                 self._metrics.close()
-        return self._outcome(speeds, stopped, exit_code)
+        reason = (stop.reason or "a signal to another rank") if stopped else None
+        return self._outcome(speeds, reason, (stop.exit_code or 143) if stopped else 0)
 
-    def _batches(self) -> Prefetch:
+    def _must_stop(self) -> bool:
+        """Whether any rank was asked to; collective."""
+        if self.stop is not None:
+            self.stop.progress()
+        return bool(largest(self.world, float(self.stop is not None and self.stop.reason is not None)))
+
+    def _evaluates(self, step: int) -> bool:
+        return step == self.plan.budget.steps or step % self.plan.budget.eval_every == 0
+
+    def _catch_up_evaluation(self) -> None:
+        """The evaluation that a signal came before."""
+        if self.step and self.step % self.plan.budget.eval_every == 0 and self.rows[-1].get("eval_loss") is None:
+            self.rows[-1] = {**self.rows[-1], "eval_loss": self.evaluate()}
+            if self._metrics:
+                self._metrics.replace(self.rows)
+
+    def _batches(self, stop_step: int | None = None) -> Prefetch:
         plan = self.plan
         return Prefetch(
             plan.train,
@@ -148,25 +202,43 @@ class Trainer:
             world=self.world.size,
             micro_batch=plan.micro_batch,
             start_step=self.step,
-            stop_step=plan.budget.steps,
+            stop_step=plan.budget.steps if stop_step is None else stop_step,
         )
 
-    def _one_step(self, micro_batches: list) -> dict[str, Any]:
-        """Forward and backward over this rank's micro-batches, one optimiser step; the step's metrics."""
+    def train_to(self, step: int) -> None:
+        """The steps up to `step` without evaluation, checkpoints or metrics."""
+        with self._batches(step) as batches:
+            for _, micro_batches in batches:
+                if self._one_step(micro_batches) is None:
+                    raise RunError(f"stopped by {self.stop and self.stop.reason} before step {self.step + 1}")
+                self.step += 1
+
+    def micro_batches(self) -> list[MicroBatch]:
+        """This rank's of the next step."""
+        with self._batches(self.step) as batches:
+            return batches.collate(self.step)
+
+    def _one_step(self, micro_batches: list) -> dict[str, Any] | None:
+        """Forward and backward over this rank's micro-batches, one optimiser step; the step's metrics. None where the
+        run was asked to stop before the weights changed."""
         begin = time.perf_counter()
         self.engine.train()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        losses: list[Tensor] = []
+        polls = self.world.device.type == "cpu"  # where micro-batches take seconds, and asking costs nothing
         try:
             for number, micro in enumerate(micro_batches):
-                arrays = (micro.batch.input_ids, micro.batch.decoder_input_ids, micro.batch.labels)
-                inputs = [self._on_device(array) for array in arrays]
-                state = np.array([self.plan.seed, self.step, micro.first_sequence], dtype=np.int64)
-                loss = self.engine(*inputs, self._on_device(state))
+                if polls and self._must_stop():
+                    return None
+                loss = self.engine(*self.inputs(micro), self.dropout_state(micro))
                 self.engine.backward(loss)  # DeepSpeed divides by the accumulation and averages over ranks
-                loss_sum += loss.detach()
+                losses.append(loss.detach().double())
                 if number == len(micro_batches) - 1:
-                    mean_loss = self._mean_over_ranks(loss_sum)
-                    self._require_finite(mean_loss, "loss")  # before the weights see it
+                    mean_loss = self._mean_over_ranks(torch.stack(losses).sum())
+                    if not math.isfinite(mean_loss):  # before the weights see it
+                        self._non_finite("loss", mean_loss, losses)
+                    norm = plain_norm(self.engine)
+                    if norm is not None and largest(self.world, float(not math.isfinite(norm))):
+                        self._non_finite("gradient norm", norm)
                 self.engine.step()
         except Exception as error:
             if not is_out_of_memory(error):
@@ -176,10 +248,9 @@ class Trainer:
                 f"out of memory in step {self.step + 1} at micro-batch {self.plan.micro_batch}; "
                 f"continue with --resume --micro-batch {half}"
             ) from error
-        norm = self.engine.get_global_grad_norm()  # None without ZeRO: DeepSpeed then does not keep it
-        norm = None if norm is None else float(norm)
-        if norm is not None:
-            self._require_finite(norm, "gradient norm")
+        norm = global_norm(self.engine) if norm is None else norm
+        if not math.isfinite(norm):  # DeepSpeed skipped the step by itself
+            self._non_finite("gradient norm", norm)
         seconds = time.perf_counter() - begin
         return {
             "loss": mean_loss,
@@ -188,6 +259,15 @@ class Trainer:
             "tokens_per_second": round(self.plan.budget.tokens_per_step / seconds, 1),
             "seconds": round(seconds, 4),
         }
+
+    def dropout_state(self, micro: MicroBatch) -> Tensor:
+        """int64 [3]: seed, step counted from 0, the micro-batch's first sequence."""
+        return self._on_device(np.array([self.plan.seed, self.step, micro.first_sequence], dtype=np.int64))
+
+    def inputs(self, micro: MicroBatch) -> list[Tensor]:
+        """input_ids int64 [B, Le], decoder_input_ids and labels int64 [B, Ld]."""
+        arrays = (micro.batch.input_ids, micro.batch.decoder_input_ids, micro.batch.labels)
+        return [self._on_device(array) for array in arrays]
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -199,42 +279,87 @@ class Trainer:
         """Every micro-batch has the same number of labels, so the mean of means is the global batch's mean."""
         return total(self.world, float(loss_sum))[0] / (self.accumulation * self.world.size)
 
-    def _require_finite(self, value: float, what: str) -> None:
-        if not math.isfinite(value):
-            saved = f"--resume continues from step {self._saved_step}" if self._saved_step else "nothing was saved yet"
-            raise RunError(
-                f"{what} is {value} in step {self.step + 1}: stopped instead of skipping it; {saved}; "
-                "lower the learning rate, use --precision fp32, or look at the data of this step"
-            )
+    def sequences(self, losses: Sequence[Tensor] | None = None) -> list[int]:
+        """Indices into the training sequences of the step that runs: of all its rows, or of the micro-batches, on any
+        rank, whose `losses` are not finite; collective."""
+        budget, size, world = self.plan.budget, self.plan.micro_batch, self.world
+        rows = step_indices(self.step, budget.global_batch, len(self.plan.train), self.plan.seed)[0].tolist()
+        if losses is None:
+            return rows
+        odd = [number for number, loss in enumerate(losses) if not math.isfinite(float(loss))]
+        firsts = [(number * world.size + world.rank) * size for number in odd]
+        return [row for first in sorted(chain(*gathered(world, firsts))) for row in rows[first : first + size]]
+
+    def _non_finite(self, what: str, value: float, losses: Sequence[Tensor] | None = None) -> NoReturn:
+        """Every rank comes here, and raises."""
+        rows = self.sequences(losses)
+        shown = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        self._keep_last_good_state()
+        error = NonFiniteError(
+            f"{what} is {value} in step {self.step + 1}, sequences {shown}: stopped before the weights saw it; "
+            f"{self._saved()}; --resume with --replay {self.step + 1} says what is not finite; lower the learning "
+            "rate, use --precision fp32, or look at the data of this step"
+        )
+        error.facts = {"failed_step": self.step + 1, "sequences": rows}
+        raise error
+
+    def _saved(self) -> str:
+        return (
+            "nothing was saved yet" if self._saved_step is None else f"--resume continues from step {self._saved_step}"
+        )
+
+    def _keep_last_good_state(self) -> None:
+        """The steps before one that was not finite, in addition to what was saved; not weights that are not finite."""
+        if self.checkpoints is None or self._saved_step == self.step:
+            return
+        try:
+            self.save(prune=False)
+        except RunError as error:
+            say(self.world, f"step {self.step} was not saved: {error}")
 
     @torch.no_grad()
-    def evaluate(self, examples: Examples | None = None) -> float:
-        """Mean loss over `examples` (validation), the same draw every time, without dropout; collective."""
+    def evaluate(self, examples: Examples | None = None, *, whole: bool = False) -> float | None:
+        """Mean loss over `examples` (validation), the same draw every time, without dropout; None where the run was
+        asked to stop meanwhile, unless `whole`. Collective.
+
+        Raises:
+            RunError: it is not finite.
+        """
         plan, world = self.plan, self.world
         examples = examples or plan.validation
         number = min(plan.budget.eval_sequences, len(examples))
         stride = plan.micro_batch * world.size
         loss_sum, count = 0.0, 0
         self.engine.eval()
-        for begin in range(0, number, stride):
-            first = begin + world.rank * plan.micro_batch
-            indices = np.arange(first, min(first + plan.micro_batch, number), dtype=np.int64)
-            if not len(indices):
-                break  # forward has no collectives: a rank may have one micro-batch less
-            batch = examples.batch(indices, np.zeros(len(indices), dtype=np.int64))
-            arrays = (batch.input_ids, batch.decoder_input_ids, batch.labels)
-            loss = self.engine(*[self._on_device(array) for array in arrays], None)
-            loss_sum += float(loss) * len(indices)
-            count += len(indices)
-        self.engine.train()
+        try:
+            for begin in range(0, number, stride):
+                if self._must_stop() and not whole:
+                    return None
+                first = begin + world.rank * plan.micro_batch
+                indices = np.arange(first, min(first + plan.micro_batch, number), dtype=np.int64)
+                if not len(indices):  # forward has no collectives: a rank may have one micro-batch less
+                    continue
+                batch = examples.batch(indices, np.zeros(len(indices), dtype=np.int64))
+                arrays = (batch.input_ids, batch.decoder_input_ids, batch.labels)
+                loss = self.engine(*[self._on_device(array) for array in arrays], None)
+                loss_sum += float(loss) * len(indices)
+                count += len(indices)
+        finally:
+            self.engine.train()
         loss_total, sequences = total(world, loss_sum, float(count))
-        return loss_total / sequences
+        mean = loss_total / sequences
+        if not math.isfinite(mean):
+            raise RunError(
+                f"evaluation loss is {mean} after step {self.step}: the weights are not finite or too large, and were "
+                f"not saved; {self._saved()}; lower the learning rate, or use --precision fp32"
+            )
+        return mean
 
-    def save(self) -> None:
+    def save(self, *, prune: bool = True) -> None:
         """Write a checkpoint of the finished steps; collective.
 
         Raises:
-            RunError: it could not be written (on every rank).
+            RunError: it could not be written, or is not finite (on every rank).
         """
         if self.checkpoints is None or self._saved_step == self.step:
             return
@@ -243,10 +368,14 @@ class Trainer:
         state = {
             "elapsed": self.elapsed,
             "identity": self.plan.identity,
+            "run": self.plan.run,
+            "rows": self.rows,
             "world_size": self.world.size,
             "micro_batch": self.plan.micro_batch,
         }
-        together(self.world, lambda: checkpoints.save(self.step, tensors or {}, state), when=self.world.is_first)
+        together(
+            self.world, lambda: checkpoints.save(self.step, tensors or {}, state, prune=prune), when=self.world.is_first
+        )
         self._saved_step = self.step
 
     def _record(self, row: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,10 @@ def _main(argv: list[str] | None) -> int:
         report = getattr(error, "report", None)
         # a mistake on the command line is every rank's; one of them says it
         if report or (report is None and os.environ.get("RANK", "0") == "0"):
-            print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # the terminal has gone
+                print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         code = 1 if isinstance(error, RunError | OSError) else 2
-        if os.environ.get("WORLD_SIZE", "1") != "1":
+        if os.environ.get("WORLD_SIZE", "1") != "1" and "torch" in sys.modules:
             # the process group is left standing: its threads abort an orderly exit now and then, with another code
             sys.stdout.flush()
             sys.stderr.flush()
@@ -62,22 +64,42 @@ def _train(given) -> int:
 
     if given.resume is not None and given.run_dir is not None:
         raise UsageError("expected --resume or --run-dir, got both; --resume DIR names the folder")
+    if given.replay is not None and (given.resume is None or given.replay < 1):
+        raise UsageError("expected --replay with the number of a step and --resume, got one of them; give both")
     request = command_line.check(given, cuda=torch.cuda.is_available())
 
     from march.training import distributed, session
+    from march.training.watch import Watch
 
     world = _join()
-    folder, stored = None, None
-    if given.resume is not None:
-        folder, stored = session.find_run(given.resume, _canonical(given.exp), given.budget, RUNS, world)
-        given = command_line.fill_from(given, {"precision": stored["identity"]["precision"], **stored["arguments"]})
-        request = command_line.check(given, cuda=torch.cuda.is_available())
-    elif request.precision_open:
-        given.precision = session.fastest_precision(world)
-        request = command_line.check(given, cuda=False)
-    code = _run(request, given, folder, stored, world)
-    # not in a finally: a rank that failed leaves at once, and the launcher ends the others
-    distributed.stop(world)
+    folder, checkpoint = None, None
+    with ExitStack() as stack:
+        stop = stack.enter_context(Watch(world))
+        try:
+            if given.resume is not None:
+                where = None if given.resume is command_line.NEWEST else given.resume
+                folder, checkpoint = session.find_run(
+                    where, _canonical(given.exp), given.budget, RUNS, given.replay, world
+                )
+                stack.callback(folder.unlock)
+                remembered = checkpoint.state["run"]["arguments"]
+                precision = checkpoint.state["identity"]["precision"]
+                given = command_line.fill_from(given, {"precision": precision, **remembered})
+                try:
+                    request = command_line.check(given, cuda=torch.cuda.is_available())
+                except (TypeError, AttributeError, KeyError) as error:  # a stranger's types
+                    raise UsageError(f"expected the run's options in its checkpoint, got {remembered}") from error
+            elif request.precision_open:
+                given.precision = session.fastest_precision(world)
+                request = command_line.check(given, cuda=False)
+            code = _run(request, given, folder, checkpoint, world, stop, stack)
+            # not in a finally: a rank that failed leaves at once, and the launcher ends the others
+            distributed.stop(world)
+        except Exception as error:
+            lost = stop.lost(error)
+            if lost is None:
+                raise
+            raise lost from error
     return code
 
 
@@ -103,12 +125,13 @@ def _canonical(name: str | None) -> str | None:
     return experiments.get(name).name if name else None
 
 
-def _run(request: command_line.Request, given, folder, stored, world) -> int:
+def _run(request: command_line.Request, given, folder, checkpoint, world, stop, stack: ExitStack) -> int:
     import kernels
     from march.data import SpanCorruption
-    from march.training import distributed, session
-    from march.training.distributed import say
+    from march.training import records, session
+    from march.training.distributed import say, together
     from march.training.loop import Plan, Trainer
+    from march.training.replay import replay
     from march.training.runfolder import peak_memory, process_age, refuse_other_identity
 
     budget = request.budget
@@ -122,19 +145,25 @@ def _run(request: command_line.Request, given, folder, stored, world) -> int:
     seeds = {"train": request.seed, "validation": session.EVALUATION_SEED, "test": session.EVALUATION_SEED}
     train, validation, test = (session.examples(store, name, corruption, seed) for name, seed in seeds.items())
     identity = session.identity(request, config, store)
-    checkpoint = session.load_checkpoint(folder, budget, world) if folder else None
-    if folder and checkpoint:
-        refuse_other_identity(stored["identity"], identity)
-        if checkpoint.step >= budget.steps:
+    state = checkpoint.state if checkpoint else {}
+    before = state.get("run", {})
+    if checkpoint:
+        refuse_other_identity(state["identity"], identity)
+        if checkpoint.step >= budget.steps and given.replay is None:
             raise UsageError(
                 f"expected steps left to do, got a run of {checkpoint.step} finished ones; "
                 f"ask for more with --steps {checkpoint.step + budget.steps}"
             )
         say(world, f"continuing {folder.path} after step {checkpoint.step}")
 
+    numerics = session.fix_numerics(before.get("numerics"), world)
     model = session.build_model(request, config)
-    micro_batch = session.fit_micro_batch(request, config, model, corruption, world)
-    folder = folder or session.create_folder(given.run_dir, request, RUNS, world)
+    same_split = state.get("micro_batch") if state.get("world_size") == world.size else None
+    micro_batch = session.fit_micro_batch(request, config, model, corruption, world, same_split)
+    if folder is None:
+        folder = session.create_folder(given.run_dir, request, RUNS, world)
+        stack.callback(folder.unlock)
+    stop.advice = session.resume_command(folder, world)
     plan = Plan(
         experiment=request.experiment.name,
         budget=budget,
@@ -145,18 +174,23 @@ def _run(request: command_line.Request, given, folder, stored, world) -> int:
         train=train,
         validation=validation,
         identity=identity,
+        run=records.describe(request, config, numerics, before),
         peak_share=session.peak_share(config, corruption, request.precision, world),
     )
-    trainer = Trainer(plan, model, world, folder, checkpoint)
-    distributed.together(
+    if given.replay is not None:
+        trainer = Trainer(plan, model, world, None, checkpoint, stop=stop)
+        say(world, replay(trainer, given.replay))
+        return 0
+    trainer = Trainer(plan, model, world, folder, checkpoint, stop=stop)
+    together(
         world,
-        lambda: session.write_start(folder, request, config, identity, model, plan, trainer, store, world),
+        lambda: records.write_start(folder, request, plan, model, trainer, store, world),
         when=world.is_first,
     )
     entropy = train.label_unigram_entropy(session.ENTROPY_SEQUENCES)
     say(
         world,
-        f"{folder.path} | {session.count_parameters(model):,} parameters | {world.size} process(es) x micro-batch "
+        f"{folder.path} | {records.count_parameters(model):,} parameters | {world.size} process(es) x micro-batch "
         f"{micro_batch} x {trainer.accumulation} = {budget.global_batch} sequences a step | "
         f"ln V {math.log(config.vocab_size):.2f}, unigram entropy {entropy:.2f} | "
         f"{kernels.describe(request.impl, world.device)}",
@@ -164,19 +198,20 @@ def _run(request: command_line.Request, given, folder, stored, world) -> int:
     try:
         outcome = trainer.run()
     except RunError as error:
-        session.write_end(folder, request, config, trainer.rows, entropy, world, {"failed": str(error)})
+        failed = {"finished": False, "failed": str(error), "steps": trainer.step, **getattr(error, "facts", {})}
+        records.write_end(folder, request, config, trainer.rows, entropy, world, failed)
         raise
     # once, of a run that was finished: who chooses by a split has no other to judge the choice by
-    test_loss = trainer.evaluate(test) if outcome.stopped_by is None else None
-    memory = session.largest_memory(peak_memory(world), world)
+    test_loss = trainer.evaluate(test, whole=True) if outcome.stopped_by is None else None
+    memory = records.largest_memory(peak_memory(world), world)
     end: dict[str, Any] = {
         **asdict(outcome),
         "test_loss": test_loss,
         **memory,
         "finished": outcome.stopped_by is None,
         "process_seconds": round(process_age(), 1),
-        "parameters": session.count_parameters(model),
+        "parameters": records.count_parameters(model),
     }
-    session.write_end(folder, request, config, trainer.rows, entropy, world, end)
-    say(world, session.closing_lines(request, config, folder, end, entropy))
+    together(world, lambda: records.write_end(folder, request, config, trainer.rows, entropy, world, end))
+    say(world, records.closing_lines(request, config, folder, end, entropy))
     return outcome.exit_code

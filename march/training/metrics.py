@@ -1,13 +1,22 @@
-"""What a run reports while it runs: JSON lines, TensorBoard, and a live line on a terminal."""
+"""What a run reports while it runs: JSON lines, TensorBoard, and a live line on a terminal.
+
+None of them may end a run: a full disk or a closed terminal is said once, and training goes on.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import platform
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
+
+from march.training.distributed import say
+from march.training.files import first_line, write_text
 
 
 class Metrics:
@@ -18,46 +27,136 @@ class Metrics:
     and eval_loss where there was an evaluation.
     """
 
-    def __init__(self, file: Path, tensorboard: Path, resume_step: int):
-        """Keep the lines up to `resume_step`; later ones belong to steps that are about to run again."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.rows = [row for row in read(file) if row["step"] <= resume_step]
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        os.replace(temporary, file)
-        self._file = open(file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 closed in close()
-        self._board = SummaryWriter(str(tensorboard), purge_step=resume_step + 1 if resume_step else None)
+    def __init__(self, file: Path, tensorboard: Path, rows: Sequence[Mapping[str, Any]]):
+        """Begin with `rows`, those of the steps before; what else is in the file belongs to steps that run again."""
+        self.rows = [dict(row) for row in rows]
+        self._path = file
+        self._descriptor: int | None = None
+        self._written = 0
+        self._said: set[str] = set()
+        step = self.rows[-1]["step"] if self.rows else 0
+        try:
+            self._board: Board | None = Board(tensorboard, step)
+        except OSError as error:
+            self._board = None
+            self._warn("tensorboard/", error)
+        self._write()
 
     def add(self, row: Mapping[str, Any]) -> None:
         self.rows.append(dict(row))
-        self._file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step" and value is not None:
-                self._board.add_scalar(f"train/{name}" if name != "eval_loss" else "eval/loss", value, row["step"])
+        self._write()
+        if self._board is None:
+            return
+        try:
+            self._board.add(row)
+        except OSError as error:
+            self._warn("tensorboard/", error)
+            self._board = None
+
+    def replace(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Other rows from the first on."""
+        self.rows, self._written = [dict(row) for row in rows], 0
+        self._release()
+        self._write()
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        self._write()
+        if self._written < len(self.rows):
+            say(
+                None,
+                f"WARNING: {self._path} lacks the last {len(self.rows) - self._written} steps; a checkpoint has them",
+            )
+        self._release()
+
+    def _write(self) -> None:
+        """Every row that is not on the disk; after a failure the file anew, so that no half line stays in it."""
+        try:
+            if self._descriptor is not None and not os.path.samestat(os.stat(self._path), os.fstat(self._descriptor)):
+                raise OSError("the file was replaced")
+            if self._descriptor is None:
+                write_text(self._path, _lines(self.rows))
+                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+            else:
+                size, data = os.fstat(self._descriptor).st_size, _lines(self.rows[self._written :]).encode()
+                if os.write(self._descriptor, data) != len(data):
+                    os.ftruncate(self._descriptor, size)
+                    raise OSError("the disk took half a line")
+            self._written = len(self.rows)
+        except OSError as error:
+            self._release()
+            self._warn(self._path.name, error)
+
+    def _release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _warn(self, what: str, error: Exception) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            say(None, f"WARNING: {what} could not be written ({first_line(error)}): training goes on without")
+
+
+class Board:
+    """A file of events for TensorBoard, each step on the disk when `add` returns.
+
+    Not torch's SummaryWriter: it writes in a thread, which ends with a traceback when the disk is full.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        """What other files there say of steps after `step` does not count."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(exist_ok=True)
+        self._path = folder / f"events.out.tfevents.{int(time.time())}.{platform.node()}.{os.getpid()}.{id(self)}"
+        with open(self._path, "xb") as file:
+            for event in (
+                Event(wall_time=time.time(), file_version="brain.Event:2"),
+                Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)),
+            ):
+                RecordWriter(file).write(event.SerializeToString())
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        values = [
+            Summary.Value(tag=f"train/{name}" if name != "eval_loss" else "eval/loss", simple_value=value)
+            for name, value in row.items()
+            if name != "step" and isinstance(value, float)
+        ]
+        event = Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
+        with open(self._path, "ab") as file:
+            RecordWriter(file).write(event.SerializeToString())
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut off by a kill is dropped. [] without a file."""
-    if not file.exists():
+    """The rows of a metrics.jsonl by step, each step's last one; [] without a file. Anything else in it, such as the
+    half line that a kill leaves, is passed over."""
+    rows: dict[int, dict[str, Any]] = {}
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
         return []
-    rows = []
-    lines = file.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines):
+    for line in lines:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number != len(lines) - 1:
-                raise
-    return rows
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("loss"), float):
+            rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
 
 
 class LiveLine:
-    """One line that is rewritten on a terminal; elsewhere a plain line every few steps. Silent on other ranks."""
+    """One line that is rewritten on a terminal; elsewhere a plain line every few steps. Silent on other ranks, and when
+    the terminal has gone."""
 
     def __init__(self, steps: int, start: int, *, enabled: bool, stream: TextIO = sys.stderr, every: int | None = None):
         self._bar = None
@@ -85,22 +184,19 @@ class LiveLine:
         if share is not None:
             parts.append(f"{share:.0%} of peak")
         text = " | ".join(parts)
-        if self._bar is not None:
-            self._bar.set_description_str(f"{text} | ", refresh=False)
-            self._bar.update(1)
-        elif self._enabled and (row["step"] % self._every == 0 or row["step"] in (1, self._steps)):
-            print(f"step {row['step']}/{self._steps} | {text} | {clock(left)} left", file=self._stream, flush=True)
-
-    def say(self, text: str) -> None:
-        """A message of its own line, without tearing the live one."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        elif self._enabled:
-            print(text, file=self._stream, flush=True)
+        try:
+            if self._bar is not None:
+                self._bar.set_description_str(f"{text} | ", refresh=False)
+                self._bar.update(1)
+            elif self._enabled and (row["step"] % self._every == 0 or row["step"] in (1, self._steps)):
+                print(f"step {row['step']}/{self._steps} | {text} | {clock(left)} left", file=self._stream, flush=True)
+        except (OSError, ValueError):  # nobody is left to tell
+            self._bar, self._enabled = None, False
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        with contextlib.suppress(OSError, ValueError):
+            if self._bar is not None:
+                self._bar.close()
 
 
 def short_number(value: float) -> str:

@@ -5,32 +5,39 @@ environment.json    versions, commit, devices, processes, parameters; one entry 
 metrics.jsonl       a line for each step (metrics.py)
 tensorboard/        the same for TensorBoard
 checkpoints/        checkpoint.py
-summary.json        the end: losses, times, memory
+summary.json        the end: "finished" true or false, losses, times, memory
 curve.png           plot.py
+.lock               held by the process that runs in the folder
+
+All but the checkpoints are for people: a run continues from a whole checkpoint alone, and writes the others anew.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import fcntl
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from march.training.distributed import World
+from march.training.checkpoint import Checkpoints, differences
+from march.training.distributed import World, say
 from march.training.errors import UsageError
+from march.training.files import read_json, write_json
 
+LOCK = ".lock"
 PACKAGES = ("torch", "triton", "deepspeed", "numpy", "tokenizers", "datasets", "flash-attn")
 
 
 class RunFolder:
-    """Paths and files of one run. Only rank 0 writes."""
+    """Paths and files of one run. Only rank 0 writes, and holds the lock."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -38,80 +45,150 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
         self.curve = path / "curve.png"
+        self._lock: int | None = None
 
     @classmethod
-    def create(cls, parent: Path, experiment: str, budget: str, given: Path | None) -> RunFolder:
-        """A new folder: `given`, or `parent`/<experiment>-<budget>-<date>; a name in use gets a number.
+    def create(cls, parent: Path, experiment: str, budget: str, seed: int, given: Path | None) -> RunFolder:
+        """A new folder, locked: `given`, or `parent`/<experiment>-<budget>[-seed<seed>]-<date>; a name in use gets a
+        number, and seed 42, the recipe's, is not written.
 
         Raises:
-            UsageError: `given` holds a run already, or cannot be made.
+            UsageError: `given` holds something already, or cannot be made.
         """
         if given is not None:
-            if (given / "config.json").exists():
-                raise UsageError(
-                    f"expected a new folder for --run-dir, got {given}, which holds a run; "
-                    f"continue it with --resume {given}, or give another name"
-                )
             candidates = [given]
         else:
-            stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-            base = parent / f"{experiment}-{budget}-{stamp}"
+            seeded = "" if seed == 42 else f"-seed{seed}"
+            base = parent / f"{experiment}-{budget}{seeded}-{datetime.now(UTC).strftime('%Y%m%d-%H%M%S')}"
             candidates = [base, *(base.with_name(f"{base.name}-{n}") for n in range(2, 100))]
         for candidate in candidates:
             try:
                 # two runs started in one second must not share a folder
                 candidate.mkdir(parents=True, exist_ok=given is not None)
             except FileExistsError:
-                continue
+                if given is None:
+                    continue
+                raise UsageError(f"expected a new folder for --run-dir, got the file {given}; give another") from None
             except OSError as error:
                 raise UsageError(
                     f"expected to create {candidate}, got {error.strerror}; give another --run-dir"
                 ) from error
-            return cls(candidate)
+            folder = cls(candidate)
+            folder.lock()
+            held = sorted(path.name for path in candidate.iterdir() if path.name != LOCK)
+            if held:
+                folder.unlock()
+                fix = f"continue the run in it with --resume {given}, or " if folder.holds_run() else ""
+                raise UsageError(
+                    f"expected a new folder for --run-dir, got {given}, which holds "
+                    f"{'a run' if fix else ', '.join(held[:3])}; {fix}give another name"
+                )
+            return folder
         raise UsageError(f"expected a free name beside {candidates[0]}, got none; give --run-dir")
 
     @classmethod
     def existing(cls, path: Path) -> RunFolder:
-        """The folder of a run that was started before.
+        """The folder of a run that was started before, locked.
 
         Raises:
-            UsageError: there is no config.json in it.
+            UsageError: there is no run in it, it cannot be written to, or another process runs in it.
         """
-        if not (path / "config.json").is_file():
+        folder = cls(path)
+        if not folder.holds_run():
             raise UsageError(f"expected a run folder with a config.json, got {path}; give the folder after --resume")
-        return cls(path)
+        folder.lock()
+        return folder
 
     @classmethod
     def newest(cls, parent: Path, experiment: str | None, budget: str | None) -> RunFolder:
-        """The newest run under `parent`, of this experiment and budget where they are given.
+        """The newest run under `parent`, of this experiment and budget where they are given, locked.
 
         Raises:
             UsageError: there is none.
         """
-        found = []
-        for file in parent.glob("*/config.json"):
-            config = json.loads(file.read_text(encoding="utf-8"))
-            if experiment in (None, config["experiment"]) and budget in (None, config["budget"]["name"]):
-                found.append((config["started"], file.parent))
+        found, unknown = [], []
+        for path in sorted(parent.iterdir()) if parent.is_dir() else ():
+            folder = cls(path)
+            if not folder.holds_run():
+                continue
+            told = next((run for run in folder.told() if _is_told(run)), None)
+            if told is None:
+                unknown.append(path.name)
+            elif experiment in (None, told["experiment"]) and budget in (None, told["budget"]["name"]):
+                found.append((told["started"], path))
         if not found:
             what = " ".join(part for part in (experiment, budget) if part) or "any experiment"
-            raise UsageError(f"expected a run of {what} in {parent}, got none; give its folder after --resume")
-        return cls(max(found)[1])
+            aside = f" (unreadable: {', '.join(unknown)})" if unknown else ""
+            raise UsageError(f"expected a run of {what} in {parent}, got none{aside}; give its folder after --resume")
+        return cls.existing(max(found)[1])
 
-    def read_config(self) -> dict[str, Any]:
-        return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+    def holds_run(self) -> bool:
+        return (self.path / "config.json").is_file() or self.checkpoints.is_dir()
+
+    def told(self) -> Iterator[dict[str, Any]]:
+        """What config.json says of the run, then what each checkpoint does, newest first, where they can be read."""
+        with contextlib.suppress(UsageError):
+            yield read_json(self.path / "config.json")
+        for state in Checkpoints(self.checkpoints, 1).states():
+            if isinstance(state.get("run"), dict):
+                yield state["run"]
+
+    def lock(self) -> None:
+        """Make this process the folder's only owner, until it ends in whatever way.
+
+        Raises:
+            UsageError: another one is, or the folder cannot be written to.
+        """
+        try:
+            descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise UsageError(
+                f"expected a run folder that can be written to, got {self.path} ({error.strerror}); copy it to another "
+                "place and --resume the copy"
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(descriptor, 100).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise UsageError(
+                f"expected a run folder of its own, got {self.path}, in which process {owner or '?'} is running; wait "
+                "for its end, or give another folder"
+            ) from None
+        with contextlib.suppress(OSError):  # who owns it is only for the message; a full disk must not stop a resume
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()} on {platform.node()}".encode())
+        self._lock = descriptor
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Replace the JSON file `name`."""
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path / name)
+        write_json(self.path / name, content)
 
     def add_environment(self, entry: Mapping[str, Any]) -> None:
         """Append to environment.json: a resumed run may run elsewhere."""
         file = self.path / "environment.json"
-        starts = json.loads(file.read_text(encoding="utf-8"))["starts"] if file.exists() else []
-        self.write("environment.json", {"starts": [*starts, dict(entry)]})
+        starts: list[Any] = []
+        if os.path.lexists(file):
+            try:
+                starts = list(read_json(file).get("starts", []))
+            except (UsageError, TypeError) as error:
+                say(None, f"WARNING: {error}: earlier starts are lost")
+        try:
+            self.write("environment.json", {"starts": [*starts, dict(entry)]})
+        except OSError as error:
+            say(None, f"WARNING: {file} could not be written ({error.strerror}): the run goes on without")
+
+
+def _is_told(run: Mapping[str, Any]) -> bool:
+    """Whether it says what `newest` asks."""
+    budget = run.get("budget")
+    names = (run.get("experiment"), run.get("started"), budget.get("name") if isinstance(budget, dict) else None)
+    return all(isinstance(name, str) for name in names)
 
 
 def refuse_other_identity(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -120,23 +197,12 @@ def refuse_other_identity(stored: Mapping[str, Any], asked: Mapping[str, Any]) -
     Raises:
         UsageError: naming every differing field, dotted, with both values.
     """
-    before, now = _flat(stored), _flat(asked)
-    differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    if differing:
-        fields = "; ".join(f"{key}: the run has {before.get(key)!r}, asked {now.get(key)!r}" for key in differing)
+    odd = differences(stored, asked)
+    if odd:
+        fields = "; ".join(f"{key}: the run has {theirs!r}, asked {ours!r}" for key, theirs, ours in odd)
         raise UsageError(
             f"expected --resume with the run's own settings, got {fields}; leave these options out, or start a new run"
         )
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(tree, Mapping):
-        flat: dict[str, Any] = {}
-        for key, value in tree.items():
-            flat.update(_flat(value, f"{path}.{key}" if path else str(key)))
-        return flat
-    # what is read back from JSON has lists for tuples
-    return {path: list(tree) if isinstance(tree, (tuple, list)) else tree}
 
 
 def environment(world: World, **facts: Any) -> dict[str, Any]:

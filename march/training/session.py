@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,16 @@ from torch import nn
 import kernels
 import march
 from march import config as configuration
-from march import cost, experiments
+from march import cost
 from march.config import ModelConfig
 from march.data import DataError, Examples, SpanCorruption, Store
 from march.data.vocabulary import SMALLEST
-from march.training import published, selftest
-from march.training.arguments import Request
-from march.training.budget import Budget
+from march.training import selftest
+from march.training.arguments import Request, may_be_remembered
 from march.training.checkpoint import Checkpoint, Checkpoints
 from march.training.distributed import World, from_first, largest, say, together
 from march.training.errors import UsageError
-from march.training.loop import Plan, Trainer
+from march.training.files import read_json
 from march.training.microbatch import (
     available_memory,
     choose_micro_batch,
@@ -33,8 +31,7 @@ from march.training.microbatch import (
     total_memory,
     trial,
 )
-from march.training.plot import plot_curve
-from march.training.runfolder import RunFolder, device_name, environment
+from march.training.runfolder import RunFolder, device_name
 
 # Validation is drawn the same way whatever the run's seed, so that seeds can be compared.
 EVALUATION_SEED = 0
@@ -123,6 +120,12 @@ def check_lengths(config: ModelConfig, corruption: SpanCorruption) -> None:
         )
 
 
+def resume_command(folder: RunFolder, world: World) -> str:
+    """What continues the run, in one line."""
+    launcher = "python" if world.size == 1 else f"deepspeed --num_gpus {world.local_size}"
+    return f"{launcher} train.py --resume {shlex.quote(str(folder.path))}"
+
+
 def identity(request: Request, config: ModelConfig, store: Store) -> dict[str, Any]:
     """What a run must share with the one it continues. Steps, micro-batch, processes, ZeRO and impl may change."""
     free = ("name", "label", "comparable", "steps", "checkpoint_every", "keep_checkpoints")
@@ -137,36 +140,68 @@ def identity(request: Request, config: ModelConfig, store: Store) -> dict[str, A
 
 
 def find_run(
-    given: str, experiment: str | None, budget: str | None, parent: Path, world: World
-) -> tuple[RunFolder, dict[str, Any]]:
-    """The folder to continue and its config.json, read by rank 0."""
+    given: str | None, experiment: str | None, budget: str | None, parent: Path, before: int | None, world: World
+) -> tuple[RunFolder, Checkpoint]:
+    """The folder to continue, locked, and its newest whole checkpoint (`before`: with fewer steps than that).
 
-    def find() -> tuple[str, dict[str, Any]]:
-        folder = RunFolder.existing(Path(given)) if given else RunFolder.newest(parent, experiment, budget)
-        return str(folder.path), folder.read_config()
+    Rank 0 reads it, the others get its state without the tensors. All that a run was is in the checkpoint; config.json
+    only tells, where it can be read, whose checkpoints these must be.
+    """
+
+    def find() -> tuple[RunFolder, Checkpoint]:
+        folder = RunFolder.newest(parent, experiment, budget) if given is None else RunFolder.existing(Path(given))
+        identity = None
+        try:
+            identity = read_json(folder.path / "config.json").get("identity")
+        except UsageError as error:
+            say(world, f"WARNING: {error}: written anew from the checkpoint")
+        if not isinstance(identity, dict):
+            identity = None
+        checkpoint = Checkpoints(folder.checkpoints, 1, identity).load(before=before, check=check_state)
+        if checkpoint.warning:
+            say(world, f"WARNING: {checkpoint.warning}")
+        return folder, checkpoint
 
     found = together(world, find, when=world.is_first)
-    path, config = from_first(world, found)  # type: ignore[misc]
-    return RunFolder(Path(path)), config
+    path, tag, state = from_first(world, (found[0].path, found[1].path, found[1].state) if found else None)  # type: ignore[misc]
+    return found or (RunFolder(path), Checkpoint(tag, state, {}))
+
+
+def check_state(checkpoint: Checkpoint) -> None:
+    """UsageError when a whole checkpoint's state lacks what a run continues from."""
+    state, step = checkpoint.state, checkpoint.step
+    run = state.get("run")
+    rows = state.get("rows")
+    whole = (
+        isinstance(run, dict)
+        and isinstance(run.get("arguments"), dict)
+        and may_be_remembered(run["arguments"])
+        and isinstance(run.get("numerics"), dict)
+        and isinstance(state.get("identity"), dict)
+        and isinstance(state["identity"].get("precision"), str)
+        and isinstance(state.get("elapsed"), float)
+        and isinstance(rows, list)
+        and all(isinstance(row, dict) and isinstance(row.get("loss"), float) for row in rows)
+        and [row.get("step") for row in rows] == list(range(1, step + 1))
+    )
+    if not whole:
+        raise UsageError(
+            f"{checkpoint.path.name}: expected a run's settings and metrics of {step} steps in state.json, got others; "
+            "use another checkpoint"
+        )
 
 
 def create_folder(given: str | None, request: Request, parent: Path, world: World) -> RunFolder:
-    """A new run folder, made by rank 0."""
+    """A new run folder, made and locked by rank 0."""
 
     def create() -> RunFolder:
-        return RunFolder.create(parent, request.experiment.name, request.budget_name, Path(given) if given else None)
+        return RunFolder.create(
+            parent, request.experiment.name, request.budget_name, request.seed, Path(given) if given else None
+        )
 
     folder = together(world, create, when=world.is_first)
-    return RunFolder(Path(from_first(world, str(folder.path) if folder else "")))
-
-
-def load_checkpoint(folder: RunFolder, budget: Budget, world: World) -> Checkpoint:
-    """The newest whole checkpoint; rank 0 reads it, the others get its state without the tensors."""
-    loaded = together(world, Checkpoints(folder.checkpoints, budget.keep_checkpoints).load, when=world.is_first)
-    if loaded is not None and loaded.warning:
-        say(world, f"WARNING: {loaded.warning}")
-    state = from_first(world, loaded.state if loaded else {})
-    return loaded or Checkpoint(folder.checkpoints, state, {})
+    path = from_first(world, folder.path if folder else None)
+    return folder or RunFolder(path)  # type: ignore[arg-type]
 
 
 def check_kernels(request: Request, world: World) -> None:
@@ -191,6 +226,27 @@ def fastest_precision(world: World) -> str:
     return from_first(world, "bf16" if measured == torch.bfloat16 else "fp32")
 
 
+def fix_numerics(stored: Mapping[str, Any] | None, world: World) -> dict[str, Any]:
+    """What decides a run's last bits beside its settings: measured or looked up by rank 0 when a run starts, kept by
+    every rank and every resume, said where another machine cannot keep it."""
+    threads = torch.get_num_threads()
+    now: dict[str, Any] = {"device": device_name(world), "processes": world.size, "threads": threads}
+    if world.device.type == "cpu":
+        library = (stored or {}).get("float32_library")
+
+        def choose() -> str:
+            return kernels.portable.fix_float32_library(library)
+
+        now["float32_library"] = from_first(world, together(world, choose, when=world.is_first))
+        together(world, lambda: kernels.portable.fix_float32_library(now["float32_library"]))
+    changed = [
+        f"{name} {stored.get(name)} -> {value}" for name, value in now.items() if stored and stored.get(name) != value
+    ]
+    if changed:
+        say(world, f"WARNING: losses continue to within rounding, not bit by bit: {', '.join(changed)}")
+    return now
+
+
 def build_model(request: Request, config: ModelConfig) -> nn.Module:
     """The experiment's model on the CPU, float32, the same on every rank."""
     torch.manual_seed(request.seed)
@@ -199,9 +255,15 @@ def build_model(request: Request, config: ModelConfig) -> nn.Module:
 
 
 def fit_micro_batch(
-    request: Request, config: ModelConfig, model: nn.Module, corruption: SpanCorruption, world: World
+    request: Request,
+    config: ModelConfig,
+    model: nn.Module,
+    corruption: SpanCorruption,
+    world: World,
+    before: int | None = None,
 ) -> int:
-    """--micro-batch, or what the memory estimate allows; tried on the device, halved where it does not fit."""
+    """--micro-batch, or `before`, that of the run so far (another would change the order of sums), or what the memory
+    estimate allows; tried on the device, halved where it does not fit."""
     share = share_of_process(request.budget.global_batch, world.size)
     lengths = (corruption.input_length, corruption.label_length)
     if request.micro_batch is not None:
@@ -211,6 +273,8 @@ def fit_micro_batch(
                 f"expected --micro-batch to divide the {share} sequences of a process, got {start}; "
                 f"use {largest_divisor(share, start)}"
             )
+    elif before is not None and share % before == 0:
+        start = before
     else:
         fits = cost.fitting_micro_batch(
             config,
@@ -245,134 +309,3 @@ def peak_share(
         return lambda sequences_per_second: None
     work = cost.training_flops(config, corruption.input_length, corruption.label_length)
     return lambda sequences_per_second: sequences_per_second * work / peak
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Tied ones once, dead ones included."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def largest_memory(memory: Mapping[str, float], world: World) -> dict[str, float]:
-    """The largest of any process, in MiB."""
-    return {name: round(largest(world, value), 1) for name, value in memory.items()}
-
-
-def write_start(
-    folder: RunFolder,
-    request: Request,
-    config: ModelConfig,
-    same: Mapping[str, Any],
-    model: nn.Module,
-    plan: Plan,
-    trainer: Trainer,
-    store: Store,
-    world: World,
-) -> None:
-    """config.json (of a new run) and an entry in environment.json, before the first step."""
-    if not (folder.path / "config.json").exists():
-        published_config = experiments.configuration(request.experiment.name)
-        folder.write(
-            "config.json",
-            {
-                "experiment": request.experiment.name,
-                "control": request.experiment.control,
-                "budget": request.budget.to_dict() | {"name": request.budget_name},
-                "comparable": request.comparable,
-                "config": configuration.to_dict(config),
-                "difference": {
-                    "base": request.experiment.base,
-                    "from_base": experiments.difference(request.experiment.name),
-                    "in_this_run": configuration.difference(config, published_config),  # --set, corpus, precision
-                },
-                "arguments": request.remembered,
-                "identity": same,
-                "started": datetime.now(UTC).isoformat(),
-            },
-        )
-    folder.add_environment(
-        environment(
-            world,
-            seed=plan.seed,
-            precision=plan.precision,
-            zero=plan.zero,
-            impl=request.impl,
-            optimizer=type(trainer.engine.basic_optimizer).__module__,
-            impl_chosen=kernels.describe(request.impl, world.device),
-            micro_batch=plan.micro_batch,
-            accumulation=trainer.accumulation,
-            parameters=count_parameters(model),
-            first_step=trainer.step + 1,
-            train_sequences=len(plan.train),
-            validation_sequences=min(len(plan.validation), request.budget.eval_sequences),
-            data=str(store.path),
-            data_source=store.manifest["source"],
-        )
-    )
-
-
-def write_end(
-    folder: RunFolder,
-    request: Request,
-    config: ModelConfig,
-    rows: Sequence[Mapping[str, Any]],
-    entropy: float,
-    world: World,
-    end: Mapping[str, Any],
-) -> None:
-    """summary.json and curve.png, on rank 0; also for a run that was stopped or failed."""
-    if not world.is_first:
-        return
-    folder.write(
-        "summary.json",
-        {
-            "experiment": request.experiment.name,
-            "budget": request.budget_name,
-            "comparable": request.comparable,
-            "ln_vocabulary": math.log(config.vocab_size),
-            "unigram_entropy": entropy,
-            "processes": world.size,
-            "device": device_name(world),
-            **end,
-        },
-    )
-    if rows:
-        plot_curve(
-            rows,
-            folder.curve,
-            title=request.experiment.name,
-            subtitle=(
-                f"{request.budget_name} budget: {request.budget.global_batch} x {request.budget.raw_length} tokens a "
-                f"step, from {request.data.name}; {config.vocab_size:,} tokens in the vocabulary"
-            ),
-            vocab_size=config.vocab_size,
-            unigram_entropy=entropy,
-        )
-
-
-def closing_lines(
-    request: Request, config: ModelConfig, folder: RunFolder, end: Mapping[str, Any], entropy: float
-) -> str:
-    """What a user reads at the end: losses with their landmarks, speed, memory, and how far to trust them."""
-    lines = []
-    if end["stopped_by"]:
-        lines.append(f"stopped by {end['stopped_by']} after step {end['steps']}; continue with --resume {folder.path}")
-    evaluated = "none" if end["eval_loss"] is None else f"{end['eval_loss']:.4f}"
-    test = "" if end["test_loss"] is None else f", test {end['test_loss']:.4f}"
-    lines.append(
-        f"loss {end['first_loss']:.4f} -> {end['final_loss']:.4f}, eval {evaluated}{test} "
-        f"(ln V {math.log(config.vocab_size):.4f}, unigram entropy {entropy:.4f})"
-    )
-    memory = ", ".join(
-        f"{name.replace('_', ' ').removesuffix(' mib')} {end[name]:.0f} MiB" for name in end if "memory" in name
-    )
-    lines.append(f"{end['tokens_per_second']:.0f} tokens/s, {end['process_seconds']:.0f} s in all, {memory}")
-    if not end["stopped_by"]:
-        if request.comparable and end["eval_loss"] is not None:
-            control = request.experiment.control or "Baseline"
-            lines.append(
-                published.comparison(request.experiment.name, control, end["mean_last_losses"], end["eval_loss"])
-            )
-        else:
-            lines.append("these losses cannot be compared with the published ones, nor with another budget's")
-    lines.append(f"{folder.path}: config.json, metrics.jsonl, summary.json, {folder.curve.name}")
-    return "\n".join(lines)

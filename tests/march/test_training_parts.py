@@ -11,11 +11,11 @@ import pytest
 import torch
 from training_support import process_world
 
-from march.training import checkpoint as checkpoint_module
-from march.training.arguments import build_parser, check, fill_from
+from march.training.arguments import NEWEST, build_parser, check, fill_from
 from march.training.budget import DEMO, PAPER, get_budget
 from march.training.checkpoint import Checkpoints, tag_of
 from march.training.errors import RunError, UsageError
+from march.training.files import sha256
 from march.training.metrics import LiveLine, Metrics, clock, read, short_number
 from march.training.microbatch import (
     available_memory,
@@ -123,7 +123,7 @@ def test_malicious_pickle_with_a_right_hash_does_not_run(saved, tmp_path):
     manifest = json.loads((target / "manifest.json").read_text())
     manifest["files"]["model.pt"] = {
         "bytes": (target / "model.pt").stat().st_size,
-        "sha256": checkpoint_module._sha256(target / "model.pt"),
+        "sha256": sha256(target / "model.pt"),
     }
     (target / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UsageError, match=r"expected tensors in model\.pt"):
@@ -219,8 +219,8 @@ def test_only_the_recipe_itself_is_comparable():
 
 
 def test_launcher_arguments_are_accepted_and_resume_fills_what_was_not_given():
-    given = build_parser().parse_args(["--local_rank=1", "--resume", "--steps", "9"])
-    assert given.resume == ""
+    given = build_parser().parse(["--local_rank=1", "--resume", "--steps", "9"])
+    assert given.resume is NEWEST
     filled = fill_from(given, {"exp": "Database", "steps": 4, "set": ["dropout=0.2"], "budget": "demo"})
     again = check(filled, cuda=True)
     assert (again.experiment.name, again.budget.steps, again.overrides) == ("Database", 9, {"dropout": 0.2})
@@ -268,8 +268,8 @@ def test_other_errors_are_not_taken_for_memory():
 
 
 def test_run_folder_never_mixes_two_runs(tmp_path):
-    first = RunFolder.create(tmp_path, "Baseline", "demo", None)
-    second = RunFolder.create(tmp_path, "Baseline", "demo", None)
+    first = RunFolder.create(tmp_path, "Baseline", "demo", 42, None)
+    second = RunFolder.create(tmp_path, "Baseline", "demo", 42, None)
     assert first.path != second.path
     assert first.path.name.startswith("Baseline-demo-20")
     first.write("config.json", {"experiment": "Baseline", "budget": {"name": "demo"}, "started": "2026-01-01"})
@@ -279,7 +279,7 @@ def test_run_folder_never_mixes_two_runs(tmp_path):
     with pytest.raises(UsageError, match="got none"):
         RunFolder.newest(tmp_path, "Baseline", "paper")
     with pytest.raises(UsageError, match="which holds a run"):
-        RunFolder.create(tmp_path, "Baseline", "demo", first.path)
+        RunFolder.create(tmp_path, "Baseline", "demo", 42, first.path)
 
 
 def test_identity_names_every_difference():
@@ -301,7 +301,7 @@ def test_metrics_of_steps_that_run_again_are_dropped(tmp_path):
     rows = [{"step": step, "loss": float(step)} for step in (1, 2, 3)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "lo')
     assert read(file) == rows
-    metrics = Metrics(file, tmp_path / "tensorboard", resume_step=2)
+    metrics = Metrics(file, tmp_path / "tensorboard", read(file)[:2])
     metrics.add({"step": 3, "loss": 30.0, "grad_norm": None})
     metrics.close()
     assert [row["loss"] for row in read(file)] == [1.0, 2.0, 30.0]

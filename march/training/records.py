@@ -1,0 +1,180 @@
+"""What a run writes about itself for people: what it is, where it runs, how it ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from torch import nn
+
+import kernels
+from march import config as configuration
+from march import experiments
+from march.config import ModelConfig
+from march.data import Store
+from march.training import published
+from march.training.arguments import Request
+from march.training.distributed import World, largest, say
+from march.training.errors import RunError
+from march.training.files import first_line
+from march.training.loop import Plan, Trainer
+from march.training.plot import plot_curve
+from march.training.runfolder import RunFolder, device_name, environment
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Tied ones once, dead ones included."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def largest_memory(memory: Mapping[str, float], world: World) -> dict[str, float]:
+    """The largest of any process, in MiB."""
+    return {name: round(largest(world, value), 1) for name, value in memory.items()}
+
+
+def describe(
+    request: Request, config: ModelConfig, numerics: Mapping[str, Any], before: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What config.json and every checkpoint say of the run; `before`: what they said when it began."""
+    published_config = experiments.configuration(request.experiment.name)
+    return {
+        "experiment": request.experiment.name,
+        "control": request.experiment.control,
+        "seed": request.seed,
+        "budget": request.budget.to_dict() | {"name": request.budget_name, "seed": request.seed},
+        "comparable": request.comparable,
+        "config": configuration.to_dict(config),
+        "difference": {
+            "base": request.experiment.base,
+            "from_base": experiments.difference(request.experiment.name),
+            "in_this_run": configuration.difference(config, published_config),  # --set, corpus, precision
+        },
+        "arguments": request.remembered,
+        "numerics": dict(numerics),
+        "started": (before or {}).get("started", datetime.now(UTC).isoformat()),
+    }
+
+
+def write_start(
+    folder: RunFolder,
+    request: Request,
+    plan: Plan,
+    model: nn.Module,
+    trainer: Trainer,
+    store: Store,
+    world: World,
+) -> None:
+    """config.json, an entry in environment.json, and a summary.json that says that the run has not ended.
+
+    Raises:
+        RunError: they cannot be written; better known before the first step than at the first checkpoint.
+    """
+    try:
+        folder.write("config.json", {**plan.run, "identity": plan.identity})
+        folder.write("summary.json", {"finished": False, "stopped_by": "no end yet: running, or killed"})
+    except OSError as error:
+        raise RunError(f"{folder.path} could not be written to: {error.strerror}; free space there first") from error
+    folder.add_environment(
+        environment(
+            world,
+            seed=plan.seed,
+            precision=plan.precision,
+            zero=plan.zero,
+            impl=request.impl,
+            optimizer=type(trainer.engine.basic_optimizer).__module__,
+            impl_chosen=kernels.describe(request.impl, world.device),
+            numerics=plan.run["numerics"],
+            micro_batch=plan.micro_batch,
+            accumulation=trainer.accumulation,
+            parameters=count_parameters(model),
+            first_step=trainer.step + 1,
+            train_sequences=len(plan.train),
+            validation_sequences=min(len(plan.validation), request.budget.eval_sequences),
+            data=str(store.path),
+            data_source=store.manifest["source"],
+        )
+    )
+
+
+def write_end(
+    folder: RunFolder,
+    request: Request,
+    config: ModelConfig,
+    rows: Sequence[Mapping[str, Any]],
+    entropy: float,
+    world: World,
+    end: Mapping[str, Any],
+) -> None:
+    """summary.json and curve.png, on rank 0; also for a run that was stopped or failed. Its "finished" is how others
+    know that a run is complete: DeepSpeed's launcher returns 0 for some that were killed.
+
+    Raises:
+        RunError: summary.json of a finished run could not be written.
+    """
+    if not world.is_first:
+        return
+    summary = {
+        "experiment": request.experiment.name,
+        "budget": request.budget_name,
+        "seed": request.seed,
+        "comparable": request.comparable,
+        "ln_vocabulary": math.log(config.vocab_size),
+        "unigram_entropy": entropy,
+        "processes": world.size,
+        "device": device_name(world),
+        **end,
+    }
+    try:
+        folder.write("summary.json", summary)
+    except OSError as error:
+        text = f"{folder.path / 'summary.json'} could not be written: {error.strerror}; checkpoints are whole"
+        if end["finished"]:
+            raise RunError(f"the run is done, but {text}") from error
+        say(world, f"WARNING: {text}")
+    if not rows:
+        return
+    try:
+        plot_curve(
+            rows,
+            folder.curve,
+            title=request.experiment.name,
+            subtitle=(
+                f"{request.budget_name} budget: {request.budget.global_batch} x {request.budget.raw_length} tokens a "
+                f"step, from {request.data.name}; {config.vocab_size:,} tokens in the vocabulary"
+            ),
+            vocab_size=config.vocab_size,
+            unigram_entropy=entropy,
+        )
+    except Exception as error:  # a picture ends no run
+        say(world, f"WARNING: {folder.curve} could not be drawn ({first_line(error)})")
+
+
+def closing_lines(
+    request: Request, config: ModelConfig, folder: RunFolder, end: Mapping[str, Any], entropy: float
+) -> str:
+    """What a user reads at the end: losses with their landmarks, speed, memory, and how far to trust them."""
+    lines = []
+    if end["stopped_by"]:
+        lines.append(f"stopped by {end['stopped_by']} after step {end['steps']}; continue with --resume {folder.path}")
+    evaluated = "not evaluated yet" if end["eval_loss"] is None else f"eval {end['eval_loss']:.4f}"
+    test = "" if end["test_loss"] is None else f", test {end['test_loss']:.4f}"
+    lines.append(
+        f"loss {end['first_loss']:.4f} -> {end['final_loss']:.4f}, {evaluated}{test} "
+        f"(ln V {math.log(config.vocab_size):.4f}, unigram entropy {entropy:.4f})"
+    )
+    memory = ", ".join(
+        f"{name.replace('_', ' ').removesuffix(' mib')} {end[name]:.0f} MiB" for name in end if "memory" in name
+    )
+    lines.append(f"{end['tokens_per_second']:.0f} tokens/s, {end['process_seconds']:.0f} s in all, {memory}")
+    if not end["stopped_by"]:
+        if request.comparable and end["eval_loss"] is not None:
+            control = request.experiment.control or "Baseline"
+            lines.append(
+                published.comparison(request.experiment.name, control, end["mean_last_losses"], end["eval_loss"])
+            )
+        else:
+            lines.append("these losses cannot be compared with the published ones, nor with another budget's")
+    lines.append(f"{folder.path}: config.json, metrics.jsonl, summary.json, {folder.curve.name}")
+    return "\n".join(lines)

@@ -1,0 +1,6 @@
+"""Tests that break things use the helpers of the training tests."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "march"))
