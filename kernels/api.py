@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import packed, reference
+from kernels.activations import activation_of
 from kernels.dispatch import Impl, ImplementationError, choice, implementation
 from kernels.dropout import Dropout
 from kernels.portable.products import linear as portable_linear
@@ -159,7 +160,9 @@ def attention(
     head h // (H / G); a batch of 1 is shared by all sequences. K, Kv from 1 to 512. Returns [B, Lq, H, Kv].
 
     causal: query i sees keys j <= i (both counted from 0). key_lengths: integers [B], keys from there on are padding.
-    key_mask: bool [B, Lk], True where a key is real. A query that sees no key gives zeros and zero gradients.
+    key_mask: bool [B, Lk], True where a key is real. What stands in
+    padding, NaN too, reaches neither O nor a gradient (of the fused kernels: beyond key_lengths, not behind a
+    key_mask); the future under causal is data like any. A query that sees no key gives zeros and zero gradients.
     dropout: on the probabilities, rows (sequence, head, query), columns keys.
     """
     op = "attention"
@@ -416,13 +419,7 @@ def glu(
         "weights are [out, in]",
     )
     _check(kind in ("plain", "gated", "mixed"), op, "kind plain, gated or mixed", repr(kind), "name one of them")
-    _check(
-        activation in reference.ACTIVATIONS,
-        op,
-        f"an activation among {', '.join(reference.ACTIVATIONS)}",
-        repr(activation),
-        "name one of them",
-    )
+    activation_of(activation, fused=choice(op, impl, x.device) == "triton")
     _check(
         kind == "plain" or weight.shape[0] % 2 == 0,
         op,
