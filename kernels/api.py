@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from kernels import packed, reference
+from kernels.activations import activation_of
 from kernels.dispatch import Impl, ImplementationError, choice, implementation
 from kernels.dropout import Dropout
 from kernels.portable.products import linear as portable_linear
@@ -186,7 +187,8 @@ def attention(
 
     causal: query i sees keys j <= i (both counted from 0). key_lengths: integers [B] of any value, keys from there on
     are padding. key_mask: bool [B, Lk], True where a key is real; one of the two. A query that sees no key gives zeros
-    and zero gradients. What lies in padding keys and their values, NaN included, reaches neither output nor gradient.
+    and zero gradients. What stands in padding keys and their values, NaN too, reaches neither O nor a gradient; the
+    future under causal is data like any.
     dropout: on the probabilities, rows (sequence, head, query), columns keys.
     """
     op = "attention"
@@ -443,13 +445,7 @@ def glu(
         "weights are [out, in]",
     )
     _check(kind in ("plain", "gated", "mixed"), op, "kind plain, gated or mixed", repr(kind), "name one of them")
-    _check(
-        activation in reference.ACTIVATIONS,
-        op,
-        f"an activation among {', '.join(reference.ACTIVATIONS)}",
-        repr(activation),
-        "name one of them",
-    )
+    activation_of(activation, fused=choice(op, impl, x.device) == "triton")
     _check(
         kind == "plain" or weight.shape[0] % 2 == 0,
         op,

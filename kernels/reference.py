@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.activations import activation_of
 from kernels.dropout import SEGMENT_COLUMNS, Dropout, keep_mask, keep_scale, stream_keep_mask
 
 
@@ -49,6 +50,12 @@ def masked_softmax(scores: Tensor, valid: Tensor) -> Tensor:
     return weights / total.masked_fill(total == 0, 1.0)
 
 
+def without_padding(x: Tensor, batch: int, padding: Tensor) -> Tensor:
+    """x [B or 1, Lk, G, K] with zeros where padding [batch, Lk] is False: whatever stood there reaches nothing, while
+    0 times NaN would."""
+    return x.expand(batch, -1, -1, -1).masked_fill(~padding[..., None, None], 0.0)
+
+
 def _per_head(x: Tensor, batch: int, heads: int) -> Tensor:
     """Broadcasts keys or values [B or 1, Lk, G, K] to [batch, heads, Lk, K]."""
     x = x.expand(batch, -1, -1, -1).transpose(1, 2)
@@ -71,7 +78,9 @@ def attention(
     keys = k.shape[1]
     if keys == 0:
         return (q[..., :1] * 0.0).expand(*q.shape[:3], v.shape[3]) + v.sum() * 0.0 + k.sum() * 0.0
-    valid = key_padding(batch, keys, key_lengths, key_mask, q.device)[:, None, None]
+    padding = key_padding(batch, keys, key_lengths, key_mask, q.device)
+    k, v = without_padding(k, batch, padding), without_padding(v, batch, padding)
+    valid = padding[:, None, None]
     if causal:
         valid = valid & causal_valid(queries, keys, q.device)
     scores = torch.einsum("bmhk,bhnk->bhmn", q, _per_head(k, batch, heads)) * scale
@@ -102,7 +111,10 @@ def unified_attention(
     """
     batch, queries, heads, _ = q.shape
     own, other = k_own.shape[1], k_other.shape[1]
-    padding = key_padding(batch, other, key_lengths, key_mask, q.device)[:, None, None].expand(-1, 1, queries, -1)
+    real = key_padding(batch, other, key_lengths, key_mask, q.device)
+    if not as_published:
+        k_other, v_other = without_padding(k_other, batch, real), without_padding(v_other, batch, real)
+    padding = real[:, None, None].expand(-1, 1, queries, -1)
     causal = causal_valid(queries, own, q.device).expand(batch, 1, -1, -1)
     valid = torch.cat([padding, causal] if as_published else [causal, padding], dim=-1)
     k = torch.cat([_per_head(k_own, batch, heads), _per_head(k_other, batch, heads)], dim=2)
@@ -121,15 +133,6 @@ def unified_attention(
     return torch.einsum("bhmn,bhnk->bmhk", probabilities.to(v.dtype), v)
 
 
-ACTIVATIONS = {
-    "relu": torch.relu,
-    "gelu": F.gelu,  # the exact erf form
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "identity": lambda x: x,
-}
-
-
 def glu(
     x: Tensor,
     weight: Tensor,
@@ -143,11 +146,11 @@ def glu(
     """Hidden layer of a feedforward; contract in kernels.api.glu."""
     product = x @ weight.T
     if kind == "plain":
-        hidden = ACTIVATIONS[activation](product)
+        hidden = activation_of(activation).formula(product)
     else:
         gate, up = product.chunk(2, dim=-1)
         if kind == "gated":
-            hidden = ACTIVATIONS[activation](gate) * up
+            hidden = activation_of(activation).formula(gate) * up
         else:
             hidden = (drop(torch.sigmoid(gate), gate_dropout) + torch.relu(up)) * factor
     return drop(hidden, dropout)

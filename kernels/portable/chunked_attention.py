@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.dropout import Dropout, SiteKeys, keep_words, mask_, pack_keys, site_keys, unpack_keys
 from kernels.portable.products import bmm, matmul
-from kernels.reference import causal_valid, key_padding
+from kernels.reference import causal_valid, key_padding, without_padding
 
 _log = logging.getLogger("kernels")
 
@@ -39,7 +39,8 @@ class _Mask:
 
     def __init__(self, valid: Tensor, heads: int, dtype: torch.dtype):
         self.heads = heads
-        limit = max(UNSEEN, torch.finfo(dtype).min)  # float16 ends at 65504
+        # float16 ends at 65504; half of it, so that a low score added to it is still finite
+        limit = max(UNSEEN, torch.finfo(dtype).min / 2)
         self.bias = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill_(~valid, limit)
         alive = valid.any(-1, keepdim=True)
         self.alive: Tensor | None = alive.to(dtype)
@@ -218,6 +219,8 @@ def attention(
     padding = None
     if key_lengths is not None or key_mask is not None:
         padding = key_padding(batch, keys, key_lengths, key_mask, q.device)
+        if not (_eager_cpu(padding) and bool(padding.all())):
+            k, v = without_padding(k, batch, padding), without_padding(v, batch, padding)
     if q.device.type == "cuda":
         return _library(q, k, v, scale, causal, padding, None, dropout)
     mask = _mask(queries, keys, heads, causal, padding, q.dtype, q.device)
@@ -244,6 +247,8 @@ def unified_attention(
     padding = key_padding(batch, other, key_lengths, key_mask, q.device)
     if (key_lengths is None and key_mask is None) or (_eager_cpu(padding) and bool(padding.all())):
         padding = padding[:1]
+    else:
+        k_other, v_other = without_padding(k_other, batch, padding), without_padding(v_other, batch, padding)
     causal = causal_valid(queries, own, q.device)[None].expand(padding.shape[0], -1, -1)
     valid = torch.cat([causal, padding[:, None].expand(-1, queries, -1)], -1)
     if q.device.type == "cuda":

@@ -3,30 +3,15 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.activations import activation_of
 from kernels.dropout import Dropout, SiteKeys, pack_keys, unpack_keys
 from kernels.portable.drop import apply_, scale_of, stream_keys
 from kernels.portable.products import linear
 
 _aten = torch.ops.aten
-
-_ACTIVATIONS = {"relu": torch.relu, "gelu": F.gelu, "silu": F.silu, "sigmoid": torch.sigmoid, "identity": lambda x: x}
-
-
-def _activation_backward(name: str, d_out: Tensor, x: Tensor) -> Tensor:
-    """Gradient of the activation at x."""
-    if name == "relu":
-        return _aten.threshold_backward(d_out, x, 0)
-    if name == "gelu":
-        return _aten.gelu_backward(d_out, x)
-    if name == "silu":
-        return _aten.silu_backward(d_out, x)
-    if name == "sigmoid":
-        return _aten.sigmoid_backward(d_out, torch.sigmoid(x))
-    return d_out
 
 
 class _ReLU(torch.autograd.Function):
@@ -66,11 +51,11 @@ class _Hidden(torch.autograd.Function):
         gate_keys: SiteKeys | None,
     ) -> Tensor:
         if kind == "plain":
-            hidden = _ACTIVATIONS[activation](product)
+            hidden = activation_of(activation).formula(product)
             hidden = hidden.clone() if activation == "identity" else hidden
         elif kind == "gated":
             gate, up = product.chunk(2, dim=-1)
-            hidden = _ACTIVATIONS[activation](gate) * up
+            hidden = activation_of(activation).formula(gate) * up
         else:
             slow, fast = product.chunk(2, dim=-1)
             hidden = torch.add(torch.relu(fast), _slow(slow, gate_keys), alpha=scale_of(gate_keys))
@@ -90,13 +75,13 @@ class _Hidden(torch.autograd.Function):
         keys, gate_keys = unpack_keys(drawn, ctx.p, ctx.gate_p)
         d = apply_(d_hidden * ctx.scale, keys)
         if ctx.kind == "plain":
-            return _activation_backward(ctx.activation, d, product), *(None,) * 5
+            return activation_of(ctx.activation).backward(d, product), *(None,) * 5
         gate, up = product.chunk(2, dim=-1)
         d_product = torch.empty_like(product)
         d_gate, d_up = d_product.chunk(2, dim=-1)
         if ctx.kind == "gated":
-            torch.mul(d, _ACTIVATIONS[ctx.activation](gate), out=d_up)
-            d_gate.copy_(_activation_backward(ctx.activation, d.mul_(up), gate))
+            torch.mul(d, activation_of(ctx.activation).formula(gate), out=d_up)
+            d_gate.copy_(activation_of(ctx.activation).backward(d.mul_(up), gate))
         else:
             d_up.copy_(_aten.threshold_backward(d, up, 0))
             d_slow = apply_(d.mul_(scale_of(gate_keys)), gate_keys)

@@ -15,6 +15,8 @@ CHUNK_LOGITS = 1 << 25
 # Logits of one softmax: 34 tokens of a 30,000 vocabulary, 4 MB in float32, stay in the last-level cache.
 CACHED_LOGITS = 1 << 20
 
+GAIN = 256.0
+
 
 def _softmax_loss_(logits: Tensor, target: Tensor, valid: Tensor, needs_gradient: bool) -> Tensor:
     """Loss of each row of logits [T, V] at target [T]; with a gradient, logits become softmax - one-hot in place."""
@@ -39,12 +41,18 @@ def _softmax_loss_(logits: Tensor, target: Tensor, valid: Tensor, needs_gradient
     return losses.masked_fill_(~valid, 0.0)
 
 
+def _times(x: Tensor | None, factor: Tensor) -> Tensor | None:
+    """x times a float32 scalar, rounded to x's type once: a loss scale of 65536 is no float16."""
+    if x is None or x.device.type == "cpu":
+        return None if x is None else x * factor  # a CPU multiplies by the scalar in float32 as it is, in one pass
+    return (x * factor.view(1, 1)).to(x.dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Cross entropy of (h scale) E^T; tokens [T, D], labels [T].
 
     The gradients are linear in the incoming one, a scalar, so backward only scales them, and no logits are kept or
-    computed twice. valid / count is applied to rows of h and dh, not to the logits. dE of several chunks is
-    accumulated in float32.
+    computed twice. Scalar factors are applied in float32, last. dE of several chunks is accumulated in float32.
     """
 
     @staticmethod
@@ -54,7 +62,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count = valid.sum().clamp(min=1)
         unknown = valid & ((labels < 0) | (labels >= weight.shape[0]))
         target = labels.masked_fill(~valid | unknown, 0)
-        row_weight = (valid.to(wide) * scale / count).masked_fill_(unknown, torch.nan)[:, None]
+        counted = valid.to(h.dtype).masked_fill_(unknown, torch.nan)[:, None]
+        # what a row of h is weighted by in dE: a mean cannot overflow, GAIN keeps a float16 one from vanishing
+        row_weight = (valid.to(wide) * GAIN / count).masked_fill_(unknown, torch.nan)[:, None]
         losses = torch.empty(labels.shape, dtype=wide, device=h.device)
         needs_h, needs_weight = ctx.needs_input_grad[:2]
         dh = torch.empty_like(h) if needs_h else None
@@ -65,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = matmul(h[chunk] * scale, weight.T)
             losses[chunk] = _softmax_loss_(logits, target[chunk], valid[chunk], needs_h or needs_weight)
             if dh is not None:
-                dh[chunk] = matmul(logits, weight) * row_weight[chunk]
+                dh[chunk] = matmul(logits, weight).mul_(counted[chunk])
             if needs_weight:
                 part = matmul(logits.T, (h[chunk] * row_weight[chunk]).to(h.dtype))
                 if step < labels.shape[0]:
@@ -74,7 +84,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     dw = part
         if needs_weight and dw is None:
             dw = torch.zeros_like(weight)
-        ctx.save_for_backward(dh, None if dw is None else dw.to(weight.dtype))
+        ctx.save_for_backward(dh, None if dw is None else dw.to(weight.dtype), count)
+        ctx.scale = scale
         loss = losses.masked_fill_(unknown, torch.nan).sum() / count
         ctx.mark_non_differentiable(losses)
         ctx.set_materialize_grads(False)
@@ -83,8 +94,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, _: Tensor | None):  # type: ignore[override]
-        dh, dw = ctx.saved_tensors
-        return (*(None if x is None else x * d_loss.to(x.dtype) for x in (dh, dw)), None, None, None)
+        dh, dw, count = ctx.saved_tensors
+        d_loss = d_loss * ctx.scale
+        return _times(dh, d_loss / count), _times(dw, d_loss / GAIN), None, None, None
 
 
 def linear_cross_entropy(

@@ -37,7 +37,8 @@ class _Embedding(torch.autograd.Function):
         tokens = apply_(F.embedding(ids, table), keys).mul_(weight * scale_of(keys))
         places = positions[: ids.shape[1]]
         if position_keys is not None:
-            places = apply_(places.expand_as(tokens).contiguous(), position_keys)
+            # a copy for certain: of one sequence `contiguous()` is the table itself
+            places = apply_(places.expand_as(tokens).clone(memory_format=torch.contiguous_format), position_keys)
         ctx.save_for_backward(ids, unknown, *pack_keys(keys, position_keys))
         ctx.p, ctx.position_p = (None if k is None else k.p for k in (keys, position_keys))
         ctx.shapes = table.shape, positions.shape

@@ -17,7 +17,6 @@ from march.model.init import Rule, initialise, normal
 from march.model.layers import Block
 from march.model.modules import Axis, Dropout, ForwardContext, Norm, ResidualStream, zero_pad
 
-MASK32 = 0xFFFFFFFF
 # Below this width bfloat16 products gain nothing over float32 ones: the calls cost more than the arithmetic.
 NARROW = 256
 
@@ -100,7 +99,6 @@ class Transformer(nn.Module):
             self.database = Database(config.database_states, resolved.encoder[0].dim_qkv)
         self.encoder = Encoder(config, resolved.encoder, block)
         self.decoder = Stack(config, resolved.decoder, block)
-        self._own_step = 0
         # set by load_predecessor: where each stack's final norm stood in the checkpoint's list
         self.predecessor_final_norms: dict[str, int] = {}
         initialise(self, torch.initial_seed() if seed is None else seed)
@@ -142,8 +140,10 @@ class Transformer(nn.Module):
         if state is not None:
             # a copy: the caller may write the next step into its tensor before backward has drawn the masks again
             return state.clone()
-        self._own_step += 1
-        return kernels.dropout_state(torch.initial_seed() & MASK32, self._own_step & MASK32, device=device)
+        # from the CPU's generator on every device: manual_seed, fork_rng and activation checkpointing know it, the last
+        # even where no tensor argument names a GPU
+        words = torch.randint(1 << 32, (2,), device="cpu")
+        return torch.cat([words, words.new_zeros(1)]).to(device)
 
     def forward(
         self,
@@ -161,8 +161,8 @@ class Transformer(nn.Module):
         [B, Ld, V] are returned where asked for, or where there are no labels, else None. Lengths up to max_length.
 
         dropout_state: int64 [3], (seed, step, index of the first sequence in the global step), see
-        `kernels.dropout_state`; in training the masks are a function of it. Without it a training forward counts
-        steps itself, from torch's initial seed.
+        `kernels.dropout_state`; in training the masks are a function of it. Without it a training forward draws seed
+        and step from torch's CPU generator.
         """
         _check_inputs(self.config, input_ids, decoder_input_ids, labels, attention_mask)
         weight = self.embedding
