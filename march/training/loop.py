@@ -153,8 +153,7 @@ class Trainer:
                     if self._evaluates(self.step):
                         row["eval_loss"] = self.evaluate(whole=last)
                     share = self.plan.peak_share(row["tokens_per_second"] / budget.raw_length / world.size)
-                    if share is not None:
-                        row["mfu"] = round(share, 4)
+                    row |= {} if share is None else {"mfu": round(share, 4)}
                     self._record(row)
                     spent = time.perf_counter() - begin
                     left = spent / (self.step - begin_step) * (budget.steps - self.step)

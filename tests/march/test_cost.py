@@ -109,7 +109,7 @@ def test_show_works_for_every_experiment(name, capsys):
     overrides = [
         f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in small_overrides(name).items()
     ]
-    arguments = argparse.Namespace(list=False, show=name, set=overrides, json=False)
+    arguments = argparse.Namespace(list=False, show=name, set=overrides, json=False, budget=None, impl=None)
     assert listing.main(arguments) == 0
     out = capsys.readouterr().out
     assert out.startswith(name)
@@ -117,16 +117,18 @@ def test_show_works_for_every_experiment(name, capsys):
 
 
 def test_list_is_a_table_and_json(capsys):
-    assert listing.main(argparse.Namespace(list=True, show=None, set=None, json=False)) == 0
+    assert listing.main(argparse.Namespace(list=True, show=None, set=None, json=False, budget=None, impl=None)) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(experiments.names()) + 1
-    assert listing.main(argparse.Namespace(list=True, show=None, set=None, json=True)) == 0
+    assert listing.main(argparse.Namespace(list=True, show=None, set=None, json=True, budget=None, impl=None)) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == experiments.names()
     assert rows[0]["parameters"] == 36_340_224
 
 
 def test_show_json_has_the_difference_from_the_base(capsys):
-    arguments = argparse.Namespace(list=False, show="databasefromheads", set=["dropout=0"], json=True)
+    arguments = argparse.Namespace(
+        list=False, show="databasefromheads", set=["dropout=0"], json=True, budget=None, impl=None
+    )
     assert listing.main(arguments) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["difference_from_base"] == {
@@ -139,7 +141,7 @@ def test_show_json_has_the_difference_from_the_base(capsys):
 
 def test_show_refuses_a_wrong_name():
     with pytest.raises(ConfigError, match="did you mean"):
-        listing.main(argparse.Namespace(list=False, show="Databse", set=None, json=False))
+        listing.main(argparse.Namespace(list=False, show="Databse", set=None, json=False, budget=None, impl=None))
 
 
 def test_devices_are_found_by_the_name_that_cuda_reports():
