@@ -12,7 +12,7 @@ import march
 from bench import baselines, machine, timing
 from bench.baselines import LIBRARIES
 from bench.kernel_calls import Sizes
-from bench.predecessor import Eager
+from bench.predecessor import Eager, known
 from march import experiments
 from march.config import ModelConfig
 from march.model import Transformer
@@ -43,10 +43,10 @@ def library_of(name: str) -> str | None:
 
 
 def distinct(**fields: Any) -> dict[str, list[str]]:
-    """Experiments that compute different things, the first of each with all that cost the same; `fields` of their
-    configurations are taken for equal, initial positions always."""
+    """Experiments of the predecessor's architecture that compute different things, the first of each with all that cost
+    the same; `fields` of their configurations are taken for equal, initial positions always."""
     groups: dict[object, list[str]] = {}
-    for name in experiments.names():
+    for name in known():
         groups.setdefault(experiments.configuration(name, position_init="scaled", **fields), []).append(name)
     return {alike[0]: alike for alike in groups.values()}
 

@@ -27,7 +27,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from bench.predecessor import GPUS, SEQUENCES
+from bench.predecessor import GPUS, SEQUENCES, known
 from bench.projection import tables
 from bench.projection.collect import IMPLEMENTATIONS, cache_folder
 from bench.projection.model import EXCHANGE_BANDWIDTH
@@ -52,7 +52,7 @@ def _among(known: Iterable[str], several: bool = False) -> Callable[[str], str |
 
 def _names(text: str) -> list[str]:
     try:
-        return experiments.names() if text == "all" else [experiments.get(name).name for name in text.split(",")]
+        return known() if text == "all" else [experiments.get(name).name for name in text.split(",")]
     except ConfigError as error:
         raise argparse.ArgumentTypeError(f"{error}; `python train.py --list` names them all, or give all") from error
 

@@ -9,11 +9,10 @@ import pandas as pd
 import torch
 
 from bench import pages
-from bench.predecessor import EVALUATION_SECONDS, HALVED, HALVED_EXPERIMENTS, MICRO_BATCH
+from bench.predecessor import EVALUATION_SECONDS, HALVED, HALVED_EXPERIMENTS, MICRO_BATCH, known
 from bench.projection.fit import NOISE, PRIORS, fit, mean_error, root_mean_square
 from bench.projection.model import EXCHANGE_BANDWIDTH, LAUNCH_SECONDS, work
 from bench.projection.project import FITTED, Calibration, ProjectedStep, calibrate, kernels_of, project
-from march import experiments
 from march.cost.devices import DEVICES
 
 FOLDER = Path(__file__).parent
@@ -131,8 +130,7 @@ def _sensitivity(calibration: Calibration, baseline: ProjectedStep) -> list[tupl
 def page(calibration: Calibration, progress: Callable[[str], None]) -> str:
     """page.md filled in; every table of it says that it is a projection."""
     eager, fused = (
-        [project(name, impl, calibration, progress=progress) for name in experiments.names()]
-        for impl in ("eager", "triton")
+        [project(name, impl, calibration, progress=progress) for name in known()] for impl in ("eager", "triton")
     )
     base_eager, base = (next(p for p in many if p.experiment == "Baseline") for many in (eager, fused))
     devices = [project("Baseline", "triton", calibration, name, progress=progress) for name in OTHERS]
