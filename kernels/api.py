@@ -164,6 +164,10 @@ def _check_indices(operator: str, name: str, indices: Tensor, rows: int, ignored
         _check(False, operator, expected, f"{indices[tuple(at)].item()} at {at}", "look at how they were made")
 
 
+def _scale(scale: float | None, q: Tensor) -> float:
+    return q.shape[3] ** -0.5 if scale is None else float(scale)
+
+
 def _active(dropout: Dropout | None) -> Dropout | None:
     return dropout if dropout is not None and dropout.p > 0 else None
 
@@ -173,7 +177,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    scale: float = 1.0,
+    scale: float | None = None,
     causal: bool = False,
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
@@ -184,6 +188,8 @@ def attention(
 
     q [B, Lq, H, K]; k [B or 1, Lk, G, K]; v [B or 1, Lk, G, Kv], H a multiple of G: query head h reads key/value
     head h // (H / G); a batch of 1 is shared by all sequences. K, Kv from 1 to 512. Returns [B, Lq, H, Kv].
+
+    scale: any number, K^-1/2 where it is not given; heads filled up with zeros (`head_width`) need that of their own K.
 
     causal: query i sees keys j <= i (both counted from 0). key_lengths: integers [B] of any value, keys from there on
     are padding. key_mask: bool [B, Lk], True where a key is real; one of the two. A query that sees no key gives zeros
@@ -201,7 +207,7 @@ def attention(
         q,
         k,
         v,
-        scale=float(scale),
+        scale=_scale(scale, q),
         causal=causal,
         key_lengths=key_lengths,
         key_mask=key_mask,
@@ -222,7 +228,7 @@ def _check_packed(operator: str, name: str, x: Tensor, parts: int) -> None:
 def self_attention(
     qkv: Tensor,
     *,
-    scale: float = 1.0,
+    scale: float | None = None,
     causal: bool = False,
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
@@ -242,7 +248,7 @@ def self_attention(
     _check_padding(op, q.shape[0], k.shape[1], key_lengths, key_mask, q.device)
     return implementation(op, impl, q.device, q.dtype)(
         qkv,
-        scale=float(scale),
+        scale=_scale(scale, q),
         causal=causal,
         key_lengths=key_lengths,
         key_mask=key_mask,
@@ -254,7 +260,7 @@ def cross_attention(
     q: Tensor,
     kv: Tensor,
     *,
-    scale: float = 1.0,
+    scale: float | None = None,
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
     dropout: Dropout | None = None,
@@ -271,7 +277,7 @@ def cross_attention(
     return implementation(op, impl, q.device, q.dtype)(
         q,
         kv,
-        scale=float(scale),
+        scale=_scale(scale, q),
         causal=False,
         key_lengths=key_lengths,
         key_mask=key_mask,
@@ -327,7 +333,7 @@ def unified_attention(
     k_other: Tensor,
     v_other: Tensor,
     *,
-    scale: float = 1.0,
+    scale: float | None = None,
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
     dropout: Dropout | None = None,
@@ -352,7 +358,7 @@ def packed_unified_attention(
     qkv: Tensor,
     kv_other: Tensor,
     *,
-    scale: float = 1.0,
+    scale: float | None = None,
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
     dropout: Dropout | None = None,
@@ -371,7 +377,7 @@ def packed_unified_attention(
 def _unified(
     op: str,
     sources: dict[str, Tensor],
-    scale: float,
+    scale: float | None,
     key_lengths: Tensor | None,
     key_mask: Tensor | None,
     dropout: Dropout | None,
@@ -399,7 +405,7 @@ def _unified(
     )
     _check_padding(op, q.shape[0], k_other.shape[1], key_lengths, key_mask, q.device)
     arguments: dict[str, Any] = {
-        "scale": float(scale),
+        "scale": _scale(scale, q),
         "key_lengths": key_lengths,
         "key_mask": key_mask,
         "dropout": _active(dropout),

@@ -80,7 +80,7 @@ def attention_case(name):
         draw(shared, keys, groups, width, seed=2),
         draw(shared, keys, groups, value_width, seed=3),
     ]
-    options = {key: what[key] for key in ("causal", "scale") if key in what}
+    options = {"scale": what.get("scale", 1.0)} | {key: what[key] for key in ("causal",) if key in what}
     if "lengths" in what:
         options["key_lengths"] = torch.tensor(what["lengths"])
     if "mask" in what:
