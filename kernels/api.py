@@ -3,11 +3,14 @@
 Legend: B batch, L positions (Lq queries, Lk keys), H heads, G key/value heads, K head width (Kv of the values),
 D stream width, F hidden width, V vocabulary, S states. Any strides. All floating inputs have one dtype (float16,
 bfloat16, float32; float64 where `reference` or `torch` computes) and one device, else ValueError. Every operator is
-differentiable in all its floating inputs. `impl`: see kernels.dispatch.
+differentiable in all its floating inputs. `impl`: see kernels.dispatch. Under torch.autocast, operators take its dtype
+as torch's products do: it is what their floating inputs, but those of float64, are converted to.
 """
 
+import functools
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +24,35 @@ from kernels.portable.products import linear as portable_linear
 from kernels.portable.token_embedding import tied_table as portable_tied_table
 
 MAX_HEAD_DIM = 512
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What torch.autocast, where it is on for the device of `x`, makes of it; else its own dtype."""
+    narrow = x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    if not narrow or x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def _operator(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` on inputs as torch.autocast wants them, in their own precision from there on."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next((x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), "cpu")
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+
+        def cast(x: Any) -> Any:
+            return x.to(autocast_dtype(x)) if isinstance(x, Tensor) else x
+
+        inputs, named = [cast(x) for x in args], {n: cast(x) for n, x in kwargs.items()}
+        with torch.autocast(device, enabled=False):
+            return function(*inputs, **named)  # type: ignore[arg-type]
+
+    return call
 
 
 def _check(condition: bool, operator: str, expected: str, got: object, fix: str) -> None:
@@ -172,6 +204,7 @@ def _active(dropout: Dropout | None) -> Dropout | None:
     return dropout if dropout is not None and dropout.p > 0 else None
 
 
+@_operator
 def attention(
     q: Tensor,
     k: Tensor,
@@ -225,6 +258,7 @@ def _check_packed(operator: str, name: str, x: Tensor, parts: int) -> None:
     )
 
 
+@_operator
 def self_attention(
     qkv: Tensor,
     *,
@@ -256,6 +290,7 @@ def self_attention(
     )
 
 
+@_operator
 def cross_attention(
     q: Tensor,
     kv: Tensor,
@@ -308,6 +343,7 @@ def row_width(operator: str, width: int, dtype: torch.dtype, device: torch.devic
     return width
 
 
+@_operator
 def linear(x: Tensor, weight: Tensor, *, impl: Impl = "auto") -> Tensor:
     """x W^T, x [..., D], weight [F, D]; the library's product on a GPU, the faster library's on a CPU in float32."""
     if x.device.type == "cpu" and choice("linear", impl, x.device) == "torch":
@@ -326,6 +362,7 @@ def tied_table(table: Tensor, dtype: torch.dtype | None = None, *, impl: Impl = 
     return table, table if dtype is None else table.to(dtype)
 
 
+@_operator
 def unified_attention(
     q: Tensor,
     k_own: Tensor,
@@ -354,6 +391,7 @@ def unified_attention(
     return _unified(op, sources, scale, key_lengths, key_mask, dropout, as_published, impl)
 
 
+@_operator
 def packed_unified_attention(
     qkv: Tensor,
     kv_other: Tensor,
@@ -421,6 +459,7 @@ def _unified(
     return implementation(op, impl, q.device, q.dtype)(*sources.values(), **arguments)
 
 
+@_operator
 def glu(
     x: Tensor,
     weight: Tensor,
@@ -481,6 +520,7 @@ def glu(
     )
 
 
+@_operator
 def residual_norm(
     x: Tensor | None,
     s: Tensor | None,
@@ -519,6 +559,7 @@ def residual_norm(
     )
 
 
+@_operator
 def linear_cross_entropy(
     h: Tensor,
     weight: Tensor,
@@ -564,6 +605,7 @@ def linear_cross_entropy(
     return (loss, per_token.detach()) if return_per_token else loss
 
 
+@_operator
 def embedding(
     ids: Tensor,
     table: Tensor,

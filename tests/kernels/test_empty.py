@@ -61,3 +61,20 @@ def test_no_gradient_of_the_table_is_computed_without_grad(context):
     with context(), Largest() as largest:
         kernels.linear_cross_entropy(h, weight, torch.zeros(1, 2, dtype=torch.int64), impl="torch")
     assert largest.elements <= 2 * 500
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+def test_operators_take_the_type_of_autocast(impl, name):
+    """Mixed inputs too; gradients come back in each input's own type. float64 stays, as in torch's products."""
+    operator, inputs = CALLS[name](2, 3, 4)
+    leaves = [x.to(torch.float16 if i else torch.float32).requires_grad_() for i, x in enumerate(inputs)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = operator(*leaves, impl=impl)
+    expected = operator(*(x.to(torch.bfloat16) for x in leaves), impl=impl)
+    assert torch.equal(out, expected)
+    assert out.dtype == expected.dtype
+    assert [g.dtype for g in torch.autograd.grad(out.sum(), leaves)] == [x.dtype for x in leaves]
+    if impl != "triton":
+        with torch.autocast("cpu", torch.bfloat16):
+            assert operator(*(x.double() for x in inputs), impl=impl).dtype == torch.float64

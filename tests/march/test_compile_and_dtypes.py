@@ -46,3 +46,27 @@ def test_a_converted_model_trains(dtype, tolerance):
     expected = step(build())
     for name, x in step(build().to(dtype)).items():
         assert (x - expected[name]).norm() <= tolerance * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("name", ["Baseline", "Database", "UnifiedAttention"])
+def test_a_model_trains_under_autocast(name, impl):
+    model = build(name)
+    model.impl = impl
+    expected = step(model)
+    converted = build(name).to(torch.bfloat16)
+    converted.impl = impl
+    converted = step(converted)
+
+    def call(*inputs, **options):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(*inputs, **options, return_logits=True)
+        assert output.logits.dtype == torch.bfloat16
+        return output
+
+    got = step(model, call)
+    assert got["loss"].dtype == torch.float32
+    assert got.keys() == expected.keys()
+    for key, x in got.items():
+        error, budget = ((y - expected[key]).norm() for y in (x, converted[key]))
+        assert error <= 2 * budget + 0.01 * expected[key].norm(), key
