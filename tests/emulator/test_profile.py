@@ -9,9 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
+import kernels
 from bench import emulated
-from kernels import emulator
+from bench.projection.collect import executed_share
+from kernels import cases, emulator
 from kernels.emulator.instructions import RULES, SPECIAL, kind_of
+from march.cost.flops import FORMULAS, launch_flops
 
 SMALL = {
     "num_layers": 2, "vocab_size": 211, "dim_model": 128, "num_heads": 2, "dim_feedforward": 256, "max_length": 128,
@@ -183,3 +186,32 @@ def test_a_wrong_argument_is_one_line(arguments, capsys):
         emulated.main(arguments.split())
     assert stopped.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+RAGGED = {
+    "attention": ({"batch": 2, "queries": 37, "keys": 53, "heads": 2, "width": 64}, {}),
+    "glu": ({"batch": 1, "length": 37, "width": 72, "hidden": 88, "kind": "gated"},
+            {"kind": "gated", "activation": "gelu"}),
+    "linear_cross_entropy": ({"batch": 1, "length": 37, "width": 64, "vocabulary": 203}, {"scale": 0.125}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("operator", RAGGED)
+def test_the_projection_counts_the_products_that_run(operator):
+    """Sizes that are no multiple of their tiles: the executed products of the projection are the emulator's.
+
+    Widths of heads, and of the model in the loss, are multiples here: their padding the projection does not count.
+    """
+    dims, options = RAGGED[operator]
+    made = {n: x for n, x in cases.FACTORIES[operator](**dims).items() if x is not None}
+    given = {n: x.bfloat16().requires_grad_() if x.is_floating_point() else x for n, x in made.items()}
+    with emulator.active("sm_86") as session:
+        out = getattr(kernels, operator)(**given, **options, impl="triton")
+        (out[0] if isinstance(out, tuple) else out).sum().backward()
+    found = [launch for launch in session.launches if launch.recorded.kernel in FORMULAS]
+    assert found
+    for launch in found:
+        mma = sum(n for opcode, n in launch.counts.by_opcode().items() if opcode.startswith("mma"))
+        assert mma * 4096 == pytest.approx(launch_flops(launch.recorded, True) * executed_share(launch.recorded)), (
+            launch.recorded.kernel
+        )
