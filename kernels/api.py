@@ -477,7 +477,7 @@ def glu(
     kind "plain":  dropout(act(x W^T)), weight [F, D];
     kind "gated":  dropout(act(x Wg^T) * (x Wu^T)), weight [2 F, D], the gate's rows first (Shazeer, 2020);
     kind "mixed":  dropout(factor (gate_dropout(sigmoid(x Ws^T)) + relu(x Wf^T))), weight [2 F, D], the slow rows first.
-    activation: relu, gelu (erf), silu, sigmoid or identity. factor, gate_dropout: of "mixed" only.
+    activation: a name in kernels.activations. factor, gate_dropout: of "mixed" only.
     recompute: the fused kernels keep no products for backward but compute them again; the others always keep them.
     """
     op = "glu"
@@ -490,7 +490,7 @@ def glu(
         "weights are [out, in]",
     )
     _check(kind in ("plain", "gated", "mixed"), op, "kind plain, gated or mixed", repr(kind), "name one of them")
-    activation_of(activation, fused=choice(op, impl, x.device) == "triton")
+    activation_of(activation)
     _check(
         kind == "plain" or weight.shape[0] % 2 == 0,
         op,
