@@ -8,13 +8,11 @@ as torch's products do: it is what their floating inputs, but those of float64, 
 """
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from kernels import packed, reference
 from kernels.activations import activation_of
@@ -22,8 +20,16 @@ from kernels.dispatch import Impl, ImplementationError, choice, implementation
 from kernels.dropout import Dropout
 from kernels.portable.products import linear as portable_linear
 from kernels.portable.token_embedding import tied_table as portable_tied_table
+from kernels.validation import (
+    check,
+    check_indices,
+    check_keys_values,
+    check_packed,
+    check_padding,
+    check_same,
+    shape_of,
+)
 
-MAX_HEAD_DIM = 512
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -53,147 +59,6 @@ def _operator(function: Callable[P, R]) -> Callable[P, R]:
             return function(*inputs, **named)  # type: ignore[arg-type]
 
     return call
-
-
-def _check(condition: bool, operator: str, expected: str, got: object, fix: str) -> None:
-    if not condition:
-        raise ValueError(f"{operator}: expected {expected}, got {got}; {fix}")
-
-
-def _shape(x: Tensor) -> list[int]:
-    return list(x.shape)
-
-
-def _same(operator: str, dropouts: tuple[Dropout | None, ...] = (), **tensors: Tensor | None) -> None:
-    """One floating dtype and one device for all tensors that are given."""
-    given = {name: x for name, x in tensors.items() if x is not None}
-    first_name, first = next(iter(given.items()))
-    _check(
-        first.dtype.is_floating_point,
-        operator,
-        f"{first_name} of a floating dtype",
-        first.dtype,
-        f"convert it with {first_name}.to(torch.float32)",
-    )
-    for name, x in given.items():
-        _check(
-            x.layout == torch.strided and not x.is_nested,
-            operator,
-            f"{name} as a dense tensor",
-            x.layout,
-            f"convert it with {name}.to_dense() or pad it",
-        )
-        _check(
-            x.dtype == first.dtype,
-            operator,
-            f"{name} as {first.dtype} like {first_name}",
-            x.dtype,
-            f"convert it with {name}.to({first.dtype})",
-        )
-        _check(
-            x.device == first.device,
-            operator,
-            f"{name} on {first.device} like {first_name}",
-            x.device,
-            f"move it with {name}.to({first_name}.device)",
-        )
-    for dropout in dropouts:
-        if dropout is not None:
-            _check(
-                dropout.rng.device == first.device,
-                operator,
-                f"dropout.rng on {first.device}",
-                dropout.rng.device,
-                "move it to the operator's device",
-            )
-
-
-def _check_padding(
-    operator: str, batch: int, keys: int, lengths: Tensor | None, mask: Tensor | None, device: torch.device
-) -> None:
-    _check(
-        lengths is None or mask is None,
-        operator,
-        "key_lengths or key_mask",
-        "both",
-        "give the mask alone, it can express the lengths",
-    )
-    if lengths is not None:
-        _check(
-            lengths.shape == (batch,) and lengths.dtype in (torch.int32, torch.int64),
-            operator,
-            f"key_lengths as integers [{batch}]",
-            f"{lengths.dtype} {_shape(lengths)}",
-            "one length a sequence",
-        )
-        _check(lengths.device == device, operator, f"key_lengths on {device}", lengths.device, "move it there")
-    if mask is not None:
-        _check(
-            mask.shape == (batch, keys) and mask.dtype == torch.bool,
-            operator,
-            f"key_mask as bool [{batch}, {keys}], True where a key is real",
-            f"{mask.dtype} {_shape(mask)}",
-            "give one row a sequence and one column a key",
-        )
-        _check(mask.device == device, operator, f"key_mask on {device}", mask.device, "move it there")
-
-
-def _check_keys_values(operator: str, q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str]) -> None:
-    batch, _, heads, width = q.shape
-    for name, x in zip(names, (k, v), strict=True):
-        _check(
-            x.dim() == 4 and x.shape[0] in (1, batch),
-            operator,
-            f"{name} as [{batch} or 1, Lk, G, K]",
-            _shape(x),
-            "lay heads out as [B, L, H, K]",
-        )
-    _check(
-        k.shape[:3] == v.shape[:3],
-        operator,
-        f"{names[0]} and {names[1]} of one [B, Lk, G]",
-        f"{_shape(k)} and {_shape(v)}",
-        "only the last dimension may differ",
-    )
-    _check(
-        k.shape[3] == width,
-        operator,
-        f"{names[0]} of width {width} like q",
-        _shape(k),
-        "project to one width",
-    )
-    _check(
-        k.shape[2] > 0 and heads % k.shape[2] == 0,
-        operator,
-        f"a number of key/value heads that divides {heads}",
-        k.shape[2],
-        "repeat or regroup the heads",
-    )
-    for name, x in (("q", q), (names[1], v)):
-        _check(
-            1 <= x.shape[3] <= MAX_HEAD_DIM,
-            operator,
-            f"a head width from 1 to {MAX_HEAD_DIM} in {name}",
-            x.shape[3],
-            "use more, narrower heads",
-        )
-
-
-def _check_indices(operator: str, name: str, indices: Tensor, rows: int, ignored: int | None = None) -> None:
-    """ValueError for a table without rows. With KERNELS_DEBUG=1 in the environment ValueError names the first index
-    outside [0, rows) other than `ignored`, for which it waits for the device."""
-    _check(rows > 0 or indices.numel() == 0, operator, "a vocabulary of at least 1", rows, "give a table [V, D]")
-    if torch.compiler.is_compiling() or os.environ.get("KERNELS_DEBUG") != "1":
-        return
-    if isinstance(indices, FakeTensor) or indices.device.type == "meta":
-        return
-    wrong = (indices < 0) | (indices >= rows)
-    if ignored is not None:
-        wrong &= indices != ignored
-    if bool(wrong.any()):
-        at = wrong.nonzero()[0].tolist()
-        expected = f"{name} in [0, {rows})" + ("" if ignored is None else f" or {ignored}")
-        _check(False, operator, expected, f"{indices[tuple(at)].item()} at {at}", "look at how they were made")
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
@@ -231,10 +96,10 @@ def attention(
     dropout: on the probabilities, rows (sequence, head, query), columns keys.
     """
     op = "attention"
-    _check(q.dim() == 4, op, "q as [B, Lq, H, K]", _shape(q), "lay heads out as [B, L, H, K]")
-    _same(op, (dropout,), q=q, k=k, v=v)
-    _check_keys_values(op, q, k, v, ("k", "v"))
-    _check_padding(op, q.shape[0], k.shape[1], key_lengths, key_mask, q.device)
+    check(q.dim() == 4, op, "q as [B, Lq, H, K]", shape_of(q), "lay heads out as [B, L, H, K]")
+    check_same(op, (dropout,), q=q, k=k, v=v)
+    check_keys_values(op, q, k, v, ("k", "v"))
+    check_padding(op, q.shape[0], k.shape[1], key_lengths, key_mask, q.device)
     function = implementation(op, impl, q.device, q.dtype)
     return function(
         q,
@@ -245,16 +110,6 @@ def attention(
         key_lengths=key_lengths,
         key_mask=key_mask,
         dropout=_active(dropout),
-    )
-
-
-def _check_packed(operator: str, name: str, x: Tensor, parts: int) -> None:
-    _check(
-        x.dim() == 5 and x.shape[2] == parts,
-        operator,
-        f"{name} as [B, L, {parts}, H, K]",
-        _shape(x),
-        f"give the product of all {parts} weights as x.unflatten(-1, ({parts}, H, K))",
     )
 
 
@@ -275,11 +130,11 @@ def self_attention(
     it in backward is part of qkv's gradient, which the fused kernels write in one go.
     """
     op = "self_attention"
-    _check_packed(op, "qkv", qkv, 3)
-    _same(op, (dropout,), qkv=qkv)
+    check_packed(op, "qkv", qkv, 3)
+    check_same(op, (dropout,), qkv=qkv)
     q, k, v = qkv.unbind(2)
-    _check_keys_values(op, q, k, v, ("k", "v"))
-    _check_padding(op, q.shape[0], k.shape[1], key_lengths, key_mask, q.device)
+    check_keys_values(op, q, k, v, ("k", "v"))
+    check_padding(op, q.shape[0], k.shape[1], key_lengths, key_mask, q.device)
     return implementation(op, impl, q.device, q.dtype)(
         qkv,
         scale=_scale(scale, q),
@@ -303,12 +158,12 @@ def cross_attention(
 ) -> Tensor:
     """`attention` of q [B, Lq, H, K] to keys and values packed in kv [B or 1, Lk, 2, G, K]; no causal mask."""
     op = "cross_attention"
-    _check(q.dim() == 4, op, "q as [B, Lq, H, K]", _shape(q), "lay heads out as [B, L, H, K]")
-    _check_packed(op, "kv", kv, 2)
-    _same(op, (dropout,), q=q, kv=kv)
+    check(q.dim() == 4, op, "q as [B, Lq, H, K]", shape_of(q), "lay heads out as [B, L, H, K]")
+    check_packed(op, "kv", kv, 2)
+    check_same(op, (dropout,), q=q, kv=kv)
     k, v = kv.unbind(2)
-    _check_keys_values(op, q, k, v, ("kv", "kv"))
-    _check_padding(op, q.shape[0], k.shape[1], key_lengths, key_mask, q.device)
+    check_keys_values(op, q, k, v, ("kv", "kv"))
+    check_padding(op, q.shape[0], k.shape[1], key_lengths, key_mask, q.device)
     return implementation(op, impl, q.device, q.dtype)(
         q,
         kv,
@@ -386,7 +241,7 @@ def unified_attention(
     query saw later positions. `reference` only; any other explicit choice raises ImplementationError.
     """
     op = "unified_attention"
-    _check(q.dim() == 4, op, "q as [B, L, H, K]", _shape(q), "lay heads out as [B, L, H, K]")
+    check(q.dim() == 4, op, "q as [B, L, H, K]", shape_of(q), "lay heads out as [B, L, H, K]")
     sources = {"q": q, "k_own": k_own, "v_own": v_own, "k_other": k_other, "v_other": v_other}
     return _unified(op, sources, scale, key_lengths, key_mask, dropout, as_published, impl)
 
@@ -406,8 +261,8 @@ def packed_unified_attention(
     """`unified_attention` of own queries, keys and values packed in qkv [B, L, 3, H, K] to themselves and to those
     packed in kv_other [B or 1, Lo, 2, G', K]."""
     op = "packed_unified_attention"
-    _check_packed(op, "qkv", qkv, 3)
-    _check_packed(op, "kv_other", kv_other, 2)
+    check_packed(op, "qkv", qkv, 3)
+    check_packed(op, "kv_other", kv_other, 2)
     sources = {"qkv": qkv, "kv_other": kv_other}
     return _unified(op, sources, scale, key_lengths, key_mask, dropout, as_published, impl)
 
@@ -423,25 +278,25 @@ def _unified(
     impl: Impl,
 ) -> Tensor:
     """Validation and dispatch of `unified_attention` and its packed form, whose tensors are `sources`."""
-    _same(op, (dropout,), **sources)
+    check_same(op, (dropout,), **sources)
     q, k_own, v_own, k_other, v_other = packed.unpack(*sources.values()) if "qkv" in sources else sources.values()
-    _check_keys_values(op, q, k_own, v_own, ("k_own", "v_own"))
-    _check_keys_values(op, q, k_other, v_other, ("k_other", "v_other"))
-    _check(
+    check_keys_values(op, q, k_own, v_own, ("k_own", "v_own"))
+    check_keys_values(op, q, k_other, v_other, ("k_other", "v_other"))
+    check(
         k_own.shape[1] == q.shape[1],
         op,
         f"{q.shape[1]} own keys, one a query",
         k_own.shape[1],
         "own keys come from the queries' positions",
     )
-    _check(
+    check(
         v_own.shape[3] == v_other.shape[3],
         op,
         "one width of v_own and v_other",
         f"{v_own.shape[3]} and {v_other.shape[3]}",
         "project both to one width",
     )
-    _check_padding(op, q.shape[0], k_other.shape[1], key_lengths, key_mask, q.device)
+    check_padding(op, q.shape[0], k_other.shape[1], key_lengths, key_mask, q.device)
     arguments: dict[str, Any] = {
         "scale": _scale(scale, q),
         "key_lengths": key_lengths,
@@ -481,31 +336,31 @@ def glu(
     recompute: the fused kernels keep no products for backward but compute them again; the others always keep them.
     """
     op = "glu"
-    _check(x.dim() == 3, op, "x as [B, L, D]", _shape(x), "reshape it")
-    _check(
+    check(x.dim() == 3, op, "x as [B, L, D]", shape_of(x), "reshape it")
+    check(
         weight.dim() == 2 and weight.shape[1] == x.shape[2],
         op,
         f"weight as [rows, {x.shape[2]}]",
-        _shape(weight),
+        shape_of(weight),
         "weights are [out, in]",
     )
-    _check(kind in ("plain", "gated", "mixed"), op, "kind plain, gated or mixed", repr(kind), "name one of them")
+    check(kind in ("plain", "gated", "mixed"), op, "kind plain, gated or mixed", repr(kind), "name one of them")
     activation_of(activation)
-    _check(
+    check(
         kind == "plain" or weight.shape[0] % 2 == 0,
         op,
         "an even number of rows, two halves",
         weight.shape[0],
         "stack gate and up",
     )
-    _check(
+    check(
         kind == "mixed" or (factor == 1.0 and gate_dropout is None),
         op,
         "factor and gate_dropout with kind 'mixed' only",
         kind,
         "leave them out",
     )
-    _same(op, (dropout, gate_dropout), x=x, weight=weight)
+    check_same(op, (dropout, gate_dropout), x=x, weight=weight)
     function = implementation(op, impl, x.device, x.dtype)
     extra = {"recompute": True} if recompute and choice(op, impl, x.device) == "triton" else {}
     return function(
@@ -541,14 +396,14 @@ def residual_norm(
     stream = x if x is not None else s
     if stream is None:
         raise ValueError(f"{op}: expected x or s, got neither; give the tensor to normalise")
-    _check(stream.dim() == 3, op, "x and s as [B, L, D]", _shape(stream), "reshape it")
+    check(stream.dim() == 3, op, "x and s as [B, L, D]", shape_of(stream), "reshape it")
     if x is not None and s is not None:
-        _check(x.shape == s.shape, op, f"s as {_shape(x)} like x", _shape(s), "a sublayer keeps its shape")
-    _check(gain.shape == stream.shape[2:], op, f"gain as [{stream.shape[2]}]", _shape(gain), "one gain a feature")
-    _check(s is not None or dropout is None, op, "no dropout without s", "one", "leave it out")
+        check(x.shape == s.shape, op, f"s as {shape_of(x)} like x", shape_of(s), "a sublayer keeps its shape")
+    check(gain.shape == stream.shape[2:], op, f"gain as [{stream.shape[2]}]", shape_of(gain), "one gain a feature")
+    check(s is not None or dropout is None, op, "no dropout without s", "one", "leave it out")
     width = stream.shape[2]
-    _check(features is None or 1 <= features <= width, op, f"features from 1 to {width}", features, "leave it out")
-    _same(op, (dropout,), x=x, s=s, gain=gain)
+    check(features is None or 1 <= features <= width, op, f"features from 1 to {width}", features, "leave it out")
+    check_same(op, (dropout,), x=x, s=s, gain=gain)
     return implementation(op, impl, stream.device, stream.dtype)(
         x,
         s,
@@ -581,24 +436,24 @@ def linear_cross_entropy(
     "auto" (the first for 16 bits and D up to 512, else the second); the other implementations have one way.
     """
     op = "linear_cross_entropy"
-    _check(h.dim() == 3, op, "h as [B, L, D]", _shape(h), "reshape it")
-    _check(
+    check(h.dim() == 3, op, "h as [B, L, D]", shape_of(h), "reshape it")
+    check(
         weight.dim() == 2 and weight.shape[1] == h.shape[2],
         op,
         f"weight as [V, {h.shape[2]}]",
-        _shape(weight),
+        shape_of(weight),
         "weights are [out, in]",
     )
-    _check(
+    check(
         labels.shape == h.shape[:2] and labels.dtype == torch.int64,
         op,
-        f"labels as int64 {_shape(h)[:2]}",
-        f"{labels.dtype} {_shape(labels)}",
+        f"labels as int64 {shape_of(h)[:2]}",
+        f"{labels.dtype} {shape_of(labels)}",
         "one label a position",
     )
-    _check(labels.device == h.device, op, f"labels on {h.device}", labels.device, "move them there")
-    _same(op, h=h, weight=weight)
-    _check_indices(op, "labels", labels, weight.shape[0], ignore_index)
+    check(labels.device == h.device, op, f"labels on {h.device}", labels.device, "move them there")
+    check_same(op, h=h, weight=weight)
+    check_indices(op, "labels", labels, weight.shape[0], ignore_index)
     function = implementation(op, impl, h.device, h.dtype)
     extra = {"logits": logits} if logits != "auto" and choice(op, impl, h.device) == "triton" else {}
     loss, per_token = function(h, weight, labels, scale=float(scale), ignore_index=ignore_index, **extra)
@@ -623,32 +478,32 @@ def embedding(
     does); the device is not waited for. KERNELS_DEBUG=1 in the environment names it instead (ValueError), and waits.
     """
     op = "embedding"
-    _check(
+    check(
         ids.dim() == 2 and ids.dtype == torch.int64,
         op,
         "ids as int64 [B, L]",
-        f"{ids.dtype} {_shape(ids)}",
+        f"{ids.dtype} {shape_of(ids)}",
         "reshape or convert them",
     )
     for name, x in (("table", table), ("positions", positions)):
-        _check(
+        check(
             x.dim() == 2 and x.shape[1] == table.shape[1],
             op,
             f"{name} as [rows, {table.shape[-1]}]",
-            _shape(x),
+            shape_of(x),
             "both tables have one width",
         )
-    _check(
+    check(
         ids.shape[1] <= positions.shape[0],
         op,
         f"at most {positions.shape[0]} positions",
         ids.shape[1],
         "shorten the sequences or enlarge max_length",
     )
-    _check(combine in ("average", "sum"), op, "combine average or sum", repr(combine), "name one of them")
-    _check(ids.device == table.device, op, f"ids on {table.device}", ids.device, "move them there")
-    _same(op, (dropout, position_dropout), table=table, positions=positions)
-    _check_indices(op, "ids", ids, table.shape[0])
+    check(combine in ("average", "sum"), op, "combine average or sum", repr(combine), "name one of them")
+    check(ids.device == table.device, op, f"ids on {table.device}", ids.device, "move them there")
+    check_same(op, (dropout, position_dropout), table=table, positions=positions)
+    check_indices(op, "ids", ids, table.shape[0])
     return implementation(op, impl, table.device, table.dtype)(
         ids,
         table,

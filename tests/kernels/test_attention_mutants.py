@@ -43,7 +43,12 @@ MUTANTS = {
     "dV scaled": (PROGRAMS, "lengths", "pd = tl.where(kept, p, 0.0)", "pd = tl.where(kept, p * 1.01, 0.0)"),
     "D scaled": (CORE, "lengths", "delta *= inverse_keep_scale", "pass"),
     "columns reversed": (CORE, "lengths", "x = x.to(ptr.dtype", "x = tl.flip(x, 1).to(ptr.dtype"),
-    "a pair of shared keys left out": (PROGRAMS, "shared", "range(lo_pair, hi_pair)", "range(lo_pair + 1, hi_pair)"),
+    "a pair of shared keys left out": (
+        PROGRAMS,
+        "shared",
+        "    for pair in range(lo_pair, hi_pair):\n        b =",
+        "    for pair in range(lo_pair + 1, hi_pair):\n        b =",
+    ),
     "a partial sum left out": (PROGRAMS, "shared", "in range(splits)", "in range(splits - 1)"),
     "further bits of O exchanged": (CORE, "float16", "even | (odd << 4)", "odd | (even << 4)"),
     "further bits of O negated": (CORE, "float16", "(steps << SHIFT)", "(-steps << SHIFT)"),
