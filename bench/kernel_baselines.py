@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
+from kernels.activations import activation_of
 from kernels.dispatch import ImplementationError, choice
 from kernels.dropout import Dropout
-from kernels.reference import ACTIVATIONS
 
 Function = Callable[..., Any]
 
@@ -119,10 +119,10 @@ def eager_unified_attention(q, k_own, v_own, k_other, v_other, *, scale=1.0, dro
 def eager_glu(x, weight, *, kind="gated", activation="relu", factor=1.0, dropout=None, gate_dropout=None):
     product = F.linear(x, weight)
     if kind == "plain":
-        return F.dropout(ACTIVATIONS[activation](product), _p(dropout))
+        return F.dropout(activation_of(activation).formula(product), _p(dropout))
     gate, up = product.chunk(2, -1)
     if kind == "gated":
-        return F.dropout(ACTIVATIONS[activation](gate) * up, _p(dropout))
+        return F.dropout(activation_of(activation).formula(gate) * up, _p(dropout))
     return F.dropout((F.dropout(torch.sigmoid(gate), _p(gate_dropout)) + torch.relu(up)) * factor, _p(dropout))
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.activations import activation_of
 from march import experiments
 from march.config import BlockConfig, ModelConfig, resolve, unpublished
 from march.training.published import PUBLISHED
@@ -114,9 +115,6 @@ class Attention(nn.Module):
         return self.o(mixed.transpose(1, 2).reshape(batch, length, -1)), (k, v)
 
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "sigmoid": torch.sigmoid, "identity": lambda y: y}
-
-
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -128,7 +126,7 @@ class FeedForward(nn.Module):
         self.dropout, self.slow_dropout = Dropout(config.dropout), Dropout(config.slow_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        act = ACTIVATIONS[self.config.activation]
+        act = activation_of(self.config.activation).formula
         if self.config.feedforward == "plain":
             hidden = act(self.up(x))
         elif self.config.feedforward == "gated":

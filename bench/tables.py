@@ -42,7 +42,7 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / size:.3g} {unit}"
 
 
-UNITS = {"MiB": 2**20, "GiB": 2**30, "GB": 1e9, "TFLOP": 1e12, "ms": 1e-3}
+UNITS = {"MiB": 2**20, "GiB": 2**30, "GB": 1e9, "TFLOP": 1e12, "M": 1e6, "ms": 1e-3}
 
 
 class _Formatter(string.Formatter):

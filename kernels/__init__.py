@@ -2,6 +2,7 @@
 
 from kernels.api import (
     attention,
+    autocast_dtype,
     cross_attention,
     embedding,
     glu,
@@ -26,6 +27,7 @@ __all__ = [
     "Impl",
     "ImplementationError",
     "attention",
+    "autocast_dtype",
     "cross_attention",
     "describe",
     "dropout_state",

@@ -3,11 +3,14 @@
 Legend: B batch, L positions (Lq queries, Lk keys), H heads, G key/value heads, K head width (Kv of the values),
 D stream width, F hidden width, V vocabulary, S states. Any strides. All floating inputs have one dtype (float16,
 bfloat16, float32; float64 where `reference` or `torch` computes) and one device, else ValueError. Every operator is
-differentiable in all its floating inputs. `impl`: see kernels.dispatch.
+differentiable in all its floating inputs. `impl`: see kernels.dispatch. Under torch.autocast, operators take its dtype
+as torch's products do: it is what their floating inputs, but those of float64, are converted to.
 """
 
+import functools
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +24,35 @@ from kernels.portable.products import linear as portable_linear
 from kernels.portable.token_embedding import tied_table as portable_tied_table
 
 MAX_HEAD_DIM = 512
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What torch.autocast, where it is on for the device of `x`, makes of it; else its own dtype."""
+    narrow = x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    if not narrow or x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def _operator(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` on inputs as torch.autocast wants them, in their own precision from there on."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next((x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), "cpu")
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+
+        def cast(x: Any) -> Any:
+            return x.to(autocast_dtype(x)) if isinstance(x, Tensor) else x
+
+        inputs, named = [cast(x) for x in args], {n: cast(x) for n, x in kwargs.items()}
+        with torch.autocast(device, enabled=False):
+            return function(*inputs, **named)  # type: ignore[arg-type]
+
+    return call
 
 
 def _check(condition: bool, operator: str, expected: str, got: object, fix: str) -> None:
@@ -164,16 +196,21 @@ def _check_indices(operator: str, name: str, indices: Tensor, rows: int, ignored
         _check(False, operator, expected, f"{indices[tuple(at)].item()} at {at}", "look at how they were made")
 
 
+def _scale(scale: float | None, q: Tensor) -> float:
+    return q.shape[3] ** -0.5 if scale is None else float(scale)
+
+
 def _active(dropout: Dropout | None) -> Dropout | None:
     return dropout if dropout is not None and dropout.p > 0 else None
 
 
+@_operator
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
-    scale: float = 1.0,
+    scale: float | None = None,
     causal: bool = False,
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
@@ -184,6 +221,8 @@ def attention(
 
     q [B, Lq, H, K]; k [B or 1, Lk, G, K]; v [B or 1, Lk, G, Kv], H a multiple of G: query head h reads key/value
     head h // (H / G); a batch of 1 is shared by all sequences. K, Kv from 1 to 512. Returns [B, Lq, H, Kv].
+
+    scale: any number, K^-1/2 where it is not given; heads filled up with zeros (`head_width`) need that of their own K.
 
     causal: query i sees keys j <= i (both counted from 0). key_lengths: integers [B] of any value, keys from there on
     are padding. key_mask: bool [B, Lk], True where a key is real; one of the two. A query that sees no key gives zeros
@@ -201,7 +240,7 @@ def attention(
         q,
         k,
         v,
-        scale=float(scale),
+        scale=_scale(scale, q),
         causal=causal,
         key_lengths=key_lengths,
         key_mask=key_mask,
@@ -219,10 +258,11 @@ def _check_packed(operator: str, name: str, x: Tensor, parts: int) -> None:
     )
 
 
+@_operator
 def self_attention(
     qkv: Tensor,
     *,
-    scale: float = 1.0,
+    scale: float | None = None,
     causal: bool = False,
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
@@ -242,7 +282,7 @@ def self_attention(
     _check_padding(op, q.shape[0], k.shape[1], key_lengths, key_mask, q.device)
     return implementation(op, impl, q.device, q.dtype)(
         qkv,
-        scale=float(scale),
+        scale=_scale(scale, q),
         causal=causal,
         key_lengths=key_lengths,
         key_mask=key_mask,
@@ -250,11 +290,12 @@ def self_attention(
     )
 
 
+@_operator
 def cross_attention(
     q: Tensor,
     kv: Tensor,
     *,
-    scale: float = 1.0,
+    scale: float | None = None,
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
     dropout: Dropout | None = None,
@@ -271,7 +312,7 @@ def cross_attention(
     return implementation(op, impl, q.device, q.dtype)(
         q,
         kv,
-        scale=float(scale),
+        scale=_scale(scale, q),
         causal=False,
         key_lengths=key_lengths,
         key_mask=key_mask,
@@ -302,6 +343,7 @@ def row_width(operator: str, width: int, dtype: torch.dtype, device: torch.devic
     return width
 
 
+@_operator
 def linear(x: Tensor, weight: Tensor, *, impl: Impl = "auto") -> Tensor:
     """x W^T, x [..., D], weight [F, D]; the library's product on a GPU, the faster library's on a CPU in float32."""
     if x.device.type == "cpu" and choice("linear", impl, x.device) == "torch":
@@ -320,6 +362,7 @@ def tied_table(table: Tensor, dtype: torch.dtype | None = None, *, impl: Impl = 
     return table, table if dtype is None else table.to(dtype)
 
 
+@_operator
 def unified_attention(
     q: Tensor,
     k_own: Tensor,
@@ -327,7 +370,7 @@ def unified_attention(
     k_other: Tensor,
     v_other: Tensor,
     *,
-    scale: float = 1.0,
+    scale: float | None = None,
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
     dropout: Dropout | None = None,
@@ -348,11 +391,12 @@ def unified_attention(
     return _unified(op, sources, scale, key_lengths, key_mask, dropout, as_published, impl)
 
 
+@_operator
 def packed_unified_attention(
     qkv: Tensor,
     kv_other: Tensor,
     *,
-    scale: float = 1.0,
+    scale: float | None = None,
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
     dropout: Dropout | None = None,
@@ -371,7 +415,7 @@ def packed_unified_attention(
 def _unified(
     op: str,
     sources: dict[str, Tensor],
-    scale: float,
+    scale: float | None,
     key_lengths: Tensor | None,
     key_mask: Tensor | None,
     dropout: Dropout | None,
@@ -399,7 +443,7 @@ def _unified(
     )
     _check_padding(op, q.shape[0], k_other.shape[1], key_lengths, key_mask, q.device)
     arguments: dict[str, Any] = {
-        "scale": float(scale),
+        "scale": _scale(scale, q),
         "key_lengths": key_lengths,
         "key_mask": key_mask,
         "dropout": _active(dropout),
@@ -415,6 +459,7 @@ def _unified(
     return implementation(op, impl, q.device, q.dtype)(*sources.values(), **arguments)
 
 
+@_operator
 def glu(
     x: Tensor,
     weight: Tensor,
@@ -432,7 +477,7 @@ def glu(
     kind "plain":  dropout(act(x W^T)), weight [F, D];
     kind "gated":  dropout(act(x Wg^T) * (x Wu^T)), weight [2 F, D], the gate's rows first (Shazeer, 2020);
     kind "mixed":  dropout(factor (gate_dropout(sigmoid(x Ws^T)) + relu(x Wf^T))), weight [2 F, D], the slow rows first.
-    activation: relu, gelu (erf), silu, sigmoid or identity. factor, gate_dropout: of "mixed" only.
+    activation: a name in kernels.activations. factor, gate_dropout: of "mixed" only.
     recompute: the fused kernels keep no products for backward but compute them again; the others always keep them.
     """
     op = "glu"
@@ -445,7 +490,7 @@ def glu(
         "weights are [out, in]",
     )
     _check(kind in ("plain", "gated", "mixed"), op, "kind plain, gated or mixed", repr(kind), "name one of them")
-    activation_of(activation, fused=choice(op, impl, x.device) == "triton")
+    activation_of(activation)
     _check(
         kind == "plain" or weight.shape[0] % 2 == 0,
         op,
@@ -475,6 +520,7 @@ def glu(
     )
 
 
+@_operator
 def residual_norm(
     x: Tensor | None,
     s: Tensor | None,
@@ -513,6 +559,7 @@ def residual_norm(
     )
 
 
+@_operator
 def linear_cross_entropy(
     h: Tensor,
     weight: Tensor,
@@ -558,6 +605,7 @@ def linear_cross_entropy(
     return (loss, per_token.detach()) if return_per_token else loss
 
 
+@_operator
 def embedding(
     ids: Tensor,
     table: Tensor,

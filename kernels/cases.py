@@ -277,12 +277,14 @@ class _Stream:
         dims = {"batch": self.batch, "queries": self.length, "keys": keys}
         dims |= {"heads": self.shape.heads[block], "width": self.shape.widths[block]}
         dims |= {"key_heads": 1, "key_batch": 1} if bank else {}
-        self.calls.append(Call("attention", 1, dims, {"causal": causal}, {"dropout": self.p}, padded=padded))
+        self.calls.append(
+            Call("attention", 1, dims, {"scale": 1.0, "causal": causal}, {"dropout": self.p}, padded=padded)
+        )
 
     def unify(self, block: int, other: int) -> None:
         dims = {"batch": self.batch, "queries": self.length, "other": other}
         dims |= {"heads": self.shape.heads[block], "width": self.shape.widths[block]}
-        self.calls.append(Call("unified_attention", 1, dims, {}, {"dropout": self.p}, padded=True))
+        self.calls.append(Call("unified_attention", 1, dims, {"scale": 1.0}, {"dropout": self.p}, padded=True))
 
     def feed(self) -> None:
         shape = self.shape

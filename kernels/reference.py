@@ -50,6 +50,11 @@ def masked_softmax(scores: Tensor, valid: Tensor) -> Tensor:
     return weights / total.masked_fill(total == 0, 1.0)
 
 
+def zeros_of(shape: tuple[int, ...], *inputs: Tensor) -> Tensor:
+    """Zeros that are a function of `inputs`: the result of an operator without anything to compute has a graph."""
+    return sum((x.flatten()[:0].sum() for x in inputs), inputs[0].new_zeros(shape))
+
+
 def without_padding(x: Tensor, batch: int, padding: Tensor) -> Tensor:
     """x [B or 1, Lk, G, K] with zeros where padding [batch, Lk] is False: whatever stood there reaches nothing, while
     0 times NaN would."""
@@ -67,7 +72,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    scale: float = 1.0,
+    scale: float,
     causal: bool = False,
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
@@ -77,7 +82,7 @@ def attention(
     batch, queries, heads, _ = q.shape
     keys = k.shape[1]
     if keys == 0:
-        return (q[..., :1] * 0.0).expand(*q.shape[:3], v.shape[3]) + v.sum() * 0.0 + k.sum() * 0.0
+        return zeros_of((*q.shape[:3], v.shape[3]), q, k, v)
     padding = key_padding(batch, keys, key_lengths, key_mask, q.device)
     k, v = without_padding(k, batch, padding), without_padding(v, batch, padding)
     valid = padding[:, None, None]
@@ -98,7 +103,7 @@ def unified_attention(
     k_other: Tensor,
     v_other: Tensor,
     *,
-    scale: float = 1.0,
+    scale: float,
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
     dropout: Dropout | None = None,
@@ -111,6 +116,8 @@ def unified_attention(
     """
     batch, queries, heads, _ = q.shape
     own, other = k_own.shape[1], k_other.shape[1]
+    if own + other == 0 or batch == 0:
+        return zeros_of((*q.shape[:3], v_own.shape[3]), q, k_own, v_own, k_other, v_other)
     real = key_padding(batch, other, key_lengths, key_mask, q.device)
     if not as_published:
         k_other, v_other = without_padding(k_other, batch, real), without_padding(v_other, batch, real)

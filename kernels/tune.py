@@ -168,7 +168,7 @@ def _attention_entries() -> list[Entry]:
                         for shape in shapes
                         for registers in ((0, 128) if shape[2] == 8 else (0, 168))
                     ),
-                    _run("attention", torch.bfloat16, dims, {}, ["dropout"], direction != "forward"),
+                    _run("attention", torch.bfloat16, dims, {"scale": 1.0}, ["dropout"], direction != "forward"),
                 )
             )
     return found

@@ -4,11 +4,15 @@
 ordered tuple of sublayers with a residual flag each. A module reads its block's fields only.
 """
 
+import ast
 import dataclasses
 import difflib
+import importlib.util
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 PerBlock = int | tuple[int, ...]
@@ -58,7 +62,7 @@ class ModelConfig:
     dropout: float = 0.1
     database_states: int = 0
     feedforward: Literal["plain", "gated", "mixed"] = "plain"
-    activation: Literal["relu", "gelu", "silu", "sigmoid", "identity", "relu2"] = "relu"
+    activation: str = "relu"
     mixed_factor: float = 0.5
     slow_dropout: float = 0.0
     positions: Literal["absolute", "rotary", "none"] = "absolute"
@@ -114,11 +118,37 @@ def nearest(name: str, names: list[str], count: int = 3) -> list[str]:
     return [lowered[match] for match in close]
 
 
-def _expected(kind: Any) -> str:
+@cache
+def _written_activations() -> tuple[str, ...]:
+    found = importlib.util.find_spec("kernels")
+    assert found is not None
+    assert found.origin is not None
+    for node in ast.parse(Path(found.origin).with_name("activations.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "ACTIVATIONS":
+            assert isinstance(node.value, ast.Dict)
+            return tuple(ast.literal_eval(key) for key in node.value.keys if key)
+    raise AssertionError("kernels/activations.py: expected ACTIVATIONS as one dictionary, got none")
+
+
+def activations() -> tuple[str, ...]:
+    """The names in kernels.activations.ACTIVATIONS; from its text until somebody imports it, and torch with it."""
+    module = sys.modules.get("kernels.activations")
+    return _written_activations() if module is None else tuple(module.ACTIVATIONS)
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """What field `name` may be, where that is one of a list."""
+    if name == "activation":
+        return activations()
+    return get_args(_TYPES[name]) if get_origin(_TYPES[name]) is Literal else ()
+
+
+def _expected(name: str) -> str:
+    if choices(name):
+        return "one of " + ", ".join(choices(name))
+    kind = _TYPES[name]
     if kind == PerBlock:
         return "a whole number, or one for each block of a stack (12,8,4)"
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(get_args(kind))
     return {int: "a whole number", float: "a finite number", bool: "true or false"}[kind]
 
 
@@ -142,10 +172,10 @@ def check_type(name: str, value: Any) -> Any:
         return float(value)
     if kind is bool and isinstance(value, bool):
         return value
-    if get_origin(kind) is Literal and value in get_args(kind):
+    if isinstance(value, str) and value in choices(name):
         return value
     raise ConfigError(
-        f"{name}: expected {_expected(kind)}, got {repr(value)[:60]}; for example {name}={_example(name)}"
+        f"{name}: expected {_expected(name)}, got {repr(value)[:60]}; for example {name}={_example(name)}"
     )
 
 
@@ -290,27 +320,20 @@ def check(config: ModelConfig) -> None:
         )
         odd = [width for width in per_block(config, "dim_qkv") if width % 2]
         _require(not odd, "dim_qkv", "even numbers with positions=rotary", odd, "features are turned in pairs")
-    _require(
-        config.activation != "relu2" or config.feedforward == "plain",
-        "activation",
-        "another than relu2 with a gated or mixed feedforward",
-        config.activation,
-        "set feedforward=plain",
-    )
 
 
 def unpublished(config: ModelConfig) -> dict[str, Any]:
     """Fields with values that the published architecture did not know; what repeats that one must refuse them."""
     names = ("num_kv_heads", "positions", "cross_attention", "qk_norm", "norm_placement")
     found = {name: getattr(config, name) for name in names if getattr(config, name) != FIELDS[name].default}
-    return found | ({"activation": "relu2"} if config.activation == "relu2" else {})
+    new = config.activation not in ("relu", "gelu", "silu", "sigmoid", "identity")
+    return found | ({"activation": config.activation} if new else {})
 
 
 def outside_kernels(config: ModelConfig) -> list[str]:
     """What of the configuration has no fused kernel and is computed by plain torch beside them."""
     steps = {
         "rotation of queries and keys by their position": config.positions == "rotary",
-        "square of the hidden layer": config.activation == "relu2",
         "decoder attention under the published mask": config.unified_mask == "as_published",
     }
     return [step for step, there in steps.items() if there]

@@ -7,6 +7,7 @@ are the ledger's events (march.cost), grouped where they are equal; nothing here
 
 import collections
 import importlib.metadata
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -143,12 +144,14 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-# rows and columns of what a kernel with products tiles
+# sizes of a kernel's products that are padded to whole tiles, each with its tile
 _TILED = {
-    "_glu": ("M", "F"),
-    "_linear_cross_entropy_fwd": ("tokens", "vocabulary"),
-    "_linear_cross_entropy_gradient": ("own_rows", "other_rows"),
-    "_linear_cross_entropy": ("tokens", "columns"),
+    "_glu_dx": {"M": "BLOCK_M", "D": "BLOCK_N", "F": "BLOCK_K"},
+    "_glu_dw": {"F": "BLOCK_M", "D": "BLOCK_N", "M": "BLOCK_K"},
+    "_glu": {"M": "BLOCK_M", "F": "BLOCK_N", "D": "BLOCK_K"},
+    "_linear_cross_entropy_fwd_kernel": {"tokens": "BLOCK_M", "vocabulary": "BLOCK_N"},
+    "_linear_cross_entropy_gradient": {"own_rows": "BLOCK_M", "other_rows": "BLOCK_N"},
+    "_linear_cross_entropy": {"tokens": "BLOCK_M", "columns": "BLOCK_N"},
 }
 
 
@@ -166,11 +169,11 @@ def executed_share(launch: Launch) -> float:
         rows = range(1, cdiv(queries, m) + 1)
         tiles = sum(cdiv(min(keys, r * m) if causal else keys, n) for keys, causal in segments for r in rows)
         return tiles * m * n / (queries * sum(keys for keys, _ in segments))
-    names = next((names for start, names in _TILED.items() if launch.kernel.startswith(start)), ("", ""))
-    if not set(names) <= set(values):
+    tiled = next((tiled for start, tiled in _TILED.items() if launch.kernel.startswith(start)), {})
+    if not {*tiled, *tiled.values()} <= set(values):
         return 1.0
-    rows, columns = (values[name] for name in names)
-    return cdiv(rows, m) * m * cdiv(columns, n) * n / (rows * columns)
+    sizes = [(values[size], values[block]) for size, block in tiled.items()]
+    return math.prod(cdiv(size, block) * block / size for size, block in sizes)
 
 
 def _compiled(launch: Launch, precision: str) -> Compiled | None:

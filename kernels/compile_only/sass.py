@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -157,27 +157,30 @@ class Program:
 
     def innermost_loops(self) -> list[tuple[Instruction, ...]]:
         """Instructions of every innermost loop, in the order of the program."""
-        successors = self._successors
-        predecessors: list[set[int]] = [set() for _ in successors]
-        for source, targets in enumerate(successors):
-            for target in targets:
-                predecessors[target].add(source)
-        dominators = _dominators(successors, predecessors)
-        bodies: dict[int, set[int]] = {}
-        for source, targets in enumerate(successors):
-            for header in targets:
-                if dominators[source] is not None and header in (dominators[source] or ()):
-                    bodies.setdefault(header, {header}).update(_natural(header, source, predecessors))
-        inner = [body for header, body in sorted(bodies.items()) if not any(h in body for h in bodies if h != header)]
         loops = []
-        for body in inner:
+        for body in innermost(self._successors):
             instructions = tuple(self.instructions[i] for number in sorted(body) for i in self._blocks[number])
             if len(instructions) > 1:  # the padding behind EXIT is one jump to itself
                 loops.append(instructions)
         return loops
 
 
-def _dominators(successors: list[set[int]], predecessors: list[set[int]]) -> list[set[int] | None]:
+def innermost(successors: Sequence[Collection[int]]) -> list[set[int]]:
+    """Blocks of every innermost loop of a flow graph whose entry is block 0, in the order of their headers."""
+    predecessors: list[set[int]] = [set() for _ in successors]
+    for source, targets in enumerate(successors):
+        for target in targets:
+            predecessors[target].add(source)
+    dominators = _dominators(successors, predecessors)
+    bodies: dict[int, set[int]] = {}
+    for source, targets in enumerate(successors):
+        for header in targets:
+            if header in (dominators[source] or ()):
+                bodies.setdefault(header, {header}).update(_natural(header, source, predecessors))
+    return [body for header, body in sorted(bodies.items()) if not any(h in body for h in bodies if h != header)]
+
+
+def _dominators(successors: Sequence[Collection[int]], predecessors: list[set[int]]) -> list[set[int] | None]:
     """For each block the blocks on every path to it; None where no path leads."""
     dominators: list[set[int] | None] = [None] * len(successors)
     if successors:

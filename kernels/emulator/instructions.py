@@ -189,17 +189,19 @@ SPECIAL: dict[str, str] = {
 }
 
 
+# class of an opcode in a profile, by its start; else "float" by its type, else "integer"
+_KINDS = {
+    "mma": "mma", "ldmatrix": "ldmatrix", "ld.shared": "shared load", "st.shared": "shared store",
+    "ld.global": "global load", "st.global": "global store", "cp.async.ca": "async copy", "cp.async.cg": "async copy",
+    "cp.async": "async control", "bar": "barrier", "shfl": "shuffle", "redux": "shuffle", "bra": "control",
+    "ret": "control", "ex2": "special", "lg2": "special", "rsqrt": "special", "sqrt": "special", "rcp": "special",
+    "cvt": "conversion", "mov": "move", "ld.param": "move", "setp": "predicate", "selp": "predicate",
+}  # fmt: skip
+_FLOATS = ("f32", "f16", "f16x2", "bf16", "bf16x2")
+
+
 def kind_of(opcode: str) -> str:
     """The class that a profile counts it in."""
-    for start, kind in (
-        ("mma", "mma"), ("ldmatrix", "ldmatrix"), ("ld.shared", "shared load"), ("st.shared", "shared store"),
-        ("ld.global", "global load"), ("st.global", "global store"), ("cp.async.c", "async copy"),
-        ("cp.async", "async control"), ("bar", "barrier"), ("shfl", "shuffle"), ("redux", "shuffle"),
-        ("bra", "control"), ("ret", "control"), ("ex2", "special"), ("lg2", "special"), ("rsqrt", "special"),
-        ("cvt", "conversion"), ("mov", "move"), ("ld.param", "move"), ("setp", "predicate"), ("selp", "predicate"),
-    ):  # fmt: skip
-        if opcode.startswith(start):
-            return kind if start != "cp.async.c" or "shared.global" in opcode else "async control"
-    if opcode.endswith((".f32", ".f16", ".f16x2", ".bf16x2", ".bf16")):
-        return "float"
-    return "integer"
+    kind = next((kind for start, kind in _KINDS.items() if opcode.startswith(start)), None)
+    last = opcode.rsplit(".", 1)[-1]
+    return kind or ("predicate" if last == "pred" else "float" if last in _FLOATS else "integer")

@@ -27,7 +27,7 @@ from kernels.dispatch import kernels_on_cpu
 from kernels.emulator.codegen import Code
 from kernels.emulator.machine import Counts, Finding, Machine
 from kernels.emulator.memory import GlobalMemory, Region, Storage, address_of
-from kernels.emulator.parse import parse
+from kernels.emulator.parse import Kernel, parse
 
 # lanes of a group of programs that run together: an array of 4 bytes each stays in a core's second cache
 LANES = 1 << 14
@@ -47,9 +47,11 @@ class EmulationError(AssertionError):
 
 @dataclass
 class EmulatedLaunch:
-    """One launch that was executed. recorded: as kernels.compile_only would have it; seconds: of the execution."""
+    """One launch that was executed. recorded: as kernels.compile_only would have it; kernel: the PTX that ran, parsed;
+    seconds: of the execution."""
 
     recorded: record.Launch
+    kernel: Kernel
     findings: list[Finding]
     counts: Counts
     seconds: float
@@ -59,18 +61,20 @@ class EmulatedLaunch:
 class Session:
     """Options and results of an emulation.
 
-    checks: memory, initialisation, races; True, or which kernels by name. profile: count sectors and wavefronts too.
+    checks: memory, initialisation, races; True, or which kernels by name. profile, likewise: count sectors and
+    wavefronts too.
     seed: of a random order of programs. transform: (kernel's name, PTX) -> PTX, for mutants. raises: EmulationError at
-    the end of a launch with findings.
+    the end of a launch with findings. done: called after each launch.
     """
 
     arch: str
     checks: bool | Callable[[str], bool] = True
-    profile: bool = False
+    profile: bool | Callable[[str], bool] = False
     seed: int | None = None
     transform: Callable[[str, str], str] | None = None
     raises: bool = True
     lanes: int = LANES
+    done: Callable[[EmulatedLaunch], None] = lambda _: None
     launches: list[EmulatedLaunch] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
@@ -158,11 +162,13 @@ class Emulator(record.Recorder):
     def launched(self, launch: record.Launch, values: dict[str, Any]) -> None:
         with _disable_current_modes(), torch.no_grad(), np.errstate(all="ignore"):
             start = time.perf_counter()
-            findings, counts = self._execute(launch, values)
+            code = self._code(launch)
+            findings, counts = self._execute(code, launch, values)
             self.initialised.drop_full()
-        done = EmulatedLaunch(launch, findings, counts, time.perf_counter() - start)
+        done = EmulatedLaunch(launch, code.kernel, findings, counts, time.perf_counter() - start)
         self.session.launches.append(done)
         self.session.findings += findings
+        self.session.done(done)
         if findings and self.session.raises:
             raise EmulationError(findings)
 
@@ -172,16 +178,16 @@ class Emulator(record.Recorder):
             text = self.session.transform(launch.kernel, text)
         return _code(text)
 
-    def _execute(self, launch: record.Launch, values: dict[str, Any]) -> tuple[list[Finding], Counts]:
+    def _execute(self, code: Code, launch: record.Launch, values: dict[str, Any]) -> tuple[list[Finding], Counts]:
         session, metadata = self.session, launch.compiled.metadata
-        checks = session.checks if isinstance(session.checks, bool) else session.checks(launch.kernel)
+        checks, profile = (x if isinstance(x, bool) else x(launch.kernel) for x in (session.checks, session.profile))
         signature = launch.compiled.src.signature
         # a number in the order of all arguments, which is in the addresses that specialisation saw
         arguments = [(i, n, x) for i, (n, x) in enumerate(values.items()) if signature[n] != "constexpr"]
         scratch = [(len(values) + i, n, 0) for i, n in enumerate(("global scratch", "profile scratch"))]
         return execute(
-            self._code(launch), launch.grid, arguments + scratch, metadata.shared, self.initialised.of,
-            checks=checks, profile=session.profile, seed=session.seed, lanes=session.lanes,
+            code, launch.grid, arguments + scratch, metadata.shared, self.initialised.of,
+            checks=checks, profile=profile, seed=session.seed, lanes=session.lanes,
         )  # fmt: skip
 
 

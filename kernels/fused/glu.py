@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels.dropout import Dropout, keep_scale
 from kernels.fused import tiles_glu as tiles
+from kernels.fused.activation_code import activation_key
 from kernels.fused.attention_kernels import _sum_partials_kernel
 from kernels.fused.glu_gradients import _glu_dw_kernel, _glu_dx_kernel
 from kernels.fused.glu_kernels import _glu_backward_kernel, _glu_forward_kernel, _glu_recompute_kernel
@@ -89,7 +90,7 @@ def _forward_op(
         grid = (triton.cdiv(rows, tile.m) * triton.cdiv(padded, tile.n),)
         _glu_forward_kernel[grid](
             x, weight, hidden, saved, rng, gate_rng, rows, length, width, padded, triton.cdiv(x.shape[2], tile.k),
-            factor=factor, KIND=kind, ACTIVATION=activation, SAVE=save,
+            factor=factor, KIND=kind, ACTIVATION=activation_key(activation), SAVE=save,
             **_inner(x, weight), **_dropouts(p, site, gate_p, gate_site), **tile.options(),
         )  # fmt: skip
     return hidden[..., :width], saved
@@ -108,7 +109,8 @@ def _backward_op(
     if not (launches(x) and rows and width):
         return d_product
     common = {
-        "M": rows, "L": length, "F": width, "N": padded, "factor": factor, "KIND": kind, "ACTIVATION": activation,
+        "M": rows, "L": length, "F": width, "N": padded, "factor": factor, "KIND": kind,
+        "ACTIVATION": activation_key(activation),
         **_units("d", *d_hidden.stride()[:2]), **_dropouts(p, site, gate_p, gate_site),
     }  # fmt: skip
     tensors = (d_hidden, d_product, rng, gate_rng)

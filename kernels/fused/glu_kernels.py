@@ -8,47 +8,13 @@ P products (1 or 2), N = F rounded up to 16, on which rows of hidden layer and p
 import triton
 import triton.language as tl
 
+from kernels.fused.activation_code import activate, relu, relu_slope, sigmoid, sigmoid_slope, slope
 from kernels.fused.primitives import column_keys, keep, row_keys
 
 # columns that an epilogue works on at a time: with 32, gelu and silu spill 17 and 25 registers in the recomputation
 PART_N = tl.constexpr(16)
 # lengths, sites and thresholds never compile anything anew
 RUN_TIME = ["M", "L", "inner_blocks", "threshold", "gate_threshold", "site", "gate_site"]
-
-
-@triton.jit
-def _activate(a, ACTIVATION: tl.constexpr):
-    """act(a) in float32."""
-    if ACTIVATION == "relu":
-        return tl.maximum(a, 0.0)
-    elif ACTIVATION == "gelu":
-        return 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476))
-    elif ACTIVATION == "silu":
-        return a * tl.sigmoid(a)
-    elif ACTIVATION == "sigmoid":
-        return tl.sigmoid(a)
-    else:
-        tl.static_assert(ACTIVATION == "identity", "an activation without device code")
-        return a
-
-
-@triton.jit
-def _slope(a, ACTIVATION: tl.constexpr):
-    """act'(a) in float32; 0 for relu at 0, as torch has it."""
-    if ACTIVATION == "relu":
-        return tl.where(a > 0.0, 1.0, 0.0)
-    elif ACTIVATION == "gelu":
-        density = tl.exp(-0.5 * a * a) * 0.3989422804014327
-        return 0.5 * (1.0 + tl.erf(a * 0.7071067811865476)) + a * density
-    elif ACTIVATION == "silu":
-        s = tl.sigmoid(a)
-        return s * (1.0 + a * (1.0 - s))
-    elif ACTIVATION == "sigmoid":
-        s = tl.sigmoid(a)
-        return s * (1.0 - s)
-    else:
-        tl.static_assert(ACTIVATION == "identity", "an activation without device code")
-        return tl.full(a.shape, 1.0, tl.float32)
 
 
 @triton.jit
@@ -93,14 +59,14 @@ def _combine(
 ):  # fmt: skip
     """The hidden layer from its products, float32 [rows, columns]."""
     if KIND == "plain":
-        hidden = _activate(first, ACTIVATION)
+        hidden = activate(first, ACTIVATION)
     elif KIND == "gated":
-        hidden = _activate(first, ACTIVATION) * second
+        hidden = activate(first, ACTIVATION) * second
     else:
-        slow = tl.sigmoid(first)
+        slow = sigmoid(first)
         if GATE_DROPOUT:
             slow = _drop(slow, gate_dropout, columns)
-        hidden = (slow + tl.maximum(second, 0.0)) * factor
+        hidden = (slow + relu(second)) * factor
     if DROPOUT:
         hidden = _drop(hidden, dropout, columns)
     return hidden
@@ -115,17 +81,17 @@ def _gradients(
     if DROPOUT:
         d_hidden = _drop(d_hidden, dropout, columns)
     if KIND == "plain":
-        d_first = d_hidden * _slope(first, ACTIVATION)
+        d_first = d_hidden * slope(first, ACTIVATION)
         d_second = d_first
     elif KIND == "gated":
-        d_first = d_hidden * second * _slope(first, ACTIVATION)
-        d_second = d_hidden * _activate(first, ACTIVATION)
+        d_first = d_hidden * second * slope(first, ACTIVATION)
+        d_second = d_hidden * activate(first, ACTIVATION)
     else:
         d_hidden *= factor
-        d_first = d_hidden * _slope(first, "sigmoid")
+        d_first = d_hidden * sigmoid_slope(first)
         if GATE_DROPOUT:
             d_first = _drop(d_first, gate_dropout, columns)
-        d_second = d_hidden * _slope(second, "relu")
+        d_second = d_hidden * relu_slope(second)
     return d_first, d_second
 
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.dropout import Dropout, SiteKeys, keep_words, mask_, pack_keys, site_keys, unpack_keys
 from kernels.portable.products import bmm, matmul
-from kernels.reference import causal_valid, key_padding, without_padding
+from kernels.reference import causal_valid, key_padding, without_padding, zeros_of
 
 _log = logging.getLogger("kernels")
 
@@ -215,7 +215,7 @@ def attention(
     batch, queries, heads, _ = q.shape
     keys = k.shape[1]
     if keys == 0 or queries == 0 or batch == 0:
-        return (q[..., :1] * 0).expand(*q.shape[:3], v.shape[3]) + (k.sum() + v.sum()) * 0
+        return zeros_of((*q.shape[:3], v.shape[3]), q, k, v)
     padding = None
     if key_lengths is not None or key_mask is not None:
         padding = key_padding(batch, keys, key_lengths, key_mask, q.device)
@@ -243,7 +243,7 @@ def unified_attention(
     batch, queries, heads, _ = q.shape
     own, other = k_own.shape[1], k_other.shape[1]
     if queries == 0 or batch == 0:
-        return q.new_zeros(batch, queries, heads, v_own.shape[3])
+        return zeros_of((batch, queries, heads, v_own.shape[3]), q, k_own, v_own, k_other, v_other)
     padding = key_padding(batch, other, key_lengths, key_mask, q.device)
     if (key_lengths is None and key_mask is None) or (_eager_cpu(padding) and bool(padding.all())):
         padding = padding[:1]

@@ -80,7 +80,11 @@ class _Hidden(torch.autograd.Function):
         d_product = torch.empty_like(product)
         d_gate, d_up = d_product.chunk(2, dim=-1)
         if ctx.kind == "gated":
-            torch.mul(d, activation_of(ctx.activation).formula(gate), out=d_up)
+            active = activation_of(ctx.activation).formula(gate)
+            if torch.compiler.is_compiling():  # which knows no `out` that is part of a tensor, and fuses the copy
+                d_up.copy_(d * active)
+            else:
+                torch.mul(d, active, out=d_up)
             d_gate.copy_(activation_of(ctx.activation).backward(d.mul_(up), gate))
         else:
             d_up.copy_(_aten.threshold_backward(d, up, 0))

@@ -56,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, labels: Tensor, scale: float, ignore_index: int):
+    def forward(ctx: Any, h: Tensor, weight: Tensor, labels: Tensor, scale: float, ignore_index: int, recorded: bool):
         wide = at_least_float32(h.dtype)
         valid = labels != ignore_index
         count = valid.sum().clamp(min=1)
@@ -66,7 +66,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # what a row of h is weighted by in dE: a mean cannot overflow, GAIN keeps a float16 one from vanishing
         row_weight = (valid.to(wide) * GAIN / count).masked_fill_(unknown, torch.nan)[:, None]
         losses = torch.empty(labels.shape, dtype=wide, device=h.device)
-        needs_h, needs_weight = ctx.needs_input_grad[:2]
+        # true of a parameter under no_grad too, where nobody will ask for the gradients
+        needs_h, needs_weight = (recorded and needed for needed in ctx.needs_input_grad[:2])
         dh = torch.empty_like(h) if needs_h else None
         dw = None
         step = max(1, CHUNK_LOGITS // weight.shape[0])
@@ -96,12 +97,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor, _: Tensor | None):  # type: ignore[override]
         dh, dw, count = ctx.saved_tensors
         d_loss = d_loss * ctx.scale
-        return _times(dh, d_loss / count), _times(dw, d_loss / GAIN), None, None, None
+        return _times(dh, d_loss / count), _times(dw, d_loss / GAIN), None, None, None, None
 
 
 def linear_cross_entropy(
     h: Tensor, weight: Tensor, labels: Tensor, *, scale: float, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """Contract in kernels.api.linear_cross_entropy."""
-    loss, losses = _LinearCrossEntropy.apply(h.flatten(0, 1), weight, labels.flatten(), scale, ignore_index)
+    flat = h.flatten(0, 1), weight, labels.flatten()
+    loss, losses = _LinearCrossEntropy.apply(*flat, scale, ignore_index, torch.is_grad_enabled())
     return loss, losses.view(labels.shape)

@@ -135,5 +135,7 @@ def embedding(
         for d in (dropout, position_dropout)
     )
     weight = 0.5 if combine == "average" else 1.0
-    sparse = isinstance(table.grad_fn, _TiedTable._backward_cls)  # type: ignore[attr-defined]
+    # a traced function knows no grad_fn, and no tied table; float16 has no addition of sparse gradients
+    sparse = not torch.compiler.is_compiling() and table.dtype != torch.float16
+    sparse = sparse and isinstance(table.grad_fn, _TiedTable._backward_cls)  # type: ignore[attr-defined]
     return _Embedding.apply(ids, table, positions, weight, keys, position_keys, sparse)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from kernels.dropout import keep_scale
 from march.config import BlockConfig, ModelConfig
 from march.model.modules import Axis, Dropout, ForwardContext, Linear, Norm, ResidualStream, rotate
 
@@ -165,18 +164,13 @@ class DatabaseAttention(CrossAttention):
 
 
 class FeedForward(Sublayer):
-    """dropout(act(z Wup)) Wdown; gated: act(z Wgate) * (z Wup); mixed: factor (sigmoid(z Wgate) + relu(z Wup)).
-
-    Activation "relu2" is relu(x)^2 (So et al., 2021).
-    """
+    """dropout(act(z Wup)) Wdown; gated: act(z Wgate) * (z Wup); mixed: factor (sigmoid(z Wgate) + relu(z Wup))."""
 
     name = "feedforward"
 
     def __init__(self, config: ModelConfig, block: BlockConfig):
         super().__init__(config, block)
-        self.squared = config.activation == "relu2"
-        activation = "relu" if self.squared else config.activation
-        self.form: dict[str, Any] = {"kind": config.feedforward, "activation": activation}
+        self.form: dict[str, Any] = {"kind": config.feedforward, "activation": config.activation}
         stream, hidden = Axis("stream", config.dim_model), Axis("hidden", config.dim_feedforward)
         gate = {} if config.feedforward == "plain" else {"gate": hidden}
         self.up = Linear(config.linear_init, stream, **gate, up=hidden)
@@ -187,9 +181,6 @@ class FeedForward(Sublayer):
     def forward(self, z: Tensor, ctx: ForwardContext) -> Tensor:
         drops = {"dropout": self.hidden_dropout(ctx), "gate_dropout": self.gate_dropout(ctx)}
         hidden = kernels.glu(z, self.up.matrix(z, ctx), **self.form, factor=self.factor, **drops, impl=ctx.impl)
-        if self.squared:  # dropout has scaled what it kept by s, and s^2 is once too often
-            kept = drops["dropout"]
-            hidden = hidden.square() / (1.0 if kept is None else keep_scale(kept.p))
         return self.down(hidden, ctx)
 
 

@@ -167,7 +167,10 @@ class Transformer(nn.Module):
         _check_inputs(self.config, input_ids, decoder_input_ids, labels, attention_mask)
         weight = self.embedding
         rng = self._dropout_state(dropout_state, input_ids.device)
-        ctx = ForwardContext(self.impl, self.compute_dtype() or weight.dtype, weight.device, rng, attention_mask)
+        dtype = kernels.autocast_dtype(weight)
+        if dtype == weight.dtype:
+            dtype = self.compute_dtype() or dtype
+        ctx = ForwardContext(self.impl, dtype, weight.device, rng, attention_mask)
         if self.config.database_states:
             ctx.database = self.database(ctx)
         width = Axis("stream", self.config.dim_model)

@@ -119,8 +119,8 @@ def check(arguments: argparse.Namespace, *, cuda: bool) -> Request:
     overrides = configuration.parse_overrides(arguments.set or ())
     budget_name = arguments.budget or ("paper" if cuda else "demo")
     budget = get_budget(budget_name, steps=arguments.steps, checkpoint_every=arguments.checkpoint_every)
-    if arguments.seed is not None and not 0 <= arguments.seed < 2**63:
-        raise UsageError(f"expected --seed from 0 to 2^63 - 1, got {arguments.seed}; 42 is the recipe's")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**32:
+        raise UsageError(f"expected --seed from 0 to 2^32 - 1, got {arguments.seed}; 42 is the recipe's")
     precision = _precision(arguments.precision, overrides, budget, experiment.name)
     precision_open = False
     if precision == FASTEST:

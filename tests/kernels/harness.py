@@ -202,7 +202,9 @@ class Result:
 
 def _call(operator: str, inputs: Mapping[str, Any], kwargs: Mapping[str, Any], impl: str) -> dict[str, Tensor]:
     extra = {"return_per_token": True} if operator == "linear_cross_entropy" else {}
-    out = getattr(kernels, operator)(**inputs, **kwargs, **extra, impl=impl)
+    if "attention" in operator:  # inputs of kernels.cases have scores of variance 1 without a scale
+        extra["scale"] = kwargs.get("scale", 1.0)
+    out = getattr(kernels, operator)(**inputs, **(kwargs | extra), impl=impl)
     names = OUTPUTS.get(operator, ("out",))
     return dict(zip(names, out if isinstance(out, tuple) else (out,), strict=True))
 

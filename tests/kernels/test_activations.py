@@ -1,16 +1,25 @@
 """One list of activations: each is right in every implementation, and an unknown name is refused by all."""
 
+import functools
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import harness
 import pytest
 import torch
+import torch.nn.functional as F
+import triton.language as tl
+from compiling import compiled
 
 import kernels
+from bench.kernel_baselines import eager_glu
 from kernels.activations import ACTIVATIONS, Activation
+from march import config, experiments
 
 pytestmark = pytest.mark.skipif(not harness.INTERPRETED, reason="of every implementation on a CPU")
-IMPLEMENTATIONS = ("reference", "torch", "triton")
+IMPLEMENTATIONS = ("reference", "torch", "triton", "bench")
 # the formulas once more, written out, so that no entry is its own oracle
 EXPECTED = {
     "relu": lambda x: x.clamp(min=0),
@@ -20,7 +29,17 @@ EXPECTED = {
     "identity": lambda x: x * 1,
     "relu2": lambda x: x.clamp(min=0) ** 2,
 }
-RELU2 = Activation(lambda x: torch.relu(x).square(), lambda d, x: 2 * d * torch.relu(x))
+
+
+def _softplus(a):
+    return tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))
+
+
+def _softplus_slope(a):
+    return tl.sigmoid(a)
+
+
+SOFTPLUS = Activation(F.softplus, lambda d, x: d * torch.sigmoid(x), _softplus, _softplus_slope)
 
 
 def results(function, kind: str) -> list[torch.Tensor]:
@@ -37,7 +56,8 @@ def compare(name: str, kind: str, impl: str) -> None:
         first, *second = (x @ weight.T).chunk(1 if kind == "plain" else 2, dim=-1)
         return EXPECTED[name](first) * second[0] if second else EXPECTED[name](first)
 
-    ours = results(lambda x, w: kernels.glu(x, w, kind=kind, activation=name, impl=impl), kind)
+    function = eager_glu if impl == "bench" else functools.partial(kernels.glu, impl=impl)
+    ours = results(functools.partial(function, kind=kind, activation=name), kind)
     for a, b in zip(ours, results(formula, kind), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -49,23 +69,62 @@ def test_every_activation_is_its_formula(name, kind, impl):
     compare(name, kind, impl)
 
 
-@pytest.mark.parametrize("kind", ["plain", "gated"])
-def test_one_entry_adds_an_activation_and_the_fused_kernels_refuse_it(kind):
-    with mock.patch.dict(ACTIVATIONS, relu2=RELU2):
-        for impl in ("reference", "torch"):
-            compare("relu2", kind, impl)
-        with pytest.raises(ValueError, match=r"activation with device code among relu, .*identity, got 'relu2'"):
-            compare("relu2", kind, "triton")
-
-
-def test_device_code_refuses_a_name_that_it_does_not_know():
-    """An entry that claims device code and has none does not become the identity."""
-    claimed = Activation(RELU2.formula, RELU2.backward, fused=True)
-    with mock.patch.dict(ACTIVATIONS, relu2=claimed), pytest.raises(Exception, match="without device code"):
-        compare("relu2", "plain", "triton")
-
-
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_an_unknown_name_is_refused(impl):
-    with pytest.raises(ValueError, match="among relu, gelu, silu, sigmoid, identity, got 'swish'"):
-        kernels.glu(torch.ones(1, 1, 16), torch.ones(16, 16), kind="plain", activation="swish", impl=impl)
+@pytest.mark.parametrize("kind", ["plain", "gated"])
+def test_one_entry_adds_an_activation(kind, impl):
+    with mock.patch.dict(ACTIVATIONS, softplus=SOFTPLUS), mock.patch.dict(EXPECTED, softplus=F.softplus):
+        compare("softplus", kind, impl)
+        chosen = experiments.configuration("Baseline", activation="softplus", feedforward=kind)
+        assert config.unpublished(chosen) == {"activation": "softplus"}
+    with pytest.raises(ValueError, match=r"among relu, .*relu2, got 'softplus'"):
+        compare("softplus", kind, impl)
+
+
+@pytest.mark.parametrize("kind", ["plain", "gated"])
+def test_another_entry_under_an_old_name_has_its_own_code(kind):
+    with mock.patch.dict(ACTIVATIONS, gelu=SOFTPLUS), mock.patch.dict(EXPECTED, gelu=F.softplus):
+        compare("gelu", kind, "triton")
+    compare("gelu", kind, "triton")
+
+
+CHANGED = """
+import dataclasses, json, sys
+from kernels.activations import ACTIVATIONS
+from kernels.fused.activation_code import activation_key
+
+keys = [activation_key("gelu")]
+for field in ("value", "slope"):
+    ACTIVATIONS["gelu"] = dataclasses.replace(ACTIVATIONS["gelu"], **{field: getattr(ACTIVATIONS["silu"], field)})
+    keys.append(activation_key("gelu"))
+print(json.dumps(keys))
+"""
+
+
+def test_changed_device_code_is_another_program():
+    """Triton's cache on disk knows a program by its kernel's source and constants."""
+    assert len(set(compiled(CHANGED))) == 3
+
+
+def test_device_code_has_no_answer_for_a_name_without_code():
+    import kernels.fused.glu as fused
+
+    with mock.patch.object(fused, "activation_key", return_value="swish"), pytest.raises(Exception, match="swish"):
+        compare("relu", "gated", "triton")
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS[:3])
+@pytest.mark.parametrize("kind", ["plain", "gated", "mixed"])
+def test_an_unknown_name_is_refused(kind, impl):
+    with pytest.raises(ValueError, match="among relu, gelu, silu, sigmoid, identity, relu2, got 'swish'"):
+        kernels.glu(torch.ones(1, 1, 16), torch.ones(16, 16), kind=kind, activation="swish", impl=impl)
+
+
+def test_the_configuration_has_the_same_names_without_importing_torch():
+    code = (
+        "import sys, march.config as config\n"
+        "print(*config.choices('activation'))\n"
+        "sys.exit(any(m.split('.')[0] in ('torch', 'kernels') for m in sys.modules))"
+    )
+    root = Path(kernels.__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
+    assert run.stdout.split() == list(ACTIVATIONS) == list(config.choices("activation"))

@@ -7,11 +7,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+from kernels.activations import ACTIVATIONS
 from kernels.dropout import Dropout, dropout_state, keep_scale, stream_keep_mask
 from kernels.fused import tiles_glu
 
 HALVES = {"plain": 1, "gated": 2, "mixed": 2}
-ACTIVATIONS = ("relu", "gelu", "silu", "sigmoid", "identity")
 
 
 def _dropout(site, p=0.25, first=5):

@@ -8,6 +8,7 @@ import json
 import pytest
 from compiling import compiled
 
+from kernels.activations import ACTIVATIONS
 from kernels.compile_only import ARCHITECTURES
 from kernels.fused.tiles_glu import TABLE, product_tile
 
@@ -48,6 +49,8 @@ CASES = {
     "ReLU": {**GATED, "activation": "relu"},
     "GELU": {**GATED, "activation": "gelu"},
     "SiLU": {**GATED, "activation": "silu"},
+    "SquaredReLU": {**BASELINE, "activation": "relu2"},
+    "SquaredReLU gated": {**GATED, "activation": "relu2"},
     "GELU recomputed": {**GATED, "activation": "gelu", "recompute": True},
     "MixedActSOMDropout": {**GATED, "kind": "mixed", "gate_dropout": 0.5},
     "BigHeads2": {**BASELINE, "shape": (*ENCODER, 380, 1520)},
@@ -139,7 +142,7 @@ EVERYTHING = [
     for depth in (512, 380, 40)
     for dtype in ("bfloat16", "float32")
     for kind in ("plain", "gated")
-    for activation in ("relu", "gelu", "silu", "sigmoid", "identity")
+    for activation in ACTIVATIONS
     for extra in ({"dropout": 0.1}, {}, {"dropout": 0.1, "recompute": True})
     if depth == 512 or (activation == "relu" and extra == {"dropout": 0.1})
 ] + [

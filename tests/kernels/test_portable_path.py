@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
+from kernels.activations import ACTIVATIONS
 from kernels.dropout import keep_mask, keep_words, site_keys
 from kernels.portable import chunked_attention as attention_module
 from kernels.portable import loss as loss_module
@@ -80,7 +81,7 @@ def attention_case(name):
         draw(shared, keys, groups, width, seed=2),
         draw(shared, keys, groups, value_width, seed=3),
     ]
-    options = {key: what[key] for key in ("causal", "scale") if key in what}
+    options = {"scale": what.get("scale", 1.0)} | {key: what[key] for key in ("causal",) if key in what}
     if "lengths" in what:
         options["key_lengths"] = torch.tensor(what["lengths"])
     if "mask" in what:
@@ -132,8 +133,7 @@ def test_unified_attention(padding, p, dtype, monkeypatch):
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize(
     ("kind", "activation"),
-    [("plain", "relu"), ("plain", "gelu"), ("plain", "identity"), ("mixed", "relu")]
-    + [("gated", name) for name in ("relu", "gelu", "silu", "sigmoid", "identity")],
+    [("mixed", "relu"), *((kind, name) for kind in ("plain", "gated") for name in ACTIVATIONS)],
 )
 def test_glu(kind, activation, p, dtype):
     tensors = [draw(2, 5, 12, seed=1), draw(14 if kind == "plain" else 28, 12, seed=2, scale=0.3)]

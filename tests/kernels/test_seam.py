@@ -465,3 +465,20 @@ def test_an_old_apex(apex_path):
     (apex_path / "fused_layer_norm_cuda.py").touch()
     with pytest.raises(kernels.ImplementationError, match="too old"):
         apex.library()
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+def test_attention_without_a_scale_is_that_of_every_library(impl):
+    q, k, v = (torch.randn(2, 5, 2, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    library = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    kv = torch.stack([k, v], 2)
+    results = [
+        kernels.attention(q, k, v, impl=impl),
+        kernels.self_attention(torch.stack([q, k, v], 2), impl=impl)[0],
+        kernels.cross_attention(q, kv, impl=impl),
+    ]
+    for out in results:
+        torch.testing.assert_close(out, library.transpose(1, 2), rtol=1e-4, atol=1e-5)
+    given = kernels.unified_attention(q, k, v, k, v, scale=0.25, impl=impl)
+    assert torch.equal(kernels.unified_attention(q, k, v, k, v, impl=impl), given)
+    assert torch.equal(kernels.packed_unified_attention(torch.stack([q, k, v], 2), kv, impl=impl), given)

@@ -86,7 +86,7 @@ def test_two_attentions_merged_through_their_log_sum_exps_give_the_same(small_ti
     lse = torch.logaddexp2(lse1, lse2)
     w1, w2 = (torch.exp2(one - lse).transpose(1, 2)[..., None] for one in (lse1, lse2))
     merged = w1 * o1 + w2 * o2
-    out = kernels.unified_attention(**inputs, key_lengths=lengths, impl="triton")
+    out = kernels.unified_attention(**inputs, scale=1.0, key_lengths=lengths, impl="triton")
     torch.testing.assert_close(out, merged, rtol=1e-5, atol=1e-6)
 
 

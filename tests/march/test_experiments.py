@@ -156,7 +156,8 @@ def test_wrong_overrides_say_expected_and_got(assignment, words):
         ("NoPositions", {"position_init": "unit"}, "position_init"),
         ("RotaryPositions", {"dim_qkv": 63}, "dim_qkv"),
         ("UnifiedAttention", {"positions": "rotary"}, "positions"),
-        ("ReLUGatedLinearUnit", {"activation": "relu2"}, "activation"),
+        ("ReLUGatedLinearUnit", {"activation": "swish"}, "activation"),
+        ("MixedAct", {"activation": ["relu"]}, "activation"),
     ],
 )
 def test_impossible_configurations_are_refused(name, overrides, field):

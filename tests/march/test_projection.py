@@ -149,14 +149,15 @@ def test_issue_slots_and_warps_bound_a_fused_loop():
 def test_tiles_of_a_launch_are_whole_and_causal_blocks_skipped():
     def share(kernel: str, sizes: dict[str, int], **constants: object) -> float:
         arguments = tuple(Argument(name, "i32", value=value) for name, value in sizes.items())
-        constants |= {"BLOCK_M": 64, "BLOCK_N": 32}
+        constants |= {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16}
         return collect.executed_share(Launch(kernel, "m", "sm_86", (1, 1, 1), 4, 2, constants, arguments))
 
     assert share("_attention_fwd_kernel", {"Lq": 65, "Lk": 33}, CAUSAL=False) == 128 * 64 / (65 * 33)
     # rows of queries 0..63 reach two of four blocks of keys, 64..127 all
     assert share("_attention_fwd_kernel", {"Lq": 128, "Lk": 128}, CAUSAL=True) == 6 / 8
     assert share("_unified_attention_fwd_kernel", {"Lq": 128, "Lk": 128, "Lo": 64}) == (6 + 4) / (8 + 4)
-    assert share("_glu_forward_kernel", {"M": 64, "F": 40}) == 64 / 40
+    assert share("_glu_forward_kernel", {"M": 64, "F": 40, "D": 32}) == 64 / 40
+    assert share("_glu_dw_kernel", {"M": 40, "F": 40, "D": 32}) == pytest.approx(64 / 40 * 48 / 40)
     assert share("_linear_cross_entropy_fwd_kernel", {"tokens": 60, "vocabulary": 32}) == 64 / 60
 
 

@@ -210,6 +210,14 @@ def test_default_budget_follows_the_device_and_precision_the_budget_or_experimen
         request("--precision", "fp32", "--set", "precision=bf16")
 
 
+def test_a_seed_beyond_32_bits_is_refused():
+    """Dropout keys have 32: such a seed would have the masks of another one."""
+    assert request("--seed", str(2**32 - 1)).seed == 2**32 - 1
+    for seed in (2**32, 2**40 + 1, 2**63, -1):
+        with pytest.raises(UsageError, match=r"--seed from 0 to 2\^32 - 1"):
+            request("--seed", str(seed))
+
+
 def test_only_the_recipe_itself_is_comparable():
     assert request("--budget", "paper").comparable
     assert request("--budget", "paper", "--seed", "7").comparable

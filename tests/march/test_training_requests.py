@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from training_support import SMALL, small_overrides, write_corpus
 
 import march
+from kernels.activations import ACTIVATIONS
 from march import cost, experiments
 from march.config import BOUNDS, FIELDS, ConfigError, check_type, override, parse_value, resolve
 from march.data.__main__ import main as data_main
@@ -186,7 +187,7 @@ def test_show_heeds_the_budget_and_one_implementation(capsys):
 def _values(name: str) -> st.SearchStrategy:
     """Values of a field: near its bounds, of other types, and small ones that can be built."""
     small = {**SMALL, "vocab_size": 200, "database_states": 4}.get(name, FIELDS[name].default)
-    known = {"feedforward": ["plain", "gated", "mixed"], "activation": ["relu", "gelu", "silu", "sigmoid", "identity"]}
+    known = {"feedforward": ["plain", "gated", "mixed"], "activation": list(ACTIVATIONS)}
     known |= {"unified_mask": ["aligned", "as_published"], "precision": ["bf16", "fp32"], "linear_init": ["t5"]}
     likely = [
         small,

@@ -1,0 +1,217 @@
+"""The dynamic profile: what it counts, how its counts scale with sequences, its command."""
+
+import json
+import re
+from dataclasses import asdict
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import kernels
+from bench import emulated
+from bench.projection.collect import executed_share
+from kernels import cases, emulator
+from kernels.emulator.instructions import RULES, SPECIAL, kind_of
+from march.cost.flops import FORMULAS, launch_flops
+
+SMALL = {
+    "num_layers": 2, "vocab_size": 211, "dim_model": 128, "num_heads": 2, "dim_feedforward": 256, "max_length": 128,
+}  # fmt: skip
+KINDS = {
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": "mma",
+    "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16": "ldmatrix",
+    "ld.shared.v4.b32": "shared load",
+    "st.shared.b16": "shared store",
+    "ld.global.v4.b32": "global load",
+    "st.global.b16": "global store",
+    "ld.param.b64": "move",
+    "mov.pred": "move",
+    "cp.async.cg.shared.global": "async copy",
+    "cp.async.ca.shared.global": "async copy",
+    "cp.async.commit_group": "async control",
+    "cp.async.wait_group": "async control",
+    "bar.sync": "barrier",
+    "bar.warp.sync": "barrier",
+    "shfl.sync.bfly.b32": "shuffle",
+    "redux.sync.add.s32": "shuffle",
+    "bra.uni": "control",
+    "ret": "control",
+    "ex2.approx.ftz.f32": "special",
+    "rsqrt.approx.f32": "special",
+    "cvt.rn.bf16x2.f32": "conversion",
+    "setp.lt.f32": "predicate",
+    "selp.f32": "predicate",
+    "and.pred": "predicate",
+    "fma.rn.f32": "float",
+    "max.NaN.bf16x2": "float",
+    "div.full.f32": "float",
+    "add.rn.bf16x2": "float",
+    "add.s32": "integer",
+    "mad.wide.u32": "integer",
+    "prmt.b32": "integer",
+    "div.s32": "integer",
+}
+
+
+def test_every_opcode_of_the_white_list_has_its_class():
+    assert {opcode: kind_of(opcode) for opcode in KINDS} == KINDS
+    by_kind = {}
+    for opcode in (*RULES, *SPECIAL):
+        by_kind.setdefault(kind_of(opcode), []).append(opcode)
+    assert set(by_kind) == set(KINDS.values())
+    assert all(re.search(r"\.b?f16(x2)?$|\.f32$", opcode) for opcode in by_kind["float"])
+    assert not [opcode for opcode in by_kind["integer"] if re.search(r"\.b?f(16|32)|pred|global|shared", opcode)]
+
+
+@triton.jit
+def _strided(x_ptr, out_ptr, turns, STEP: tl.constexpr):
+    i = tl.arange(0, 32)
+    total = tl.zeros((32,), tl.float32)
+    for turn in range(turns):
+        total += tl.load(x_ptr + (turn * 32 + i) * STEP)  # the loop
+    tl.store(out_ptr + i, total)  # the epilogue
+
+
+@pytest.mark.parametrize("step", [1, 2, 8, 16])
+def test_loops_sectors_and_bytes_of_a_strided_read(step):
+    """A warp's 32 floats, `step` apart: 4 sectors a request, up to one a lane; nothing is fetched twice or left out."""
+    turns, x, out = 7, torch.ones(7 * 32 * step), torch.zeros(32)
+    with emulator.active("sm_86", profile=True) as session:
+        _strided[(1,)](x, out, turns, STEP=step, num_warps=1)
+    p = emulated.profile(session.launches)
+    assert out.tolist() == [turns] * 32
+    assert (p.read.asked, p.read.requests, p.read.sectors) == (4 * 32 * turns, turns, turns * min(32, 4 * step))
+    assert (p.written.asked, p.written.requests, p.written.sectors) == (128, 1, 4)
+    assert p.classes["global load"] == turns
+    by_code = {line.code: line for line in p.lines}
+    loop = next(line for code, line in by_code.items() if code.endswith("# the loop"))
+    epilogue = next(line for code, line in by_code.items() if code.endswith("# the epilogue"))
+    assert loop.in_loops >= 2 * turns
+    assert loop.in_loops % turns == 0
+    assert epilogue.slots > epilogue.in_loops == 0
+    assert p.slots == sum(p.classes.values()) == sum(line.slots for line in p.lines)
+
+
+@triton.jit
+def _product(x_ptr, out_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    x = tl.load(x_ptr + at)
+    tl.store(out_ptr + at, tl.dot(x, x))
+
+
+def test_products_of_a_warp():
+    x, out = torch.ones(32, 32, dtype=torch.bfloat16), torch.zeros(32, 32)
+    with emulator.active("sm_86", profile=True) as session:
+        _product[(1,)](x, out, N=32, num_warps=1)
+    (launch,) = session.launches
+    assert sum(n for kind, n in launch.counts.by_opcode().items() if kind.startswith("mma")) == 2 * 32**3 // 4096
+
+
+def _numbers(one: emulated.Profile) -> dict:
+    """Every number of a profile by its place."""
+    found = {}
+
+    def walk(place, value):
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                walk((*place, name), inner)
+        elif isinstance(value, list):
+            for line in value:
+                walk((*place, line["source"]), line)
+        elif not isinstance(value, str):
+            found[place] = value
+
+    walk((), asdict(one))
+    return found
+
+
+@pytest.fixture(scope="module")
+def by_sequences():
+    """Profiles by kernel of a two-block Baseline with 1, 2 and 3 sequences of 128 and 128 positions: whole tiles."""
+    steps = (emulated.emulated_step("Baseline", micro_batch=n, lengths=(128, 128), **SMALL) for n in (1, 2, 3))
+    return [{p.kernel: _numbers(p) for p in emulated.profiles(step.launches)} for step in steps]
+
+
+# numbers of a profile that are no linear function of the sequences, and why
+NOT_LINEAR = {
+    "_embedding_table_bwd_kernel": None,  # walks the positions of each token that occurs
+    "_embedding_fwd_kernel": ("read", "sectors"),  # which rows the tokens of a warp share
+    "_linear_cross_entropy_dh_kernel": ("read", "sectors"),  # the same of labels
+    "_embedding_positions_bwd_kernel": ("read", "requests"),  # tiles of several sequences
+    "_linear_cross_entropy_mean_kernel": None,  # one warp reads 4 bytes a tile of tokens: whole requests and sectors
+}
+
+
+def test_one_and_two_sequences_predict_three(by_sequences):
+    one, two, three = by_sequences
+    assert len(one) > 15
+    wrong: dict[str, list] = {}
+    for kernel in three:
+        assert one[kernel].keys() == two[kernel].keys() == three[kernel].keys()
+        for place, value in three[kernel].items():
+            if 2 * two[kernel][place] - one[kernel][place] != value:
+                wrong.setdefault(kernel, []).append(place)
+    assert wrong.keys() == NOT_LINEAR.keys(), wrong
+    for kernel, number in NOT_LINEAR.items():
+        assert number is None or wrong[kernel] == [number], kernel
+
+
+def test_the_command(capsys):
+    """Of the step of one sequence above: tables at 100 columns, JSON with the same numbers."""
+    arguments = ["--encoder", "128", "--decoder", "128", "--kernel", "glu", "--top", "3"]
+    arguments += [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
+    assert emulated.main([*arguments, "--json"]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert {one["kernel"] for one in found["kernels"]} == {f"_glu_{part}_kernel" for part in ("forward", "dx", "dw")}
+    assert all(one["mma"] == one["formula"] for one in found["kernels"])  # whole tiles
+    assert found["findings"] == []
+    assert re.search(r"41 of 41: \w+, [\d.]+ s", shown.err)
+    assert emulated.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= emulated.WIDTH
+    for one in found["kernels"]:
+        assert f"{emulated.short(one['kernel'])}: {one['slots']:,} instructions of warps, {one['mma']:,} mma" in text
+        assert one["lines"][0]["code"][:40] in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--exp Nope", "--arch sm_90", "--micro-batch 0", "--encoder 1025", "--kernel zzz", "--set dim_model=x", "--sets"],
+)
+def test_a_wrong_argument_is_one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        emulated.main(arguments.split())
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+RAGGED = {
+    "attention": ({"batch": 2, "queries": 37, "keys": 53, "heads": 2, "width": 64}, {}),
+    "glu": ({"batch": 1, "length": 37, "width": 72, "hidden": 88, "kind": "gated"},
+            {"kind": "gated", "activation": "gelu"}),
+    "linear_cross_entropy": ({"batch": 1, "length": 37, "width": 64, "vocabulary": 203}, {"scale": 0.125}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("operator", RAGGED)
+def test_the_projection_counts_the_products_that_run(operator):
+    """Sizes that are no multiple of their tiles: the executed products of the projection are the emulator's.
+
+    Widths of heads, and of the model in the loss, are multiples here: their padding the projection does not count.
+    """
+    dims, options = RAGGED[operator]
+    made = {n: x for n, x in cases.FACTORIES[operator](**dims).items() if x is not None}
+    given = {n: x.bfloat16().requires_grad_() if x.is_floating_point() else x for n, x in made.items()}
+    with emulator.active("sm_86") as session:
+        out = getattr(kernels, operator)(**given, **options, impl="triton")
+        (out[0] if isinstance(out, tuple) else out).sum().backward()
+    found = [launch for launch in session.launches if launch.recorded.kernel in FORMULAS]
+    assert found
+    for launch in found:
+        mma = sum(n for opcode, n in launch.counts.by_opcode().items() if opcode.startswith("mma"))
+        assert mma * 4096 == pytest.approx(launch_flops(launch.recorded, True) * executed_share(launch.recorded)), (
+            launch.recorded.kernel
+        )
