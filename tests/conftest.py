@@ -8,13 +8,15 @@
 happened and lost may be given to the marker too; by default a fault that its test survives lost nothing.
 """
 
+from collections import Counter
+
 import pytest
 
 
 class Fault:
     """One row: what was injected, what happened, what was lost."""
 
-    def __init__(self, name: str, happened: str = "as the test asserts", lost: str = "nothing"):
+    def __init__(self, name: str, happened: str = "held, as its test asserts", lost: str = "nothing"):
         self.row = [name, happened, lost]
 
     def happened(self, text: str, lost: str = "nothing") -> None:
@@ -58,5 +60,7 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section(f"{len(rows)} injected faults")
     for name, happened, lost in sorted(rows):
         terminalreporter.write_line(f"{name:{wide}} | {happened} | {lost}")
-    silent = [row for row in rows if row[2] != "nothing"]
-    terminalreporter.write_line(f"{len(rows)} faults, {len(rows) - len(silent)} with nothing lost")
+    counts = Counter(row[2] for row in rows)
+    terminalreporter.write_line(
+        f"{len(rows)} faults; lost: {', '.join(f'{what} {n}' for what, n in counts.most_common())}"
+    )

@@ -129,11 +129,6 @@ def _init_process_group(device: torch.device, rank: int, size: int) -> None:
             verbose=False,
             timeout=COLLECTIVE_TIMEOUT,
         )
-    except (RuntimeError, ValueError) as error:
-        raise RunError(
-            f"expected {size} process(es) to meet at {where}, got {' '.join(str(error).split())[:120]}; start them "
-            "all, or choose another --master_port"
-        ) from error
     finally:
         waiting.cancel()
 

@@ -212,7 +212,7 @@ def guard_gradients(engine, world: World, refuse: Callable[[str, float], object]
     """Has `refuse(what, value)` called on every rank when what is about to change the weights is not finite on any.
 
     It looks where every setting passes: at the gradients that the basic optimiser is about to use, averaged, unscaled
-    and clipped. DeepSpeed itself looks with some settings only (not with bf16 in stage 2, not without ZeRO).
+    and clipped. DeepSpeed's own check is a setting of its own, and is not there without ZeRO.
     """
     optimizer = engine.basic_optimizer
 

@@ -349,8 +349,8 @@ class Trainer:
         mean = loss_total / sequences
         if not math.isfinite(mean):
             raise RunError(
-                f"evaluation loss is {mean} after step {self.step}: the weights are not finite or too large, and were "
-                f"not saved; {self._saved()}; lower the learning rate, or use --precision fp32"
+                f"evaluation loss is {mean} after step {self.step}: the weights are not finite or too large; "
+                f"{self._saved()}; lower the learning rate, or use --precision fp32"
             )
         return mean
 

@@ -197,12 +197,12 @@ def _run(request: command_line.Request, given, folder, checkpoint, world, stop, 
     )
     try:
         outcome = trainer.run()
+        # once, of a run that was finished: who chooses by a split has no other to judge the choice by
+        test_loss = trainer.evaluate(test, whole=True) if outcome.stopped_by is None else None
     except RunError as error:
         failed = {"finished": False, "failed": str(error), "steps": trainer.step, **getattr(error, "facts", {})}
         records.write_end(folder, request, config, trainer.rows, entropy, world, failed)
         raise
-    # once, of a run that was finished: who chooses by a split has no other to judge the choice by
-    test_loss = trainer.evaluate(test, whole=True) if outcome.stopped_by is None else None
     memory = records.largest_memory(peak_memory(world), world)
     end: dict[str, Any] = {
         **asdict(outcome),

@@ -85,6 +85,23 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path, setting, valu
     assert all(torch.equal(saved.tensors[part][name], before[part][name]) for part in before for name in before[part])
 
 
+@pytest.mark.fault("gradient not finite, DeepSpeed's own check off", "stopped before the weights saw it")
+@pytest.mark.parametrize("clipping", [0.0, 1.0], ids=lambda clipping: f"clipping {clipping:g}")
+def test_no_weight_depends_on_deepspeeds_check(clipping, monkeypatch):
+    """It is a setting there, and off for some precisions in some versions."""
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    monkeypatch.setattr(stage_1_and_2, "is_invalid_grad_norm", lambda norm: False)
+    trainer = trainer_of(None, precision="bf16", zero=2, clipping=clipping)
+    trainer.engine.optimizer.check_grad_overflow = False
+    poison_gradient(trainer, 1, math.nan)
+    before = state_of(trainer)["model"]
+    with pytest.raises(NonFiniteError, match=r"gradient norm is (inf|nan) in step 1"):
+        trainer.run()
+    after = state_of(trainer)["model"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.fault("a gradient whose norm overflows float32", "stopped before the weights saw it")
 @pytest.mark.parametrize("zero", [0, 1])
 def test_a_norm_that_overflows_stops_the_run(zero):
