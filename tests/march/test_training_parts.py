@@ -227,7 +227,7 @@ def test_only_the_recipe_itself_is_comparable():
 
 
 def test_launcher_arguments_are_accepted_and_resume_fills_what_was_not_given():
-    given = build_parser().parse(["--local_rank=1", "--resume", "--steps", "9"])
+    given = build_parser().parse_args(["--local_rank=1", "--resume", "--steps", "9"])
     assert given.resume is NEWEST
     filled = fill_from(given, {"exp": "Database", "steps": 4, "set": ["dropout=0.2"], "budget": "demo"})
     again = check(filled, cuda=True)
@@ -282,8 +282,14 @@ def test_run_folder_never_mixes_two_runs(tmp_path):
     assert first.path.name.startswith("Baseline-demo-20")
     first.write("config.json", {"experiment": "Baseline", "budget": {"name": "demo"}, "started": "2026-01-01"})
     second.write("config.json", {"experiment": "Database", "budget": {"name": "demo"}, "started": "2026-01-02"})
-    assert RunFolder.newest(tmp_path, None, None).path == second.path
-    assert RunFolder.newest(tmp_path, "Baseline", "demo").path == first.path
+    with pytest.raises(UsageError, match="is running; wait for its end"):
+        RunFolder.newest(tmp_path, None, None)
+    first.unlock()
+    second.unlock()
+    for asked, expected in (((None, None), second), (("Baseline", "demo"), first)):
+        found = RunFolder.newest(tmp_path, *asked)
+        assert found.path == expected.path
+        found.unlock()
     with pytest.raises(UsageError, match="got none"):
         RunFolder.newest(tmp_path, "Baseline", "paper")
     with pytest.raises(UsageError, match="which holds a run"):
