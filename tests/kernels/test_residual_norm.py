@@ -172,3 +172,16 @@ def test_registered_operator():
     x, s, gain = (x.float().to(DEVICE).requires_grad_() for x in _inputs(2, 3, 8).values())
     rng = dropout_state(1, 2, 3, DEVICE)
     torch.library.opcheck(_forward_op, (x, s, gain, rng, 0.25, 3, 1e-6, 8))
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("form", ["both", "no residual"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 40, 513])
+def test_the_norm_is_that_of_the_y_that_is_returned(form, dtype, impl, width):
+    """Bit by bit: backward and whoever reads the stream know y as it was rounded, not the sum before."""
+    inputs = {n: x if x is None else x.to(dtype) for n, x in _inputs(2, 9, width, form).items()}
+    y, z = kernels.residual_norm(**inputs, dropout=DROPOUT, impl=impl)
+    again, of_y = kernels.residual_norm(y, None, inputs["gain"], impl=impl)
+    assert torch.equal(again, y)
+    assert torch.equal(of_y, z)
