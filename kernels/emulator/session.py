@@ -11,9 +11,12 @@ filled with 0xFF and remembered as uninitialised until a kernel, or torch, write
 
 import contextlib
 import functools
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,9 +145,17 @@ def _custom(func: Any) -> Callable | None:
     return None if definition is None else definition._init_fn
 
 
+def _sources_here(text: str) -> str:
+    """PTX with the files of the modules that are loaded: Triton keeps compiled kernels by their source, not by its
+    place, so those in its cache may name another copy of the same file."""
+    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    here = {Path(name).parts[-2:]: name for name in files if name}
+    return re.sub(r'(\.file\s+\d+ )"([^"]*)"', lambda m: f'{m[1]}"{here.get(Path(m[2]).parts[-2:], m[2])}"', text)
+
+
 @functools.lru_cache(256)
 def _code(text: str) -> Code:
-    return Code(parse(text))
+    return Code(parse(_sources_here(text)))
 
 
 class Emulator(record.Recorder):
