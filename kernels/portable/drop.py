@@ -1,5 +1,6 @@
 """Dropout of a stream [B, L, D], by the contract: its keys, and its mask as a factor that is applied in place."""
 
+import torch
 from torch import Tensor
 
 from kernels.dropout import Dropout, SiteKeys, keep_words, mask_, site_keys
@@ -25,3 +26,10 @@ def scale_of(*all_keys: SiteKeys | None) -> float:
         if keys is not None:
             product *= keys.scale
     return product
+
+
+def add_scaled(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """x + scale y in a new tensor. torch rounds `alpha` to 16 bits with such tensors: 10/9 is 0.2% off in bfloat16."""
+    if x.element_size() > 2 or scale in (0.5, 1.0):
+        return torch.add(x, y, alpha=scale)
+    return (y * scale).add_(x)

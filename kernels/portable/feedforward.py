@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.activations import activation_of
 from kernels.dropout import Dropout, SiteKeys, pack_keys, unpack_keys
-from kernels.portable.drop import apply_, scale_of, stream_keys
+from kernels.portable.drop import add_scaled, apply_, scale_of, stream_keys
 from kernels.portable.products import linear
 
 _aten = torch.ops.aten
@@ -58,7 +58,7 @@ class _Hidden(torch.autograd.Function):
             hidden = activation_of(activation).formula(gate) * up
         else:
             slow, fast = product.chunk(2, dim=-1)
-            hidden = torch.add(torch.relu(fast), _slow(slow, gate_keys), alpha=scale_of(gate_keys))
+            hidden = add_scaled(torch.relu(fast), _slow(slow, gate_keys), scale_of(gate_keys))
         scale = factor * scale_of(keys)
         hidden = apply_(hidden, keys)
         if scale != 1.0:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.dropout import Dropout, SiteKeys, pack_keys, unpack_keys
-from kernels.portable.drop import apply_, scale_of, stream_keys
+from kernels.portable.drop import add_scaled, apply_, scale_of, stream_keys
 from kernels.reference import at_least_float32
 
 
@@ -29,7 +29,7 @@ class _ResidualNorm(torch.autograd.Function):
             y = s if x is None else x + s
         else:
             dropped = apply_(s.clone(memory_format=torch.contiguous_format), keys)
-            y = dropped.mul_(scale) if x is None else torch.add(x, dropped, alpha=scale)
+            y = dropped.mul_(scale) if x is None else add_scaled(x, dropped, scale)
         wide = y.to(at_least_float32(y.dtype))
         factor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(features).add_(eps).rsqrt_()
         z = (wide * factor).mul_(gain).to(y.dtype)

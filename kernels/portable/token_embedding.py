@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.dropout import Dropout, SiteKeys, pack_keys, site_keys, unpack_keys
 from kernels.portable.chunked_attention import _eager_cpu
-from kernels.portable.drop import apply_, scale_of
+from kernels.portable.drop import add_scaled, apply_, scale_of
 from kernels.reference import at_least_float32
 
 
@@ -42,7 +42,7 @@ class _Embedding(torch.autograd.Function):
         ctx.save_for_backward(ids, unknown, *pack_keys(keys, position_keys))
         ctx.p, ctx.position_p = (None if k is None else k.p for k in (keys, position_keys))
         ctx.shapes = table.shape, positions.shape
-        tokens.add_(places, alpha=weight * scale_of(position_keys))
+        tokens = add_scaled(tokens, places, weight * scale_of(position_keys))
         return tokens if unknown is None else tokens.masked_fill_(unknown[..., None], torch.nan)
 
     @staticmethod
