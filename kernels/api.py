@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels import packed, reference
 from kernels.activations import activation_of
-from kernels.dispatch import Impl, ImplementationError, choice, implementation
+from kernels.dispatch import Impl, ImplementationError, choice, implementation, transformed
 from kernels.dropout import Dropout
 from kernels.portable.products import linear as portable_linear
 from kernels.portable.token_embedding import tied_table as portable_tied_table
@@ -212,7 +212,8 @@ def tied_table(table: Tensor, dtype: torch.dtype | None = None, *, impl: Impl = 
     On a CPU the gradients of both uses meet in one dense gradient in the table's own type; elsewhere it is the table
     itself and its conversion. dtype None: the table's.
     """
-    if table.device.type == "cpu" and choice("linear", impl, table.device) == "torch":
+    traced = torch.compiler.is_compiling()
+    if table.device.type == "cpu" and choice("linear", impl, table.device) == "torch" and (traced or not transformed()):
         return portable_tied_table(table, dtype)
     return table, table if dtype is None else table.to(dtype)
 

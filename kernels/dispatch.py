@@ -16,7 +16,7 @@ from functools import cache
 
 import torch
 
-from kernels import packed
+from kernels import packed, portable, reference
 
 log = logging.getLogger("kernels")
 
@@ -102,15 +102,22 @@ def fused_available(operator: str) -> bool:
     return importlib.util.find_spec("triton") is not None and importlib.util.find_spec(FUSED[operator]) is not None
 
 
-# filled by `_load`, read by `implementation`: a plain dictionary, which torch.compile can trace
+# by (name, operator or form): nothing of these has to be loaded or checked, so torch.compile may meet them first
+_PLAIN: dict[tuple[str, str], Callable] = {
+    (name, called): packed.resolve(called, module)
+    for name, module in (("torch", portable), ("reference", reference))
+    for operator in OPERATORS
+    for called in (operator, *packed.FORMS.get(operator, ()))
+}
+# the others: filled by `_load`, read by `implementation`: a plain dictionary, which torch.compile can trace
 _LOADED: dict[tuple[str, str, torch.device, torch.dtype], Callable] = {}
 
 
 def _function(called: str, name: str, device_type: str) -> Callable:
     operator = packed.operator_of(called)
-    if name in ("torch", "reference"):
-        module = "kernels.portable" if name == "torch" else "kernels.reference"
-    elif name == "triton":
+    if (name, called) in _PLAIN:
+        return _PLAIN[name, called]
+    if name == "triton":
         module = FUSED[operator]
         if not fused_available(operator):
             raise ImplementationError(
@@ -172,12 +179,27 @@ def observed(wrapper: Callable[[str, Callable], Callable]) -> Iterator[None]:
         _OBSERVERS.remove(wrapper)
 
 
+def transformed() -> bool:
+    """Whether grad, vjp, jvp or vmap of torch.func is at work; functionalisation is not one of them."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    return torch._C._functorch.peek_interpreter_stack().key() != torch._C._functorch.TransformType.Functionalize
+
+
 def implementation(operator: str, impl: Impl, device: torch.device, dtype: torch.dtype) -> Callable:
     """The function that computes `operator`, or a packed form of one, on tensors of `device` and `dtype`; its keyword
     arguments are those of kernels.reference."""
     name = choice(operator, impl, device)
-    _load(operator, name, device, dtype)
-    function = _LOADED[operator, name, device, dtype]
+    if (name, operator) in _PLAIN:
+        function = _PLAIN[name, operator]
+    else:
+        _load(operator, name, device, dtype)
+        function = _LOADED[operator, name, device, dtype]
+    if name == "torch" and not torch.compiler.is_compiling() and transformed():
+        raise ImplementationError(
+            f"{operator}: impl='torch' expected no torch.func transform of differentiation or vmap, got one; its "
+            "backward is written out: use impl='reference' there, or torch.autograd.grad"
+        )
     for wrapper in _OBSERVERS:
         function = wrapper(operator, function)
     return function
