@@ -110,6 +110,7 @@ def assert_continues_as_uninterrupted(home, run: Run) -> None:
 
 @pytest.mark.fault("SIGHUP: the connection dropped", "saved, one line, resumed bit for bit")
 def test_a_dropped_connection_saves(home, tmp_path):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup children would inherit that it is ignored
     run = Run(home, tmp_path, *home[1], "--run-dir", "run", "--steps", str(STEPS))
     run.wait_for_steps(3)
     run.process.send_signal(signal.SIGHUP)
