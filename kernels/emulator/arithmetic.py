@@ -98,21 +98,14 @@ def flush(x: Array) -> Array:
 
 def fma(a: Array, b: Array, c: Array) -> Array:
     """a b + c of float32 (float16), rounded once. float64 holds the product exactly and rounds the sum; a second
-    rounding errs only where that sum lies halfway between two results, and there the first one's error decides."""
+    rounding errs only where that sum lies halfway between two results: there, and where results are subnormal and
+    halfway is elsewhere, the sum is rounded to odd instead."""
     product, addend = np.multiply(a, b, dtype=F8), c.astype(F8)
     total = product + addend
-    return _round_once(total, product, addend, a.dtype)
-
-
-def _round_once(total: Array, product: Array, addend: Array, dtype: np.dtype) -> Array:
-    dropped = 29 if dtype == F4 else 42
-    tie = (total.view(U8) & U8.type((1 << dropped) - 1)) == U8.type(1 << (dropped - 1))
-    if tie.any():
-        back = total - product
-        error = (product - (total - back)) + (addend - back)
-        toward = np.where(np.isfinite(error) & (error != 0), np.where(error > 0, np.inf, -np.inf), total)
-        total = np.where(tie, np.nextafter(total, toward), total)
-    return total.astype(dtype)
+    dropped = 29 if a.dtype == F4 else 42
+    unsure = (total.view(U8) & U8.type((1 << dropped) - 1)) == U8.type(1 << (dropped - 1))
+    unsure |= (np.abs(total) < np.finfo(a.dtype).tiny) & (total != 0)
+    return (_sum_to_odd(product, addend) if unsure.any() else total).astype(a.dtype)
 
 
 def fma_ftz(a: Array, b: Array, c: Array) -> Array:
@@ -120,7 +113,7 @@ def fma_ftz(a: Array, b: Array, c: Array) -> Array:
 
 
 def extreme(a: Array, b: Array, greatest: bool, nan: bool = False) -> Array:
-    """max, or min: of a number and NaN the number (nan: NaN); +0 is greater than -0."""
+    """max, or min: of a number and NaN the number (nan: NaN); +0 is greater than -0; a NaN is the canonical one."""
     function = (np.maximum if nan else np.fmax) if greatest else (np.minimum if nan else np.fmin)
     out = function(a, b)
     zeros = (out == 0) & (a == b)
@@ -128,7 +121,13 @@ def extreme(a: Array, b: Array, greatest: bool, nan: bool = False) -> Array:
         bits = U4 if a.dtype == F4 else U2
         x, y = a.view(bits), b.view(bits)
         out = np.where(zeros, x & y if greatest else x | y, out.view(bits)).view(a.dtype)
-    return out
+    return canonical(out).view(a.dtype)
+
+
+def divide_approx(a: Array, b: Array) -> Array:
+    """a times the reciprocal of b, which is flushed to zero where |b| is beyond 2^126."""
+    beyond = (np.abs(b) > F4.type(2.0**126)) & np.isfinite(b)
+    return np.where(beyond, a * np.copysign(F4.type(0), b), a / b) if beyond.any() else a / b
 
 
 def exp2(x: Array) -> Array:
@@ -196,12 +195,14 @@ def tf32_from_f32(x: Array) -> Array:
 
 
 def to_integer(x: Array, dtype: np.dtype) -> Array:
-    """A float that is already whole, saturated; NaN gives 0 (32-bit results)."""
+    """A float that is already whole, saturated; NaN gives 0, of 64 bits the highest bit."""
     limits = np.iinfo(dtype)
     low, top = float(limits.min), float(limits.max)
     inside = np.clip(np.nan_to_num(x.astype(F8), nan=0.0, posinf=top, neginf=low), low, top)
     out = inside.astype(dtype)
-    return np.where(inside >= top, dtype.type(limits.max), out) if dtype.itemsize == 8 else out
+    if dtype.itemsize < 8:
+        return out
+    return np.where(x != x, U8.type(1 << 63).astype(dtype), np.where(inside >= top, dtype.type(limits.max), out))
 
 
 # ---------------------------------------------------------------- pairs of 16-bit floats in 32 bits

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kernels.emulator import analysis, arithmetic
-from kernels.emulator.instructions import RULES, SPECIAL
+from kernels.emulator.instructions import COMPARISONS, RULES, SPECIAL
 from kernels.emulator.machine import Site
 from kernels.emulator.parse import Instruction, Kernel, Memory, Operand, UnsupportedPtx, immediate, is_register
 
@@ -196,6 +196,14 @@ class _Emitter:
             values[1] = self.constant(str(sources[1]), rule.sources[0])
             expression = "{0} << {1}" if one.opcode.startswith("shl") else "{0} >> {1}"
         self.put(result, rule.result, expression.format(*values), guard)
+
+    def compare_pairs(self, one: Instruction, guard: str | None) -> None:
+        """setp of f16x2: a predicate for the lower halves, one for the upper."""
+        results, *sources = one.operands
+        expression = COMPARISONS[one.opcode.split(".")[1]]
+        pairs = [self.new(f"A.halves({self.get(source, 'u32')})") for source in sources]
+        for i, register in enumerate(self._several(results)):
+            self.put(register, "b", expression.format(*(f"{pair}[{i}].view(A.F2)" for pair in pairs)), guard)
 
     def mask(self, guard: str | None) -> str:
         """The lanes of a memory instruction: an expression."""

@@ -18,6 +18,15 @@ class Rule(NamedTuple):
 RULES: dict[str, Rule] = {}
 
 
+# of floats; with u: true if either is NaN, the negation of the ordered opposite
+COMPARISONS = {
+    "eq": "{0} == {1}", "ne": "({0} < {1}) | ({0} > {1})", "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}",
+    "ge": "{0} >= {1}", "equ": "~(({0} < {1}) | ({0} > {1}))", "neu": "~({0} == {1})", "ltu": "~({0} >= {1})",
+    "leu": "~({0} > {1})", "gtu": "~({0} <= {1})", "geu": "~({0} < {1})",
+    "num": "({0} == {0}) & ({1} == {1})", "nan": "({0} != {0}) | ({1} != {1})",
+}  # fmt: skip
+
+
 def _rule(opcode: str, result: str, sources: str, expression: str) -> None:
     assert opcode not in RULES, opcode
     RULES[opcode] = Rule(result, tuple(sources.split()), expression)
@@ -92,8 +101,9 @@ def _floats() -> None:
     for pair in ("f16x2", "bf16x2"):
         _rule(f"neg.{pair}", "u32", "u32", "{0} ^ A.U4.type(0x80008000)")
         _rule(f"abs.{pair}", "u32", "u32", "{0} & A.U4.type(0x7FFF7FFF)")
-    for name in ("div.full", "div.approx", "div.rn"):
+    for name in ("div.full", "div.rn"):
         _rule(f"{name}.f32", f, "f32 f32", "{0} / {1}")
+    _rule("div.approx.f32", f, "f32 f32", "A.divide_approx({0}, {1})")
     _rule("ex2.approx.f32", f, f, "A.exp2({0})")
     _rule("ex2.approx.ftz.f32", f, f, "A.exp2_ftz({0})")
     _rule("lg2.approx.f32", f, f, "np.log2({0})")
@@ -103,17 +113,8 @@ def _floats() -> None:
     _rule("sqrt.rn.f32", f, f, "np.sqrt({0})")
     _rule("rcp.rn.f32", f, f, "A.F4.type(1) / {0}")
     for kind in ("f32", "f16"):
-        ordered = {"eq": "==", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-        for name, sign in ordered.items():
-            _rule(f"setp.{name}.{kind}", "b", f"{kind} {kind}", f"{{0}} {sign} {{1}}")
-        _rule(f"setp.ne.{kind}", "b", f"{kind} {kind}", "({0} < {1}) | ({0} > {1})")
-        # with u: true if either is NaN, the negation of the ordered opposite
-        for name, opposite in (("equ", "({0} < {1}) | ({0} > {1})"), ("ltu", "{0} >= {1}"), ("leu", "{0} > {1}")):
-            _rule(f"setp.{name}.{kind}", "b", f"{kind} {kind}", f"~({opposite})")
-        for name, opposite in (("gtu", "{0} <= {1}"), ("geu", "{0} < {1}"), ("neu", "{0} == {1}")):
-            _rule(f"setp.{name}.{kind}", "b", f"{kind} {kind}", f"~({opposite})")
-        _rule(f"setp.num.{kind}", "b", f"{kind} {kind}", "({0} == {0}) & ({1} == {1})")
-        _rule(f"setp.nan.{kind}", "b", f"{kind} {kind}", "({0} != {0}) | ({1} != {1})")
+        for name, expression in COMPARISONS.items():
+            _rule(f"setp.{name}.{kind}", "b", f"{kind} {kind}", expression)
     _rule("selp.f32", "u32", "u32 u32 b", "np.where({2}, {0}, {1})")
 
 
@@ -170,6 +171,7 @@ SPECIAL: dict[str, str] = {
     **{f"ld.param.{kind}{bits}": "parameter" for kind in "bus" for bits in (8, 16, 32, 64)},
     **{f"mov.{kind}": "move" for kind in ("b16", "u16", "b32", "u32", "s32", "f32", "b64", "u64", "s64", "pred")},
     **{f"cp.async.{cache}.shared.global": "async_copy" for cache in ("ca", "cg")},
+    **{f"setp.{name}.f16x2": "compare_pairs" for name in COMPARISONS},
     "cp.async.commit_group": "commit",
     "cp.async.wait_group": "wait",
     "bar.sync": "barrier",

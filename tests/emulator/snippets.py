@@ -1,7 +1,6 @@
 """Hand-written PTX for the emulator: a body with its registers, run on tensors."""
 
 import itertools
-import re
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -47,24 +46,23 @@ def loads(register: str, number: int, bits: int, to: str = "%rd1") -> str:
     """
 
 
-def apply(opcode: str, sources: Sequence[np.ndarray], bits: int, extra: str = "") -> np.ndarray:
-    """`opcode` on arrays of bits (unsigned, by width), elementwise; a predicate source or result is uint32 0 or 1."""
+def apply(opcode: str, sources: Sequence[np.ndarray], bits: int, extra: str = "", predicates: Sequence[int] = ()):
+    """`opcode` on arrays of bits (unsigned, by width), elementwise. predicates: which sources are predicates (uint32 0
+    or 1); bits 1: the result is one. extra: further operands."""
     registers = {16: "%rs", 32: "%r", 64: "%rd"}
     n = len(sources[0])
     threads = -(-n // 32) * 32
     body, names = "", []
     for i, x in enumerate(sources):
         width = 8 * x.dtype.itemsize
-        name = f"{registers[width]}{10 + i}"
-        body += loads(name, i, width)
-        names.append(name)
-    predicate = re.match(r"setp", opcode) is not None
-    if opcode.startswith("selp"):
-        body += f"setp.ne.b32 %p1, {names[2]}, 0\n"
-        names[2] = "%p1"
-    result = "%p9" if predicate else f"{registers[bits]}9"
+        names.append(f"{registers[width]}{10 + i}")
+        body += loads(names[-1], i, width)
+        if i in predicates:
+            body += f"setp.ne.b32 %p{i}, {names[-1]}, 0\n"
+            names[-1] = f"%p{i}"
+    result = "%p9" if bits == 1 else f"{registers[bits]}9"
     body += f"{opcode} {result}, {', '.join(names)}{extra}\n"
-    if predicate:
+    if bits == 1:
         result, bits = "%r9", 32
         body += "selp.b32 %r9, 1, 0, %p9\n"
     body += f"""
@@ -83,32 +81,34 @@ def apply(opcode: str, sources: Sequence[np.ndarray], bits: int, extra: str = ""
 
 # ---------------------------------------------------------------- numbers
 
-FLOATS = {
-    16: [0, 0x8000, 1, 0x8001, 0x3FF, 0x400, 0x3C00, 0xBC00, 0x3C01, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00, 0x3555,
-         0x4248],
-    32: [0, 1 << 31, 1, 0x807FFFFF, 0x800000, 0x3F800000, 0xBF800000, 0x3F800001, 0x7F7FFFFF, 0xFF7FFFFF, 0x7F800000,
-         0xFF800000, 0x7FC00000, 0x40490FDB, 0xC2F6E979, 0x4B800001, 0x3F008000, 0x3F018000, 0x33D6BF95],
+NUMBERS = {
+    "f16": [0, 0x8000, 1, 0x8001, 0x3FF, 0x400, 0x3C00, 0xBC00, 0x3C01, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00, 0xFD01,
+            0x3555, 0x4248],
+    "bf16": [0, 0x8000, 1, 0x8001, 0x7F, 0x80, 0x3F80, 0xBF80, 0x3F81, 0x7F7F, 0xFF7F, 0x7F80, 0xFF80, 0x7FC0, 0xFF81,
+             0x3EAB, 0x4049],
+    "f32": [0, 1 << 31, 1, 0x807FFFFF, 0x800000, 0x3F800000, 0xBF800000, 0x3F800001, 0x7F7FFFFF, 0xFF7FFFFF, 0x7F800000,
+            0xFF800000, 0x7FC00001, 0xFFC00002, 0x40490FDB, 0xC2F6E979, 0x4B800001, 0x3F008000, 0x3F018000, 0x33D6BF95,
+            0x7E800001],
 }  # fmt: skip
-INTEGERS = {
-    bits: [
-        0,
-        1,
-        2,
-        5,
-        15,
-        16,
-        31,
-        32,
-        33,
-        63,
-        64,
-        1 << (bits - 1),
-        (1 << (bits - 1)) - 1,
-        (1 << bits) - 1,
-        (1 << bits) - 7,
-    ]
-    for bits in (16, 32, 64)
-}
+# what conversions turn on: halves of integers, the ends of 32 and 64 bits, ties of float16, bfloat16 and tf32
+EDGES = [
+    int(np.float32(sign * (base + step)).view(np.uint32))
+    for sign in (1, -1) for base in (0.5, 1.5, 2.5, 7.0, 2.0**23 - 0.5) for step in (0, 1e-3, 0.25)
+] + [
+    int(np.float32(sign * 2.0**power).view(np.uint32)) + step
+    for sign in (1, -1) for power in (-25, -24, -15, -14, 15, 16, 31, 32, 63, 64) for step in (-1, 0, 1)
+] + [
+    tie + step for step in (-1, 0, 1)
+    for tie in (0x3F801000, 0x3F803000, 0x477FF000, 0x7F7F8000, 0x38801000, 0x00008000, 0x00018000, 0x33000000,
+                0x33C00000, 0x7F7FF000)
+]  # fmt: skip
+for _bits in (16, 32, 64):
+    _top = 1 << _bits - 1
+    _ends = [0, 1, 2, 5, 15, 16, 31, 32, 33, 63, 64, _top, _top - 1, 2 * _top - 1, 2 * _top - 7]
+    NUMBERS |= {f"{kind}{_bits}": _ends for kind in "usb"}
+NUMBERS["pred"] = [0, 1]
+for _kind in ("f16", "bf16"):
+    NUMBERS[f"{_kind}x2"] = [a | b << 16 for a, b in zip(NUMBERS[_kind], NUMBERS[_kind][::-1], strict=True)]
 
 
 def combinations(values: Sequence[Sequence[int]], bits: Sequence[int], most: int = 960) -> list[np.ndarray]:
