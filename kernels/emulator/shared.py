@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 _THREAD_BITS = 12
-_WARPS, _LANES = 1 << 11, 1 << 10  # several warps, or lanes of one, read a granule
-_THREAD = _LANES - 1
+# who read a granule: one lane; several lanes of a warp; all lanes of a warp by one instruction; several warps
+_SINGLE, _LANES, _WHOLE, _WARPS = (state << 10 for state in range(4))
+_THREAD = (1 << 10) - 1
 _PENDING = 1 << 40
 
 
@@ -54,9 +55,9 @@ class Access:
             several = np.isin(
                 self.granules, sorted_granules[1:][same & (sorted_owners[1:] >> 5 != sorted_owners[:-1] >> 5)]
             )
-            self.readers |= np.where(several, _WARPS | _LANES, np.where(shared, _LANES, 0)).astype(np.int32)
+            self.readers |= np.where(several, _WARPS, np.where(shared, _LANES, _SINGLE)).astype(np.int32)
         if collective:  # every lane of the warp has read by the end of the instruction
-            self.readers = (self.readers & _WARPS) | (self.owners & ~31)
+            self.readers = _as_whole(self.readers)
         self.initialised = False
         self.address = address
         self._count: tuple[int, int] | None = None
@@ -334,7 +335,9 @@ class SharedMemory:
             access.initialised = not access.per_pair and programs is None and bool(written.all())
         if len(self.pending) > 1000:
             self._note_reads(None)
-        self.pending[id(access), None if programs is None else programs.tobytes()] = access, programs, m.sync.clock
+        key = id(access), None if programs is None else programs.tobytes()
+        self.pending.pop(key, None)  # in the order of their clocks
+        self.pending[key] = access, programs, m.sync.clock
 
     def _arrived(self, access) -> bool:
         """Everything in the access was written before the last barrier of every program; False where it takes longer to
@@ -360,13 +363,22 @@ class SharedMemory:
         entry = (clock << _THREAD_BITS) | access.readers
         if self.last_read >= self.m.sync.floor:
             old = self.readers[places]
-            barrier, _ = self._since(rows, access.owners)
-            recent = (old >> _THREAD_BITS) >= barrier
-            differ = old ^ access.readers
-            lanes = recent & (differ & _THREAD != 0)
-            warps = lanes & (differ & (_THREAD >> 5 << 5) != 0)
-            flags = np.where(warps, _WARPS | _LANES, np.where(lanes, _LANES, 0))
-            entry = entry | (flags | np.where(recent, old & (_WARPS | _LANES), 0)).astype(np.int32)
+            barrier, warp = self._since(rows, access.owners)
+            before = old >> _THREAD_BITS
+            both = (before >= barrier) & (clock >= barrier)
+            same_warp = ((old ^ access.readers) & _THREAD < 32) & (old & _WARPS != _WARPS)
+            same_warp &= access.readers & _WARPS != _WARPS
+            # lanes of a warp: what came before its last bar.warp.sync no longer matters, nor what all read at once
+            mine, yours = access.readers & _WARPS, old & _WARPS
+            keep_old = both & same_warp & ((clock < warp) & (before >= clock) | (before >= warp) & (mine == _WHOLE))
+            keep_old |= (before >= barrier) & ~both
+            lanes = both & same_warp & (before >= warp) & (clock >= warp) & (mine != _WHOLE) & (yours != _WHOLE)
+            lanes &= (mine | yours != _SINGLE) | ((old ^ access.readers) & _THREAD != 0)
+            latest = np.maximum(before, clock) << _THREAD_BITS
+            entry = np.where(both, latest | access.readers, entry)
+            entry = np.where(keep_old, latest | old & ((1 << _THREAD_BITS) - 1), entry)
+            entry = np.where(lanes, latest | access.readers & _THREAD | _LANES, entry)
+            entry = np.where(both & ~same_warp, latest | access.readers & _THREAD | _WARPS, entry).astype(np.int32)
         self.readers[places] = entry
         self.last_read = max(self.last_read, clock)
 
@@ -383,10 +395,10 @@ class SharedMemory:
         if self.last_read >= m.sync.floor:
             old = self.readers[places]
             barrier, warp = self._since(rows, access.owners)
-            stamp, reader = old >> _THREAD_BITS, old & _THREAD
-            same_warp = (reader >> 5 == access.owners >> 5) & (old & _WARPS == 0)
-            lane = (reader != access.owners) | (old & _LANES != 0)
-            hazard = np.where(same_warp, lane & (stamp >= warp) & (old & 31 != 0), stamp >= barrier)
+            stamp, reader, state = old >> _THREAD_BITS, old & _THREAD, old & _WARPS
+            same_warp = (reader >> 5 == access.owners >> 5) & (state != _WARPS)
+            lane = (state == _LANES) | (state == _SINGLE) & (reader != access.owners)
+            hazard = np.where(same_warp, lane & (stamp >= warp), stamp >= barrier)
             if hazard.any():
                 self._report(site, access, programs, hazard, "written after another thread read it, no barrier between")
         self.written[places] = True
@@ -453,15 +465,19 @@ class _Pairs:
         if len(self.duplicate):
             shared = np.isin(flat, ordered[1:][several])
             warps = np.isin(flat, ordered[1:][same & (owners[1:] >> 5 != owners[:-1] >> 5)])
-            self.readers |= np.where(warps, _WARPS | _LANES, np.where(shared, _LANES, 0)).astype(np.int32)
+            self.readers |= np.where(warps, _WARPS, np.where(shared, _LANES, _SINGLE)).astype(np.int32)
         if collective:
-            self.readers = (self.readers & _WARPS) | (self.owners & ~31)
+            self.readers = _as_whole(self.readers)
         self.initialised = False
         self.address = address
         self.all_threads = memory.m.threads
 
     def count(self, size: int) -> tuple[int, int]:
         return wavefronts(self.address, self.program * self.all_threads + self.threads, size)
+
+
+def _as_whole(readers: Array) -> Array:
+    return np.where(readers & _WARPS == _WARPS, readers, (readers & _THREAD) | _WHOLE).astype(np.int32)
 
 
 def _range(granules: Array) -> tuple[int, int]:
