@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 U1, U2, U4, U8 = np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.uint32), np.dtype(np.uint64)
-S2, S4, S8 = np.dtype(np.int16), np.dtype(np.int32), np.dtype(np.int64)
+S1, S2, S4, S8 = np.dtype(np.int8), np.dtype(np.int16), np.dtype(np.int32), np.dtype(np.int64)
 F2, F4, F8 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)
 Array = np.ndarray
 _TINY = np.float32(2.0**-126)

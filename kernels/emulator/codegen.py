@@ -269,7 +269,7 @@ class _Emitter:
             form = f"{'s' if kind[0] == 's' else 'u'}{bits}"
             expression = f"{got}[{i}]"
             if bits != width:
-                signed = ".view(np.int8)" if form == "s8" else f".view({self.dtype(form)})" if form[0] == "s" else ""
+                signed = f".view({self.dtype(form)})" if form[0] == "s" else ""
                 expression += f"{signed}.astype({self.dtype(f'{form[0]}{width}')})"
             self.put(register, f"{form[0] if bits != width else 'u'}{width}", expression, guard)
 

@@ -3,12 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from snippets import ptx, run
+from snippets import run
 
 from kernels.emulator import UnsupportedPtx
-from kernels.emulator.codegen import Code
-from kernels.emulator.parse import parse
-from kernels.emulator.session import execute
 
 LANES = np.arange(32)
 GROUP, IN_GROUP = LANES // 4, LANES % 4
@@ -139,21 +136,6 @@ def test_shuffles(instruction, wanted):
     assert out.tolist() == (10 * np.concatenate([wanted, wanted + 32])).tolist()
 
 
-def test_reductions_are_of_each_warp():
-    out = torch.zeros(64, dtype=torch.int32)
-    body = """
-        mov.u32 %r1, %tid.x
-        mov.b32 %r4, -1
-        redux.sync.add.s32 %r3, %r1, %r4
-        ld.param.b64 %rd1, [k_param_0]
-        mad.wide.u32 %rd1, %r1, 4, %rd1
-        st.global.b32 [ %rd1 + 0 ], { %r3 }
-        ret
-    """
-    assert not run(body, [out], threads=64)[0]
-    assert out.tolist() == [sum(range(32))] * 32 + [sum(range(32, 64))] * 32
-
-
 def test_lanes_and_programs_that_part_come_together():
     """Each lane counts tid + program in a loop of its own length; even lanes then take another branch."""
     out = torch.zeros(3 * 32, dtype=torch.int32)
@@ -184,19 +166,6 @@ def test_lanes_and_programs_that_part_come_together():
     assert not findings
     assert out.view(3, 32).tolist() == [[t + p + 1000 * (t % 2 == 0) for t in range(32)] for p in range(3)]
     assert counts.by_opcode()["bar.sync"] == 3
-
-
-def test_a_parameter_is_extended_by_its_sign():
-    """ld.param.s32 into 64 bits: what ignore_index -100 arrives by."""
-    text = ptx(
-        "ld.param.b64 %rd1, [k_param_0]\nld.param.s32 %rd2, [k_param_1]\nst.global.b64 [ %rd1 + 0 ], { %rd2 }\nret", 2
-    )
-    text = text.replace(".param .u64 .ptr .global .align 1 k_param_1", ".param .u32 k_param_1").replace(
-        ".reqntid 32", ".reqntid 1"
-    )
-    out = torch.zeros(1, dtype=torch.int64)
-    execute(Code(parse(text)), (1, 1, 1), [(0, "out", out), (1, "n", -100)], 0)
-    assert out.item() == -100
 
 
 def test_asynchronous_copies_fill_with_zeros():
