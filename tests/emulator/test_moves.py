@@ -48,7 +48,7 @@ def _copy_bytes(load: str, store: str, source: str, target: str, size: int) -> s
 
 
 def _places(size: int, wide: int) -> str:
-    """%rd1, %rd2: a thread's `size` bytes of argument 0, `wide` bytes of argument 1; %r2: its bytes in shared memory."""
+    """%rd1, %rd2: a thread's `size` bytes of argument 0, `wide` bytes of argument 1; %r2: its shared memory."""
     return f"""
         mov.u32 %r1, %tid.x
         ld.param.b64 %rd1, [k_param_0]
