@@ -348,6 +348,8 @@ class SharedMemory:
             return True
         if access.per_pair or len(self.finished) > 1:
             return False
+        if not access.granules.size:  # every lane was out of bounds
+            return True
         return bool(self.finished[0, self.groups[0].take(access.granules).max()] < self.m.sync.floor)
 
     def _note_reads(self, write) -> None:

@@ -1,8 +1,7 @@
-"""A scalar model of every arithmetic opcode of the white list, in Python's integers and fractions.
+"""A scalar model of every opcode of floats and conversions of the white list, in Python's integers and fractions.
 
-`MODELS[opcode]` is (kinds of the sources, kind of the result, function from the sources' bits to the result's bits).
-Wanted bits may also be NAN (any NaN) or a `Near` (a value and its tolerance, of `approx` functions). Nothing here comes
-from the emulator. Source: "PTX ISA 8.8", sections 9.7.1 to 9.7.5 and 9.7.9.
+Added to integer_models.MODELS. Wanted bits may also be NAN (any NaN) or a `Near` (a value and its tolerance, of approx
+functions). Nothing here comes from the emulator. Source: "PTX ISA 8.8", sections 9.7.3, 9.7.4 and 9.7.9.
 """
 
 import math
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
+from integer_models import COMPARE, add, typed, width
 from snippets import exact, rounded
 
 NAN = object()
@@ -25,107 +25,6 @@ class Near(NamedTuple):
     value: float
     relative: float
     absolute: float = 0.0
-
-
-class Model(NamedTuple):
-    sources: tuple[str, ...]
-    result: str
-    function: Callable
-
-
-MODELS: dict[str, Model] = {}
-
-
-def width(kind: str) -> int:
-    return 1 if kind == "pred" else 32 if kind.endswith("x2") else int("".join(c for c in kind if c.isdigit()))
-
-
-def _model(opcode: str, sources: str, result: str, function: Callable) -> None:
-    MODELS[opcode] = Model(tuple(sources.split()), result, function)
-
-
-def read(bits: int, kind: str) -> int:
-    size = width(kind)
-    return bits - (1 << size) if kind[0] == "s" and bits >> (size - 1) & 1 else bits
-
-
-# ---------------------------------------------------------------- integers
-
-
-def _typed(kinds: str, function: Callable) -> Callable:
-    return lambda *bits: int(function(*(read(b, k) for b, k in zip(bits, kinds.split(), strict=True))))
-
-
-def _quotient(a: int, b: int) -> int:
-    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
-
-
-_COMPARE: dict[str, Callable] = {
-    "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "lt": lambda a, b: a < b, "le": lambda a, b: a <= b,
-    "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b,
-}  # fmt: skip
-_BITWISE: dict[str, Callable] = {"and": lambda a, b: a & b, "or": lambda a, b: a | b, "xor": lambda a, b: a ^ b}
-_TWO: dict[str, Callable] = {
-    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul.lo": lambda a, b: a * b, "min": min, "max": max,
-    "div": lambda a, b: _quotient(a, b) if b else -1, "rem": lambda a, b: a - b * _quotient(a, b) if b else a,
-}  # fmt: skip
-
-
-def _field(kind: str, a: int, start: int, length: int) -> int:
-    start, length = start & 255, length & 255
-    sign = kind == "s" and length > 0 and a >> min(start + length - 1, 31) & 1
-    return sum((a >> start + i & 1 if start + i <= 31 and i < length else sign) << i for i in range(32))
-
-
-def _permuted(a: int, b: int, selector: int) -> int:
-    data, out = [(a | b << 32) >> 8 * i & 255 for i in range(8)], 0
-    for i in range(4):
-        nibble = selector >> 4 * i & 15
-        byte = data[nibble & 7]
-        out |= (byte if nibble < 8 else 255 * (byte >> 7)) << 8 * i
-    return out
-
-
-def _integers() -> None:
-    for bits in (16, 32, 64):
-        for k in (f"u{bits}", f"s{bits}"):
-            for name, function in _TWO.items():
-                _model(f"{name}.{k}", f"{k} {k}", k, _typed(f"{k} {k}", function))
-            _model(f"mad.lo.{k}", f"{k} {k} {k}", k, _typed(f"{k} {k} {k}", lambda a, b, c: a * b + c))
-            _model(f"shr.{k}", f"{k} u32", k, _typed(f"{k} u32", lambda a, n, w=bits: a >> min(n, w)))
-        for k in (f"u{bits}", f"s{bits}", f"b{bits}"):
-            for name, function in _COMPARE.items():
-                if k[0] != "b" or name in ("eq", "ne"):
-                    _model(f"setp.{name}.{k}", f"{k} {k}", "pred", _typed(f"{k} {k}", function))
-            _model(f"selp.{k}", f"{k} {k} pred", k, lambda a, b, p: a if p else b)
-        b, s = f"b{bits}", f"s{bits}"
-        for name, function in _BITWISE.items():
-            _model(f"{name}.{b}", f"{b} {b}", b, function)
-        _model(f"not.{b}", b, b, lambda a: ~a)
-        _model(f"shl.{b}", f"{b} u32", b, lambda a, n, w=bits: a << n if n < w else 0)
-        _model(f"neg.{s}", s, s, _typed(s, lambda a: -a))
-        _model(f"abs.{s}", s, s, _typed(s, abs))
-    for k, wide in (("s32", "s64"), ("u32", "u64"), ("s16", "s32"), ("u16", "u32")):
-        _model(f"mul.wide.{k}", f"{k} {k}", wide, _typed(f"{k} {k}", lambda a, b: a * b))
-        kinds = f"{k} {k} {wide}"
-        _model(f"mad.wide.{k}", kinds, wide, _typed(kinds, lambda a, b, c: a * b + c))
-    for k in ("u32", "s32"):
-        _model(f"mul.hi.{k}", f"{k} {k}", k, _typed(f"{k} {k}", lambda a, b: a * b >> 32))
-        _model(f"bfe.{k}", f"{k} u32 u32", k, lambda a, n, m, k=k: _field(k[0], a, n, m))
-    _model("prmt.b32", "b32 b32 b32", "b32", _permuted)
-    for name, function in _BITWISE.items():
-        _model(f"{name}.pred", "pred pred", "pred", function)
-    _model("not.pred", "pred", "pred", lambda a: a ^ 1)
-    for source in (16, 32, 64):
-        for to in (16, 32, 64):
-            for target in "us":
-                for kind in "us":
-                    if (target, to) != (kind, source):
-                        k = f"{kind}{source}"
-                        _model(f"cvt.{target}{to}.{k}", k, f"{target}{to}", _typed(k, lambda a: a))
-    for to in (16, 32, 64):  # an 8-bit source lies in the lowest bits of a wider register
-        _model(f"cvt.u{to}.u8", "u16", f"u{to}", lambda a: a & 255)
-        _model(f"cvt.s{to}.s8", "u16", f"s{to}", lambda a: read(a & 255, "s8"))
 
 
 # ---------------------------------------------------------------- floats
@@ -205,7 +104,7 @@ def comparison(kind: str, name: str) -> Callable:
             return int(unordered == (name == "nan"))
         if unordered:
             return int(len(name) == 3)
-        return int(_COMPARE[name[:2]](exact(a, kind), exact(b, kind)))
+        return int(COMPARE[name[:2]](exact(a, kind), exact(b, kind)))
 
     return model
 
@@ -299,48 +198,48 @@ def _floats() -> None:
 
     for name, function in two.items():
         for suffix in ("", ".rn"):
-            _model(f"{name}{suffix}.f32", "f32 f32", "f32", formula("f32", function))
+            add(f"{name}{suffix}.f32", "f32 f32", "f32", formula("f32", function))
             for kind in ("f16", "bf16"):
                 pair = f"{kind}x2"
-                _model(f"{name}{suffix}.{pair}", f"{pair} {pair}", pair, in_pairs(kind, formula(kind, function)))
-        _model(f"{name}.ftz.f32", "f32 f32", "f32", flushed(formula("f32", function)))
-        _model(f"{name}.f16", "f16 f16", "f16", formula("f16", function))
-    _model("fma.rn.ftz.f32", "f32 f32 f32", "f32", flushed(formula("f32", fused)))
+                add(f"{name}{suffix}.{pair}", f"{pair} {pair}", pair, in_pairs(kind, formula(kind, function)))
+        add(f"{name}.ftz.f32", "f32 f32", "f32", flushed(formula("f32", function)))
+        add(f"{name}.f16", "f16 f16", "f16", formula("f16", function))
+    add("fma.rn.ftz.f32", "f32 f32 f32", "f32", flushed(formula("f32", fused)))
     for kind in ("f32", "f16", "bf16"):
-        _model(f"fma.rn.{kind}", f"{kind} {kind} {kind}", kind, formula(kind, fused))
+        add(f"fma.rn.{kind}", f"{kind} {kind} {kind}", kind, formula(kind, fused))
     for kind in ("f16", "bf16"):
         pair = f"{kind}x2"
-        _model(f"fma.rn.{pair}", f"{pair} {pair} {pair}", pair, in_pairs(kind, formula(kind, fused)))
-        _model(f"neg.{pair}", pair, pair, lambda a: a ^ 0x80008000)
-        _model(f"abs.{pair}", pair, pair, lambda a: a & 0x7FFF7FFF)
+        add(f"fma.rn.{pair}", f"{pair} {pair} {pair}", pair, in_pairs(kind, formula(kind, fused)))
+        add(f"neg.{pair}", pair, pair, lambda a: a ^ 0x80008000)
+        add(f"abs.{pair}", pair, pair, lambda a: a & 0x7FFF7FFF)
     for name, greatest in (("max", True), ("min", False)):
         for suffix in ("", ".NaN"):
             for kind in ("f32", "f16"):
-                _model(f"{name}{suffix}.{kind}", f"{kind} {kind}", kind, extreme(kind, greatest, suffix != ""))
+                add(f"{name}{suffix}.{kind}", f"{kind} {kind}", kind, extreme(kind, greatest, suffix != ""))
             for kind in ("f16", "bf16"):
                 pair, model = f"{kind}x2", in_pairs(kind, extreme(kind, greatest, suffix != ""))
-                _model(f"{name}{suffix}.{pair}", f"{pair} {pair}", pair, model)
-    _model("neg.f32", "f32", "f32", lambda a: NAN if is_nan(a, "f32") else a ^ 1 << 31)
-    _model("neg.f16", "f16", "f16", lambda a: NAN if is_nan(a, "f16") else a ^ 1 << 15)
+                add(f"{name}{suffix}.{pair}", f"{pair} {pair}", pair, model)
+    add("neg.f32", "f32", "f32", lambda a: NAN if is_nan(a, "f32") else a ^ 1 << 31)
+    add("neg.f16", "f16", "f16", lambda a: NAN if is_nan(a, "f16") else a ^ 1 << 15)
     for name, treated in (("abs", lambda model: model), ("abs.ftz", flushed)):
-        _model(f"{name}.f32", "f32", "f32", treated(lambda a: NAN if is_nan(a, "f32") else a & ~(1 << 31)))
-    _model("div.rn.f32", "f32 f32", "f32", divided)
-    _model("div.full.f32", "f32 f32", "f32", _loosely(divided, 2))
-    _model("div.approx.f32", "f32 f32", "f32", _divided_approx)
-    _model("rcp.rn.f32", "f32", "f32", lambda a: divided(0x3F800000, a))
-    _model("sqrt.rn.f32", "f32", "f32", _root)
+        add(f"{name}.f32", "f32", "f32", treated(lambda a: NAN if is_nan(a, "f32") else a & ~(1 << 31)))
+    add("div.rn.f32", "f32 f32", "f32", divided)
+    add("div.full.f32", "f32 f32", "f32", _loosely(divided, 2))
+    add("div.approx.f32", "f32 f32", "f32", _divided_approx)
+    add("rcp.rn.f32", "f32", "f32", lambda a: divided(0x3F800000, a))
+    add("sqrt.rn.f32", "f32", "f32", _root)
     # ex2: 2 ulp; lg2: 2^-22 absolute near 1, else relative; rsqrt: 2^-22.9 relative; half an ulp for float32 itself
     for name, model in {
         "ex2": _approximate(math.exp2, "all", 2.0**-22, 2.0**-149),
         "lg2": _approximate(math.log2, "positive", 2.0**-22, 2.0**-22),
         "rsqrt": _approximate(_rsqrt, "positive", 2.0**-22.9),
     }.items():
-        _model(f"{name}.approx.f32", "f32", "f32", model)
-        _model(f"{name}.approx.ftz.f32", "f32", "f32", _flushed_near(model))
+        add(f"{name}.approx.f32", "f32", "f32", model)
+        add(f"{name}.approx.ftz.f32", "f32", "f32", _flushed_near(model))
     for kind in ("f32", "f16"):
-        for name in (*_COMPARE, "num", "nan", *(f"{name}u" for name in _COMPARE)):
-            _model(f"setp.{name}.{kind}", f"{kind} {kind}", "pred", comparison(kind, name))
-    _model("selp.f32", "f32 f32 pred", "f32", lambda a, b, p: a if p else b)
+        for name in (*COMPARE, "num", "nan", *(f"{name}u" for name in COMPARE)):
+            add(f"setp.{name}.{kind}", f"{kind} {kind}", "pred", comparison(kind, name))
+    add("selp.f32", "f32 f32 pred", "f32", lambda a, b, p: a if p else b)
 
 
 # ---------------------------------------------------------------- conversions
@@ -416,21 +315,20 @@ def _saturated(a: int) -> int:
 
 def _conversions() -> None:
     for kind in ("f16", "bf16"):
-        _model(f"cvt.f32.{kind}", kind, "f32", _widened(kind))
-        _model(f"cvt.rn.{kind}.f32", "f32", kind, narrowed(kind))
+        add(f"cvt.f32.{kind}", kind, "f32", _widened(kind))
+        add(f"cvt.rn.{kind}.f32", "f32", kind, narrowed(kind))
         # the first source goes to the upper half
-        _model(f"cvt.rn.{kind}x2.f32", "f32 f32", f"{kind}x2", lambda a, b, k=kind: (narrowed(k)(b), narrowed(k)(a)))
-    _model("cvt.rna.tf32.f32", "f32", "f32", _tf32)
+        add(f"cvt.rn.{kind}x2.f32", "f32 f32", f"{kind}x2", lambda a, b, k=kind: (narrowed(k)(b), narrowed(k)(a)))
+    add("cvt.rna.tf32.f32", "f32", "f32", _tf32)
     for bits in (16, 32, 64):
         for kind in (f"u{bits}", f"s{bits}"):
-            _model(f"cvt.rn.f32.{kind}", kind, "f32", _typed(kind, lambda a: rounded(Fraction(a), "f32") if a else 0))
+            add(f"cvt.rn.f32.{kind}", kind, "f32", typed(kind, lambda a: rounded(Fraction(a), "f32") if a else 0))
             for how in _ROUND if bits > 16 else ():
-                _model(f"cvt.{how}.{kind}.f32", "f32", kind, _to_integer(how, kind))
+                add(f"cvt.{how}.{kind}.f32", "f32", kind, _to_integer(how, kind))
     for how in _ROUND:
-        _model(f"cvt.{how}.f32.f32", "f32", "f32", _whole(how))
-    _model("cvt.sat.f32.f32", "f32", "f32", _saturated)
+        add(f"cvt.{how}.f32.f32", "f32", "f32", _whole(how))
+    add("cvt.sat.f32.f32", "f32", "f32", _saturated)
 
 
-_integers()
 _floats()
 _conversions()

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from models import CANONICAL, MODELS, NAN, Near, formula, is_nan, width
+from integer_models import MODELS, width
+from models import CANONICAL, NAN, Near, formula, is_nan
 from snippets import EDGES, NUMBERS, apply, combinations, exact, run
 
 from kernels.emulator.instructions import COMPARISONS, RULES

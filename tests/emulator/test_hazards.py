@@ -1,7 +1,17 @@
 """Hazards in shared memory between lanes of a warp and between warps, in hand-written PTX."""
 
+import byte_model
 import pytest
 from snippets import run
+
+
+def _both_say(body: str, hazard: bool) -> None:
+    """The emulator, and the model that follows each byte."""
+    found = []
+    recorded = byte_model.recorded(lambda: found.extend(run(body, [], threads=64, programs=2, shared=256)[0]))
+    assert bool(found) == hazard, found
+    assert (byte_model.hazard(recorded) is not None) == hazard
+
 
 # Lanes of a warp read, one of them writes: a read, lanes that synchronise (or not), more reads, the write.
 WARP = """
@@ -48,8 +58,7 @@ def test_a_write_after_a_read_in_a_warp(first, reads, second, writer, hazard):
     """writer None: the first reader itself."""
     lines = "\n".join(reads)
     body = WARP.format(first=first, second=second, writer=first if writer is None else writer, reads=lines)
-    findings, _ = run(body, [], threads=64, shared=256)
-    assert bool(findings) == hazard, findings
+    _both_say(body, hazard)
 
 
 MATRIX = """
@@ -79,5 +88,4 @@ LANE = "@%p2 ld.shared.b32 %r4, [%r3]"
 def test_a_write_after_a_read_by_all_lanes_at_once(plain, writer):
     """ldmatrix is over for the whole warp when it is for a lane, which a plain read next to it is not."""
     reads = {"before": "", "after": ""} | ({plain: LANE} if plain else {})
-    findings, _ = run(MATRIX.format(writer=writer, **reads), [], threads=64, programs=2, shared=256)
-    assert bool(findings) == (writer == 40 or plain is not None), findings
+    _both_say(MATRIX.format(writer=writer, **reads), writer == 40 or plain is not None)
