@@ -2,6 +2,7 @@
 
 import byte_model
 import pytest
+import torch
 from snippets import run
 
 
@@ -89,3 +90,23 @@ def test_a_write_after_a_read_by_all_lanes_at_once(plain, writer):
     """ldmatrix is over for the whole warp when it is for a lane, which a plain read next to it is not."""
     reads = {"before": "", "after": ""} | ({plain: LANE} if plain else {})
     _both_say(MATRIX.format(writer=writer, **reads), writer == 40 or plain is not None)
+
+
+def test_an_access_whose_every_lane_is_out_of_bounds():
+    """It is reported, and the rest of the loop runs, while copies are under way too."""
+    body = """
+        mov.u32 %r1, %tid.x
+        shl.b32 %r2, %r1, 2
+        ld.param.b64 %rd1, [k_param_0]
+        mov.b32 %r4, 0
+        $L__BB0_1:
+        cp.async.ca.shared.global [ %r2 + 0 ], [ %rd1 + 0 ], 0x4
+        cp.async.commit_group
+        ld.shared.b32 %r3, [%r2 + 4096]
+        add.s32 %r4, %r4, 1
+        setp.lt.s32 %p1, %r4, 3
+        @%p1 bra $L__BB0_1
+        ret
+    """
+    findings, _ = run(body, [torch.zeros(4)], shared=256)
+    assert "out of bounds" in {f.kind for f in findings}
