@@ -31,7 +31,7 @@ class Judge:
     def caught(self, mutant: Mutant) -> str | None:
         """The kind of a finding, "results", "never ends", or None."""
         try:
-            with counted(20 * self.launch.blocks + 1000):
+            with counted(3 * self.launch.blocks + 200):
                 findings, results = self.launch.execute(mutant.text)
         except EndlessError:
             return "never ends"
@@ -98,7 +98,7 @@ def _registers(launch: Launched, text: str) -> tuple[dict, Kernel]:
         for emitter in {"simple", *codegen.SPECIAL.values()}:
             changed = located(getattr(codegen._Emitter, emitter))
             stack.enter_context(mock.patch.object(codegen._Emitter, emitter, changed))
-        stack.enter_context(counted(20 * launch.blocks + 1000))
+        stack.enter_context(counted(3 * launch.blocks + 200))
         launch.execute(text, checks=False)
     return seen, parse(text)
 
