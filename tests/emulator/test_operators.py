@@ -67,3 +67,16 @@ def test_forward_and_backward_in_bfloat16(name):
     for i, (x, plain, exact) in enumerate(zip(got, formula, oracle, strict=True)):
         size = exact.abs().max()
         assert (x - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-5 * size, f"{name}: result {i}"
+
+
+def test_pairs_of_float16_are_compared_at_once():
+    """relu's gradient in float16 is the one place where a kernel compares two halves of a register."""
+    made = cases.FACTORIES["glu"](batch=1, length=37, width=72, hidden=88, kind="gated")
+    inputs, kwargs = {n: x.half() for n, x in made.items()}, {"kind": "gated", "activation": "relu"}
+    with emulator.active("sm_86") as session:
+        got = _evaluate("glu", inputs, kwargs, "triton", torch.float16)
+    assert any("setp.gt.f16x2" in x.recorded.compiled.asm["ptx"] for x in session.launches)
+    formula = _evaluate("glu", inputs, kwargs, "reference", torch.float16)
+    oracle = _evaluate("glu", inputs, kwargs, "reference", torch.float64)
+    for x, plain, exact in zip(got, formula, oracle, strict=True):
+        assert (x - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-5 * exact.abs().max()
