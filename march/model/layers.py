@@ -62,6 +62,7 @@ class Attention(Sublayer):
 
     def encoder_kv(self, ctx: ForwardContext) -> Tensor:
         """What the decoder attends to: encoder block i's keys and values, or its own of the encoder's output."""
+        ctx.require_recording()
         if self.kv is None:
             return ctx.encoder_kv[self.index]
         assert ctx.encoder_output is not None
@@ -104,12 +105,17 @@ class SelfAttention(Attention):
                 q, k = rotate(q, self.width), rotate(k, self.width)
             mixed = self.attend(q, k, v, ctx)
         if not self.causal:
-            ctx.encoder_kv.append(kv)
+            self.give_decoder(kv, ctx)
         return self.o(mixed.flatten(2), ctx)
 
     def project_kv(self, z: Tensor, ctx: ForwardContext) -> None:
         """Keys and values alone, for the decoder: all that the last encoder block is needed for."""
-        ctx.encoder_kv.append(self.keys_values(self.qkv(z, ctx, skip=self.qkv.rows["q"]), ctx))
+        self.give_decoder(self.keys_values(self.qkv(z, ctx, skip=self.qkv.rows["q"]), ctx), ctx)
+
+    def give_decoder(self, kv: Tensor, ctx: ForwardContext) -> None:
+        """Keys and values kv [B, Le, 2, G, K'] of this block, for the decoder's."""
+        ctx.require_recording()
+        ctx.encoder_kv[self.index] = kv
 
 
 class UnifiedAttention(SelfAttention):
@@ -159,6 +165,7 @@ class DatabaseAttention(CrossAttention):
     reads_encoder = False
 
     def attend(self, q: Tensor, ctx: ForwardContext) -> Tensor:
+        ctx.require_recording()
         assert ctx.database is not None
         return kernels.attention(q, *ctx.database, **self.options(ctx))
 
@@ -212,19 +219,22 @@ class Block(nn.Module):
         """The sublayers in order."""
         return [getattr(self, name) for name in self.names]
 
-    def forward(self, stream: ResidualStream, ctx: ForwardContext) -> None:
+    def forward(self, stream: ResidualStream, ctx: ForwardContext) -> ResidualStream:
+        """The stream behind the block; the one that is given stays as it is."""
+        stream = stream.copy()
         for layer in self.layers:
             s = layer(stream.norm(layer.norm), ctx)
             if layer.post_norm is not None:
                 s = layer.post_norm(s, ctx)
             stream.add(s, dropout=layer.dropout(ctx), residual=layer.residual)
+        return stream
 
     def project_kv(self, stream: ResidualStream, ctx: ForwardContext) -> None:
         """What the decoder reads of the last encoder block; all of it runs where the block, or its self-attention, has
         a `forward` of its own and no `project_kv` beside it."""
         attention = self.layers[0]
         if all(_defines(x, "project_kv") <= _defines(x, "forward") for x in (self, attention)):
-            attention.project_kv(stream.norm(attention.norm), ctx)
+            attention.project_kv(stream.copy().norm(attention.norm), ctx)
         else:
             self(stream, ctx)
 

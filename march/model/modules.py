@@ -25,7 +25,7 @@ class ForwardContext:
 
     impl: implementation of the operators, see `kernels.dispatch`. dtype, device: what is computed in, and where.
     rng: dropout state; None in evaluation, where nothing drops. key_mask: bool [B, Le], True where an encoder token is
-    real. encoder_kv: keys and values [B, Le, 2, G, K'] of each encoder block's self-attention, for decoder block i.
+    real. encoder_kv: keys and values [B, Le, 2, G, K'] of encoder block i's self-attention, for decoder block i.
     encoder_output: [B, Le, D'], where the decoder reads that. database: the bank's keys and values, each [1, S, 1, K'].
     """
 
@@ -34,9 +34,20 @@ class ForwardContext:
     device: torch.device
     rng: Tensor | None = None
     key_mask: Tensor | None = None
-    encoder_kv: list[Tensor] = field(default_factory=list)
+    encoder_kv: dict[int, Tensor] = field(default_factory=dict)
     encoder_output: Tensor | None = None
     database: tuple[Tensor, Tensor] | None = None
+    recorded: bool = field(default_factory=torch.is_grad_enabled)
+
+    def require_recording(self) -> None:
+        """RuntimeError in a part that autograd does not record while it does the rest: what the part shares with others
+        through this context, or gives back in a stream, would lose its gradient in silence."""
+        if self.recorded and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "march: expected every part of a forward pass to be recorded by autograd like the pass, got one under "
+                "torch.no_grad, as activation checkpointing of a part with use_reentrant=True has it; give checkpoint "
+                "use_reentrant=False, or checkpoint the whole model"
+            )
 
 
 @dataclass(frozen=True)
@@ -163,8 +174,15 @@ class ResidualStream:
     """x [B, L, D'], to which sublayers add. An addition waits for the norm behind it: both are one pass over x."""
 
     def __init__(self, x: Tensor, ctx: ForwardContext):
+        ctx.require_recording()
         self.ctx, self._x = ctx, x
         self._pending: tuple[Tensor | None, kernels.Dropout | None, bool] = None, None, True
+
+    def copy(self) -> "ResidualStream":
+        """Another stream with what this one has: a block adds to a copy, so that it can be run again from its input."""
+        stream = ResidualStream(self._x, self.ctx)
+        stream._pending = self._pending
+        return stream
 
     def add(self, s: Tensor, dropout: kernels.Dropout | None = None, residual: bool = True) -> None:
         """x = x + dropout(s), or without the residual x = dropout(s)."""

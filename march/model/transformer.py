@@ -5,6 +5,7 @@ encoder's output: after the last encoder block's keys and values the encoder sto
 cross_attention "encoder_output" the decoder reads that, as in Vaswani et al., 2017.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -40,10 +41,20 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x [B, L, D'] to the normalised output [B, L, D']."""
+        return self.run(self.blocks, x, ctx).norm(self.final_norm)
+
+    def run(self, blocks: Iterable[nn.Module], x: Tensor, ctx: ForwardContext) -> ResidualStream:
+        """The stream x [B, L, D'] behind `blocks`."""
         stream = ResidualStream(x, ctx)
-        for block in self.blocks:
-            block(stream, ctx)
-        return stream.norm(self.final_norm)
+        for block in blocks:
+            behind = block(stream, ctx)
+            if behind is stream or not isinstance(behind, ResidualStream):
+                raise TypeError(
+                    f"{type(block).__name__}.forward: expected another stream than the one that was given, got "
+                    f"{'the same' if behind is stream else behind}; add to stream.copy() and return it"
+                )
+            stream = behind
+        return stream
 
 
 class Encoder(Stack):
@@ -56,10 +67,7 @@ class Encoder(Stack):
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor | None:  # type: ignore[override]
         if not self.stops_early:
             return super().forward(x, ctx)
-        stream = ResidualStream(x, ctx)
-        for block in self.blocks[:-1]:
-            block(stream, ctx)
-        self.blocks[-1].project_kv(stream, ctx)  # type: ignore[operator]
+        self.blocks[-1].project_kv(self.run(self.blocks[:-1], x, ctx), ctx)  # type: ignore[operator]
         return None
 
 

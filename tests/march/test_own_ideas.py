@@ -21,7 +21,7 @@ class NormalisedAttention(SelfAttention):
         q, k, v = self.qkv.split(z, ctx)
         q, k = self.query_norm(q, ctx), self.key_norm(k, ctx)
         if not self.causal:
-            ctx.encoder_kv.append(torch.stack([k, v], 2))
+            self.give_decoder(torch.stack([k, v], 2), ctx)
         return self.o(self.attend(q, k, v, ctx).flatten(2), ctx)
 
 
@@ -48,26 +48,32 @@ class Sandwich(Block):
         self.after = torch.nn.ModuleDict({name: Norm(config.dim_model) for name in self.names})
 
     def forward(self, stream, ctx):
+        stream = stream.copy()
         for layer, after in zip(self.layers, self.after.values(), strict=True):
             stream.add(after(layer(stream.norm(layer.norm), ctx), ctx), dropout=layer.dropout(ctx))
+        return stream
 
 
 class Parallel(Block):
     """All sublayers read one norm (Wang and Komatsuzaki, 2021): additions without a norm between them."""
 
     def forward(self, stream, ctx):
+        stream = stream.copy()
         z = stream.norm(self.layers[0].norm)
         for layer in self.layers:
             stream.add(layer(z, ctx), dropout=layer.dropout(ctx))
+        return stream
 
 
 class PostNorm(Block):
     """norm(x + f(x)), as in Vaswani et al., 2017."""
 
     def forward(self, stream, ctx):
+        stream = stream.copy()
         for layer in self.layers:
             stream.add(layer(stream.x, ctx), dropout=layer.dropout(ctx))
             stream.x = stream.norm(layer.norm)
+        return stream
 
 
 IDEAS = [QKNorm, Squared, Sandwich, Parallel, PostNorm]

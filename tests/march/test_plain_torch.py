@@ -33,6 +33,43 @@ def test_a_checkpointed_model_has_the_gradient_of_its_own_masks(impl, use_reentr
         assert torch.equal(a, b)
 
 
+PARTS = {
+    "encoder": lambda m: m.encoder,
+    "decoder": lambda m: m.decoder,
+    "encoder block": lambda m: m.encoder.blocks[0],
+    "decoder block": lambda m: m.decoder.blocks[1],
+    "attention of the encoder": lambda m: m.encoder.blocks[0].layers[0],
+    "attention of the decoder": lambda m: m.decoder.blocks[0].layers[0],
+    "attention to the encoder": lambda m: m.decoder.blocks[1].layers[-2],
+    "feedforward": lambda m: m.decoder.blocks[0].layers[-1],
+}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", ["Baseline", "UnifiedAttention", "Database", "StandardCrossAttention"])
+def test_a_checkpointed_part_has_the_right_gradient_or_refuses(name, part, use_reentrant, monkeypatch):
+    """Reentrant checkpointing does not record the part's first run: what it shares with others has no gradient then."""
+    model, inputs = model_and_inputs(name)
+    torch.manual_seed(5)
+    model(**inputs).loss.backward()
+    plain = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    module = PARTS[part](model)
+    whole = module.forward
+    monkeypatch.setattr(module, "forward", lambda *x: checkpoint(whole, *x, use_reentrant=use_reentrant))
+    torch.manual_seed(5)
+    alone = part == "feedforward" or part == "attention of the decoder" and name != "UnifiedAttention"
+    if use_reentrant and not alone:
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
+            model(**inputs)
+        return
+    model(**inputs).loss.backward()
+    for a, b in zip(plain, [p.grad for p in model.parameters()], strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+
+
 def test_equal_seeds_give_equal_losses_and_successive_forwards_do_not():
     model, inputs = model_and_inputs()
     torch.manual_seed(5)
