@@ -59,7 +59,7 @@ def test_a_checkpointed_part_has_the_right_gradient_or_refuses(name, part, use_r
     whole = module.forward
     monkeypatch.setattr(module, "forward", lambda *x: checkpoint(whole, *x, use_reentrant=use_reentrant))
     torch.manual_seed(5)
-    alone = part == "feedforward" or part == "attention of the decoder" and name != "UnifiedAttention"
+    alone = part == "feedforward" or (part == "attention of the decoder" and name != "UnifiedAttention")
     if use_reentrant and not alone:
         with pytest.raises(RuntimeError, match="use_reentrant=False"):
             model(**inputs)
