@@ -48,6 +48,20 @@ def _rows_of_tile(tile, rows, length, ROWS: tl.constexpr):
     return row, valid, row // length, row % length
 
 
+@triton.jit
+def _row_sums(a, b, mask, ALIGN: tl.constexpr, D: tl.constexpr):
+    """Sums over the columns of a b, [ROWS]; a b is 0 outside the mask.
+
+    Where a thread may have one column alone, its product would be contracted with the addition of another lane's into
+    an fma: a b + shuffle(a b) rounds one of the two products, each lane another, all of them write their sum to one
+    place of shared memory, and the bits would be the GPU's choice. A selection cannot be contracted.
+    """
+    product = a * b
+    if D % 16 != 0 or ALIGN < 16:
+        product = tl.where(mask, product, 0.0)
+    return tl.sum(product, axis=1)
+
+
 @triton.jit(do_not_specialize=["rows", "length", "site", "threshold"])
 def _residual_norm_fwd_kernel(
     x_ptr, s_ptr, gain_ptr, y_ptr, z_ptr, rstd_ptr, rng_ptr,
@@ -83,7 +97,7 @@ def _residual_norm_fwd_kernel(
             rounded = y.to(y_ptr.dtype.element_ty)
             tl.store(y_ptr + offs, rounded, mask=mask)
             y = rounded.to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(y * y, axis=1) / FEATURES + eps)
+        rstd = tl.rsqrt(_row_sums(y, y, mask, ALIGN, D) / FEATURES + eps)
         tl.store(rstd_ptr + row, rstd, mask=valid)
         z = y * rstd[:, None] * gain[None, :]
         tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=mask)
@@ -118,7 +132,7 @@ def _residual_norm_bwd_kernel(
         n *= rstd
         acc += dz * n
         w = dz * gain[None, :]
-        mean = tl.sum(w * n, axis=1) / FEATURES
+        mean = _row_sums(w, n, mask, ALIGN, D) / FEATURES
         g = rstd * (w - n * mean[:, None])
         if HAS_DY:
             offs = (sequence64 * stride_dyb + position64 * stride_dyl)[:, None] + offs_d[None, :]

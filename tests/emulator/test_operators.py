@@ -80,3 +80,14 @@ def test_pairs_of_float16_are_compared_at_once():
     oracle = _evaluate("glu", inputs, kwargs, "reference", torch.float64)
     for x, plain, exact in zip(got, formula, oracle, strict=True):
         assert (x - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [31, 33, 65, 127])
+def test_a_sum_of_one_column_a_thread_is_the_same_in_every_lane(width, dtype):
+    """w n + shuffle(w n) as an fma rounds one product, each lane another; a race of the lanes that write the sum."""
+    x, s = (torch.randn(2, 9, width).to(dtype).requires_grad_() for _ in range(2))
+    gain = torch.randn(width).to(dtype).requires_grad_()
+    with emulator.active("sm_86"):
+        y, z = kernels.residual_norm(x, s, gain, impl="triton")
+        (y.float().sum() + z.float().square().sum()).backward()
