@@ -1,6 +1,10 @@
 """glu, residual_norm, linear_cross_entropy and embedding, compiled for sm_86: the interpreter's cases in 16 bits."""
 
-from shared_cases import session, take  # noqa: F401  a fixture
+import pytest
+from shared_cases import harness, session, take  # noqa: F401  a fixture
+
+from kernels import cases
+from kernels.fused import linear_cross_entropy as fused
 
 import test_embedding  # isort: skip
 import test_glu  # isort: skip
@@ -15,7 +19,14 @@ SPREAD = (
     "test_embedding_empty[2-0]",
 )
 for module in (test_glu, test_residual_norm, test_linear_cross_entropy, test_embedding):
-    take(globals(), module)
+    take(globals(), module, "large_logits")
+
+
+@pytest.mark.parametrize("logits", fused.LOGITS)
+def test_linear_cross_entropy_large_logits(logits):
+    """The interpreter's case has 18 rows, nearly all of whose softmax is one word's: the formula is right by luck."""
+    inputs = cases.linear_cross_entropy_inputs(2, 64, 16, 300)
+    harness.check("linear_cross_entropy", inputs, {"scale": 30.0, "logits": logits})
 
 
 def test_the_spread_is_of_these(request):
