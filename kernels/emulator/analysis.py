@@ -1,6 +1,6 @@
 """What follows from a kernel's PTX alone: which arguments an access may reach, and reads of registers never written."""
 
-from kernels.emulator.parse import Instruction, Kernel, Memory, immediate, is_register
+from kernels.emulator.parse import Instruction, Kernel, Memory, immediate, is_register, width_of
 
 
 def reached_arguments(kernel: Kernel) -> dict[int, frozenset[str]]:
@@ -32,9 +32,9 @@ def reached_arguments(kernel: Kernel) -> dict[int, frozenset[str]]:
 
 
 def undefined_reads(kernel: Kernel) -> list[tuple[int, Instruction, str]]:
-    """(block, instruction, register) of reads of registers that some path never wrote. prmt may move undefined bytes
-    about, as long as nothing else reads them."""
-    undefined = dict.fromkeys(kernel.blocks[0].live_in, 15)
+    """(block, instruction, register) of reads of registers that some path never wrote. prmt and mov, which packs and
+    unpacks too, may move undefined bytes about, as long as nothing else reads them."""
+    undefined = {name: (1 << max(1, width_of(name) // 8)) - 1 for name in kernel.blocks[0].live_in}
     found: dict[tuple[int, str], tuple[int, Instruction, str]] = {}
     size = -1
     while undefined and size != sum(undefined.values()):
@@ -44,12 +44,28 @@ def undefined_reads(kernel: Kernel) -> list[tuple[int, Instruction, str]]:
                 bad = [name for name in one.reads if undefined.get(name)]
                 if not bad:
                     continue
-                if one.opcode == "prmt.b32" and not is_register(one.operands[3]):
-                    a, b = (undefined.get(str(one.operands[i]), 0) for i in (1, 2))
-                    both, selector = a | b << 4, immediate(str(one.operands[3]))
-                    bits = sum((both >> (selector >> 4 * i & 7) & 1) << i for i in range(4))
-                    undefined[one.writes[0]] = undefined.get(one.writes[0], 0) | bits
-                else:
+                moved = None if one.guard in bad else _moved(one, undefined)
+                if moved is None:
                     for name in bad:
                         found[one.line, name] = (block.index, one, name)
+                    continue
+                for name, mask in moved.items():
+                    undefined[name] = undefined.get(name, 0) | mask
     return list(found.values())
+
+
+def _moved(one: Instruction, undefined: dict[str, int]) -> dict[str, int] | None:
+    """Undefined bytes, as a mask, of each register that an instruction only moves bytes to; None for other ones."""
+    if one.opcode == "prmt.b32" and not is_register(one.operands[3]):
+        a, b = (undefined.get(str(one.operands[i]), 0) for i in (1, 2))
+        both, selector = a | b << 4, immediate(str(one.operands[3]))
+        return {one.writes[0]: sum((both >> (selector >> 4 * i & 7) & 1) << i for i in range(4))}
+    if not one.opcode.startswith("mov."):
+        return None
+    results, sources = (x if isinstance(x, tuple) else (str(x),) for x in one.operands)
+    total = max(width_of(name) for name in one.writes + one.reads if name != one.guard) // 8
+    whole, size = 0, total // len(sources)
+    for i, name in enumerate(sources):
+        whole |= undefined.get(name, 0) << i * size
+    size = total // len(results)
+    return {name: whole >> i * size & (1 << max(1, size)) - 1 for i, name in enumerate(results) if is_register(name)}

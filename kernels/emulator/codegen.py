@@ -14,17 +14,21 @@ import numpy as np
 from kernels.emulator import analysis, arithmetic
 from kernels.emulator.instructions import COMPARISONS, RULES, SPECIAL
 from kernels.emulator.machine import Site
-from kernels.emulator.parse import Instruction, Kernel, Memory, Operand, UnsupportedPtx, immediate, is_register
+from kernels.emulator.parse import (
+    Instruction,
+    Kernel,
+    Memory,
+    Operand,
+    UnsupportedPtx,
+    immediate,
+    is_register,
+    width_of,
+)  # fmt: skip
 
-_WIDTH = {"p": 1, "rs": 16, "r": 32, "rd": 64}
 _DTYPES = {
     "b": np.dtype(bool), "u16": arithmetic.U2, "s16": arithmetic.S2, "f16": arithmetic.F2, "u32": arithmetic.U4,
     "s32": arithmetic.S4, "f32": arithmetic.F4, "u64": arithmetic.U8, "s64": arithmetic.S8, "f64": arithmetic.F8,
 }  # fmt: skip
-
-
-def width_of(register: str) -> int:
-    return _WIDTH[register[1:].rstrip("0123456789")]
 
 
 class Code:

@@ -97,6 +97,11 @@ def is_register(operand: object) -> bool:
     return isinstance(operand, str) and _REGISTER.match(operand) is not None
 
 
+def width_of(register: str) -> int:
+    """Its bits, by its name."""
+    return {"p": 1, "rs": 16, "r": 32, "rd": 64}[register[1:].rstrip("0123456789")]
+
+
 def immediate(text: str) -> int:
     """The bits of an immediate operand."""
     if text.startswith(("0f", "0F")) and len(text) == 10:

@@ -24,9 +24,20 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector):
     return None if _alone(parent.config) else _Apart.from_parent(parent, path=module_path)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a module with a `SPREAD`, names of tests, CI runs those; the others are slow."""
+    for item in items:
+        spread = getattr(getattr(item, "module", None), "SPREAD", None)
+        if spread is not None and item.name not in spread:
+            item.add_marker(pytest.mark.slow)
+
+
 class _Apart(pytest.File):
     def collect(self):
-        yield _Module.from_parent(self, name="in_its_own_process")
+        module = _Module.from_parent(self, name="in_its_own_process")
+        module.add_marker(pytest.mark.timeout(0))  # its tests have their own
+        yield module
 
 
 class _Module(pytest.Item):

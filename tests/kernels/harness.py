@@ -321,7 +321,7 @@ def _distance(x: Tensor, oracle: Tensor) -> tuple[float, float]:
 
 
 def _compare(
-    name: str, got: Tensor, formula: Tensor, oracle: Tensor, dtype: torch.dtype, exact_zeros: bool = True
+    name: str, got: Tensor, formula: Tensor, oracle: Tensor, dtype: torch.dtype, exact_zeros: bool, floor: float
 ) -> str | None:
     if got.shape != oracle.shape or got.dtype != formula.dtype:
         return f"{name}: got {got.dtype} {list(got.shape)}, expected {formula.dtype} {list(oracle.shape)}"
@@ -329,7 +329,7 @@ def _compare(
         return f"{name}: {int((~torch.isfinite(got)).sum())} of {got.numel()} values are not finite"
     error, bend = _distance(got, oracle)
     formula_error, formula_bend = _distance(formula, oracle)
-    budget = 2 * formula_error + 1e-5
+    budget = 2 * formula_error + floor
     # float16 rounds each value by up to 2^-11, which alone bends a vector by 1e-7: what the formula bends it is allowed
     bend_budget = 1e-6 if dtype == torch.float32 else 1e-6 + 2 * formula_bend
     if not error <= budget:
@@ -353,6 +353,7 @@ def check(
     layout: str = "padded",
     unused: tuple[str, ...] = (),
     cancelling: tuple[str, ...] = (),
+    cancelled: float = 1e-5,
     seed: int = 0,
     mutate: str | None = None,
 ) -> Result:
@@ -361,7 +362,8 @@ def check(
     Floating inputs are rounded to `dtype` first, so that the oracle sees what the operator sees. For outputs and every
     gradient: error at most twice that of the plain formula in `dtype`, plus 1e-5, relative to the largest value;
     1 - cosine at most 1e-6 (float16: plus twice the formula's); exact zeros where formula and oracle have them, but
-    for `cancelling`: inputs whose gradient has zeros that are differences of equal numbers (softmax over one key).
+    for `cancelling`: inputs whose gradient has zeros that are differences of equal numbers (softmax over one key), to
+    which `cancelled` is added in place of 1e-5.
     Also: inputs and outputs unchanged by backward, the same from a second one whose upstream gradients and saved
     tensors have other strides (of the fused kernels the same bits), nothing written out of bounds.
     """
@@ -394,6 +396,7 @@ def check(
                 getattr(oracle, kind)[name],
                 dtype,
                 name not in cancelling,
+                cancelled if name in cancelling else 1e-5,
             )
         )
     ]

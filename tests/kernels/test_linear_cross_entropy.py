@@ -197,7 +197,8 @@ def test_only_the_gradients_that_are_asked_for(logits):
     for name in ("h", "weight"):
         one = inputs | {name: inputs[name].clone().requires_grad_()}
         kernels.linear_cross_entropy(**one, scale=0.3, logits=logits, impl="triton").backward()
-        assert torch.equal(one[name].grad, full[name].grad)
+        # without dh the log-sum-exp comes from another kernel, whose compiled sum has another order
+        torch.testing.assert_close(one[name].grad, full[name].grad, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("logits", fused.LOGITS)
