@@ -2,10 +2,13 @@
 
     python -m bench.projection --exp NAME[,NAME]|all --impl eager|triton [--device a5000] [--gpus 8] [--json]
     python -m bench.projection --markdown > docs/projection.md        the whole page, every table of it
+    python -m bench.projection --count        what kernels execute, by the emulator, for bench/projection/emulated.json
 
 A projection, never a measurement, and so called in every table, title and file name. 1024 sequences a step at 921 and
 206 positions; exchange and optimiser included. Counts are kept under build/projection/counts by a hash of the sources
-they follow from. --kernels: kernel by kernel. --fit: the fit and its leave-one-out errors alone.
+they follow from. --count executes a part of each launch that the page and the given experiments need and the file
+lacks, and drops the others; a launch that the file lacks is projected from its main loop alone, and named. --kernels:
+kernel by kernel. --fit: the fit and its leave-one-out errors alone.
 
 --json prints a list, one object for each experiment and implementation:
     status              "projection, not measured"
@@ -17,6 +20,7 @@ they follow from. --kernels: kernel by kernel. --fit: the fit and its leave-one-
     published_seconds   of the published run (8 RTX A5000, evaluation included, as in eager seconds), or null
     arithmetic_seconds  its FLOPs at the data sheet's peak
     micro_batch, micro_batches, precision, tflop, dram_bytes    of a step on one GPU
+    static_slots        kernels with products whose issue slots are their main loop's alone
 --save [FILE] writes the same list to a file with "projection" in its name, by default
 build/projection/projection_DEVICE_GPUS.json.
 """
@@ -28,10 +32,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from bench.predecessor import GPUS, SEQUENCES, known
-from bench.projection import tables
-from bench.projection.collect import IMPLEMENTATIONS, cache_folder
+from bench.projection import executed, tables
+from bench.projection.collect import IMPLEMENTATIONS, cache_folder, product_launches
 from bench.projection.model import EXCHANGE_BANDWIDTH
-from bench.projection.project import calibrate, project
+from bench.projection.project import FITTED, batch_of, calibrate, project
+from kernels.emulator.session import EMULATED
 from march import experiments
 from march.config import ConfigError
 from march.cost.devices import DEVICES
@@ -73,6 +78,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--exchange", type=float, default=EXCHANGE_BANDWIDTH / 1e9, metavar="GB/S", help="bus bandwidth between GPUs")
     add("--kernels", action="store_true", help="also kernel by kernel")
     add("--fit", action="store_true", help="the fitted efficiencies and the leave-one-out errors alone")
+    add("--count", action="store_true", help="emulated.json anew, for the page and --exp, --device, --micro-batch")
     add("--markdown", action="store_true", help="docs/projection.md, whole, on standard output")
     add("--json", action="store_true", help="a JSON list on standard output; see the module's docstring")
     add("--save", nargs="?", const="", metavar="FILE", help="write that list to a *projection*.json file")
@@ -100,6 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
+    if given.count:
+        wanted = {(name, FITTED[0], batch_of(name, "triton")) for name in known()}
+        wanted |= {("Baseline", device, batch_of("Baseline", "triton")) for device in tables.OTHERS}
+        wanted |= {(name, given.device, batch_of(name, "triton", given.gpus, given.micro_batch)) for name in given.exp}
+        steps = sorted({(name, batch, DEVICES[device].arch) for name, device, batch in wanted})
+        steps = [step for step in steps if step[2] in EMULATED]
+        executed.save((launch for step in steps for launch in product_launches(*step)), progress)
+        return 0
     calibration = calibrate(progress)
     if given.markdown:
         print(tables.page(calibration, progress), end="")
@@ -112,6 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in given.exp
         for impl in given.impl
     ]
+    for one in found:
+        if one.counts.uncounted:
+            progress(tables.uncounted(one))
     text = json.dumps([one.to_dict() for one in found], indent=1)
     if given.save is not None:
         given.save.parent.mkdir(parents=True, exist_ok=True)

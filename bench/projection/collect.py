@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 
 from bench.cache import LENGTHS, ROOT, sources_hash, write
 from bench.predecessor import Eager
+from bench.projection import executed
 from kernels.compile_only import ARCHITECTURES, Launch
 from kernels.compile_only.report import report
 from march import experiments
@@ -31,7 +32,8 @@ from march.cost.size import total_parameters
 
 IMPLEMENTATIONS = ("eager", "triton")
 _SHARED = ("march/config.py", "march/experiments", "march/cost", "bench/projection/collect.py")
-SOURCES = {"eager": (*_SHARED, "bench/predecessor.py"), "triton": (*_SHARED, "kernels", "march/model")}
+_EXECUTED = ("bench/projection/executed.py", str(executed.FILE.relative_to(ROOT)))
+SOURCES = {"eager": (*_SHARED, "bench/predecessor.py"), "triton": (*_SHARED, *_EXECUTED, "kernels", "march/model")}
 
 
 def versions(impl: str) -> str:
@@ -43,13 +45,20 @@ def versions(impl: str) -> str:
 class Compiled:
     """A launch's compiled program. slots: issue slots of the main loop for each useful HMMA, 0 where it has none;
     issued: HMMA issued for each useful one; programs: of the launch; warps: resident on an SM; precision: of its
-    products, bf16, fp32 or tf32x3."""
+    products, bf16, fp32 or tf32x3. beyond: instructions for each useful HMMA that the emulator found beyond the main
+    loop's, None where nothing was counted."""
 
     slots: float
     issued: float
     programs: int
     warps: int
     precision: str
+    beyond: float | None = None
+
+    @property
+    def uncounted(self) -> bool:
+        """Its issue slots are those of its main loop alone."""
+        return self.slots > 0 and self.precision == "bf16" and self.beyond is None
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,11 @@ class Counts:
     @property
     def flops(self) -> int:
         return sum(call.count * call.flops for call in self.calls)
+
+    @property
+    def uncounted(self) -> list[str]:
+        """Kernels of which the emulator's counts lack a launch."""
+        return sorted({call.name.strip("_") for call in self.calls if call.compiled and call.compiled.uncounted})
 
     @property
     def dram(self) -> int:
@@ -184,13 +198,16 @@ def _compiled(launch: Launch, precision: str) -> Compiled | None:
     slots, issued = (main.issue_per_hmma, main.hmma / main.useful_hmma) if main else (0.0, 1.0)
     if precision == "fp32":
         precision = "tf32x3" if "inputPrecision = tf32x3" in launch.compiled.asm["ttir"] else "fp32"
-    return Compiled(slots, issued, launch.programs, row.warps_per_sm, precision)
+    beyond = executed.beyond(launch) if slots and precision == "bf16" else None
+    return Compiled(
+        slots, issued, launch.programs, row.warps_per_sm, precision, None if beyond is None else beyond * issued
+    )
 
 
-def fused_calls(name: str, micro_batch: int, arch: str, lengths: tuple[int, int]) -> tuple[Call, ...]:
+def fused_events(name: str, micro_batch: int, arch: str, lengths: tuple[int, int] = LENGTHS) -> list[Event]:
     """Of march's model. Kernels with products are compiled for `arch`, seconds each the first time."""
     precision = experiments.configuration(name).precision
-    found = measure(
+    return measure(
         experiments.configuration(name),
         *lengths,
         micro_batch,
@@ -198,8 +215,21 @@ def fused_calls(name: str, micro_batch: int, arch: str, lengths: tuple[int, int]
         precision,
         arch,
         compile=lambda kernel: kernel in FORMULAS,
-    )
-    return group(_call(e, e.operator, _compiled(e.launch, precision) if e.launch else None) for e in found.events)
+    ).events
+
+
+def product_launches(name: str, micro_batch: int, arch: str) -> list[Launch]:
+    """Compiled launches whose issue slots the projection takes."""
+    if experiments.configuration(name).precision != "bf16":
+        return []
+    launches = [e.launch for e in fused_events(name, micro_batch, arch) if e.launch and e.launch.compiled]
+    return [launch for launch in launches if report(launch).main_loop]
+
+
+def fused_calls(name: str, micro_batch: int, arch: str, lengths: tuple[int, int]) -> tuple[Call, ...]:
+    """Of `fused_events`."""
+    precision, events = experiments.configuration(name).precision, fused_events(name, micro_batch, arch, lengths)
+    return group(_call(e, e.operator, _compiled(e.launch, precision) if e.launch else None) for e in events)
 
 
 def collect(

@@ -11,7 +11,8 @@ Tiles are computed whole and whole rounds of them occupy the device: a library p
 a fused kernel its own. In a fused kernel's loop an HMMA holds its sub-core's tensor pipe for C cycles (16 on the
 A5000), s issue slots go with each, one a cycle, and w warps a sub-core take turns. With one warp, multiplying and the
 rest would follow each other, C + s - 1; with many the longer one hides the other; taken is max(C, s, C + (s - 1) / w).
-Products that a layout computes twice hold the pipe twice.
+Products that a layout computes twice hold the pipe twice. s is the main loop's, in SASS, and what the emulator counts
+beyond it (executed.py): other loops, prologue and epilogue.
 
 A step is its micro-batches one after the other, then the exchange of gradients, the optimiser, the exchange of
 weights (ZeRO 1); nothing is overlapped with anything.
@@ -25,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from bench.predecessor import EVALUATION_SECONDS, SEQUENCES
-from bench.projection.collect import Call, Counts, cdiv
+from bench.projection.collect import Call, Compiled, Counts, cdiv
 from march.cost.devices import Device
 from march.cost.ledger import optimizer_row
 
@@ -120,10 +121,16 @@ def ideal_seconds(call: Call, device: Device) -> tuple[int, float]:
         return FP32, flops / device.fp32
     # three products in tf32, whose rate is half of bf16's
     passes = 6 if compiled.precision == "tf32x3" else 1
-    cycles, slots = device.hmma_cycles * compiled.issued, compiled.slots
+    return TENSOR, flops * passes * held(compiled, device) / device.bf16
+
+
+def held(compiled: Compiled, device: Device) -> float:
+    """Times as long as a useful HMMA alone, for which one of a fused kernel holds its sub-core's tensor pipe."""
+    cycles, slots = device.hmma_cycles * compiled.issued, compiled.slots + (compiled.beyond or 0.0)
     warps = max(1.0, compiled.warps / SUB_CORES)
-    held = max(cycles, slots, cycles + max(0.0, slots - compiled.issued) / warps) if passes == 1 else cycles
-    return TENSOR, flops * passes * held / device.hmma_cycles / device.bf16
+    if compiled.precision == "bf16":
+        cycles = max(cycles, slots, cycles + max(0.0, slots - compiled.issued) / warps)
+    return cycles / device.hmma_cycles
 
 
 def exchange_seconds(counts: Counts, gpus: int, bandwidth: float) -> float:

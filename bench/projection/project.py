@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pandas as pd
@@ -11,7 +11,7 @@ from bench.predecessor import GPUS, SEQUENCES, micro_batch, published_seconds
 from bench.projection import Projection
 from bench.projection.collect import Counts, collect
 from bench.projection.fit import Fit, fit, leave_one_out, root_mean_square
-from bench.projection.model import BANDWIDTH, EXCHANGE_BANDWIDTH, Work, work
+from bench.projection.model import BANDWIDTH, EXCHANGE_BANDWIDTH, Work, held, work
 from march.cost.devices import DEVICES
 
 Progress = Callable[[str], None]
@@ -63,7 +63,13 @@ class ProjectedStep(Projection):
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"status": STATUS} | {field.name: getattr(self, field.name) for field in fields(self)[:-2]}
+        found = {"status": STATUS} | {field.name: getattr(self, field.name) for field in fields(self)[:-2]}
+        return found | {"static_slots": self.counts.uncounted}
+
+
+def batch_of(name: str, impl: str, gpus: int = GPUS, micro: int | None = None) -> int:
+    """Sequences of a micro-batch: `micro`, by default the published run's, 64 fused; no more than a device's share."""
+    return min(micro or micro_batch(name, impl), -(-SEQUENCES // gpus))
 
 
 def project(
@@ -77,10 +83,9 @@ def project(
     progress: Progress = lambda line: None,
     overlap: float = 1.0,
 ) -> ProjectedStep:
-    """Projection of one experiment. micro: sequences of a micro-batch, by default the published run's, 64 fused."""
+    """Projection of one experiment. micro: as of `batch_of`."""
     device = DEVICES[device_name]
-    batch = min(micro or micro_batch(name, impl), -(-SEQUENCES // gpus))
-    counts = collect(name, impl, batch, device.arch, progress=progress)
+    counts = collect(name, impl, batch_of(name, impl, gpus, micro), device.arch, progress=progress)
     step = work(counts, device, gpus, exchange, overlap)
     values = calibration.fit.efficiencies
     seconds, flops = step.seconds(values), step.micro_batches * counts.flops
@@ -104,6 +109,34 @@ def project(
         counts=counts,
         work=step,
     )
+
+
+def static(counts: Counts) -> Counts:
+    """With the issue slots of main loops alone."""
+    calls = (replace(call, compiled=call.compiled and replace(call.compiled, beyond=None)) for call in counts.calls)
+    return replace(counts, calls=tuple(calls))
+
+
+def slots_of(step: ProjectedStep) -> list[dict[str, Any]]:
+    """Issue slots for each product in a fused step, a row for equal ones: of the main loop, beyond it, both;
+    before, after: times as long as by products alone the tensor pipe is held, without and with what is beyond."""
+    device, rows = DEVICES[step.device], {}
+    for call in step.counts.calls:
+        one, times = call.compiled, step.micro_batches * call.count
+        if one is None or not one.slots or one.precision != "bf16":
+            continue
+        numbers = {
+            "static": one.slots,
+            "beyond": one.beyond,
+            "taken": one.slots + (one.beyond or 0.0),
+            "before": held(replace(one, beyond=None), device),
+            "after": held(one, device),
+        }
+        name = call.name.strip("_").removesuffix("_kernel")
+        row = rows.setdefault((name, *numbers.values()), {"kernel": name, "calls": 0, "tflop": 0.0} | numbers)
+        row["calls"] += times
+        row["tflop"] += times * call.executed / 1e12
+    return sorted(rows.values(), key=lambda row: -row["tflop"])
 
 
 def kernels_of(step: ProjectedStep, calibration: Calibration) -> pd.DataFrame:

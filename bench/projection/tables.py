@@ -10,9 +10,19 @@ import torch
 
 from bench import pages
 from bench.predecessor import EVALUATION_SECONDS, HALVED, HALVED_EXPERIMENTS, MICRO_BATCH, known
+from bench.projection import executed
 from bench.projection.fit import NOISE, PRIORS, fit, mean_error, root_mean_square
 from bench.projection.model import EXCHANGE_BANDWIDTH, LAUNCH_SECONDS, work
-from bench.projection.project import FITTED, Calibration, ProjectedStep, calibrate, kernels_of, project
+from bench.projection.project import (
+    FITTED,
+    Calibration,
+    ProjectedStep,
+    calibrate,
+    kernels_of,
+    project,
+    slots_of,
+    static,
+)
 from march.cost.devices import DEVICES
 
 FOLDER = Path(__file__).parent
@@ -77,6 +87,19 @@ def kernels(step: ProjectedStep, calibration: Calibration, least: float = 5e-4) 
     return _filled("kernels", step, found[shown].to_dict("records"), found.seconds[~shown].sum())
 
 
+def slots(step: ProjectedStep) -> str:
+    """Issue slots of the kernels with products, static beside emulated."""
+    return _filled("slots", step, slots_of(step))
+
+
+def uncounted(step: ProjectedStep) -> str:
+    """One line: which kernels' issue slots are static."""
+    return (
+        f"{step.experiment}, {step.device}: issue slots of the main loop alone for {', '.join(step.counts.uncounted)}: "
+        f"not in {executed.FILE.name} as compiled, or not of sm_90; `python -m bench.projection --count` counts them"
+    )
+
+
 # ---------------------------------------------------------------- docs/projection.md
 
 
@@ -120,6 +143,7 @@ def _sensitivity(calibration: Calibration, baseline: ProjectedStep) -> list[tupl
     slow, fast = (work(baseline.counts, device, FITTED[1], gb * 1e9).seconds(values) for gb in (6, 24))
     return [
         ("as projected", baseline.seconds),
+        ("issue slots of the main loops alone", work(static(baseline.counts), device, FITTED[1]).seconds(values)),
         ("exchange at 6 GB/s", slow),
         ("exchange at 24 GB/s", fast),
         ("exchange hidden behind backward", baseline.seconds - baseline.by_operator["exchange"]),
@@ -134,6 +158,7 @@ def page(calibration: Calibration, progress: Callable[[str], None]) -> str:
     )
     base_eager, base = (next(p for p in many if p.experiment == "Baseline") for many in (eager, fused))
     devices = [project("Baseline", "triton", calibration, name, progress=progress) for name in OTHERS]
+    sensitivity = _sensitivity(calibration, base)
     return pages.render(
         FOLDER / "page.md",
         padded=True,
@@ -155,7 +180,11 @@ def page(calibration: Calibration, progress: Callable[[str], None]) -> str:
         excess=_excess(base, calibration),
         operators=operators(base),
         kernels=kernels(base, calibration),
-        sensitivity=_sensitivity(calibration, base),
+        slots=slots(base),
+        base_static=sensitivity[1][1],
+        error=mean_error(calibration.left_out.error),
+        uncounted=[f"{one.experiment}, {one.device}" for one in (*fused, *devices) if one.counts.uncounted],
+        sensitivity=sensitivity,
         eager=predictions(eager),
         fused=predictions(fused),
         devices=[{"p": p, "d": DEVICES[p.device]} for p in devices],

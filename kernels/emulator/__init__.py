@@ -9,6 +9,6 @@ arithmetic, codegen, machine (lanes and control flow), memory (global) and share
 
 from kernels.emulator.machine import Counts, Finding
 from kernels.emulator.parse import UnsupportedPtx
-from kernels.emulator.session import EmulatedLaunch, EmulationError, Session, active
+from kernels.emulator.session import EmulatedLaunch, EmulationError, Session, active, sample
 
-__all__ = ["Counts", "EmulatedLaunch", "EmulationError", "Finding", "Session", "UnsupportedPtx", "active"]
+__all__ = ["Counts", "EmulatedLaunch", "EmulationError", "Finding", "Session", "UnsupportedPtx", "active", "sample"]

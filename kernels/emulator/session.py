@@ -11,10 +11,11 @@ filled with 0xFF and remembered as uninitialised until a kernel, or torch, write
 
 import contextlib
 import functools
+import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from kernels.emulator.parse import Kernel, parse
 
 # lanes of a group of programs that run together: an array of 4 bytes each stays in a core's second cache
 LANES = 1 << 14
+# of the noise in `sample`; odd, so that rows differ
+PERIOD = 65_521
 _EMPTY = {
     torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default,
     torch.ops.aten.empty_strided.default, torch.ops.aten.new_empty_strided.default,
@@ -192,24 +195,57 @@ class Emulator(record.Recorder):
     def _execute(self, code: Code, launch: record.Launch, values: dict[str, Any]) -> tuple[list[Finding], Counts]:
         session, metadata = self.session, launch.compiled.metadata
         checks, profile = (x if isinstance(x, bool) else x(launch.kernel) for x in (session.checks, session.profile))
-        signature = launch.compiled.src.signature
-        # a number in the order of all arguments, which is in the addresses that specialisation saw
-        arguments = [(i, n, x) for i, (n, x) in enumerate(values.items()) if signature[n] != "constexpr"]
-        scratch = [(len(values) + i, n, 0) for i, n in enumerate(("global scratch", "profile scratch"))]
         return execute(
-            code, launch.grid, arguments + scratch, metadata.shared, self.initialised.of,
+            code, launch.grid, _arguments(launch, values), metadata.shared, self.initialised.of,
             checks=checks, profile=profile, seed=session.seed, lanes=session.lanes,
         )  # fmt: skip
+
+
+def _arguments(launch: record.Launch, values: Mapping[str, Any]) -> list[tuple[int, str, Any]]:
+    """(number, name, value) of each parameter; values: every argument by name, in order, constants too."""
+    signature = launch.compiled.src.signature
+    # a number in the order of all arguments, which is in the addresses that specialisation saw
+    arguments = [(i, n, x) for i, (n, x) in enumerate(values.items()) if signature[n] != "constexpr"]
+    return arguments + [(len(values) + i, n, 0) for i, n in enumerate(("global scratch", "profile scratch"))]
+
+
+def sample(launch: record.Launch, numbers: np.ndarray) -> EmulatedLaunch:
+    """Programs `numbers` of a launch that was recorded and compiled on meta tensors, at its full size and without
+    checks: for counts of kernels in which integers in memory decide nothing, since these are zeros, all else noise."""
+    given = {a.name: _drawn(a) if a.is_tensor else a.value for a in launch.arguments}
+    code, start = _code(launch.compiled.asm["ptx"]), time.perf_counter()
+    arguments = _arguments(launch, {name: given.get(name) for name in launch.compiled.src.signature})
+    with np.errstate(all="ignore"):
+        findings, counts = execute(
+            code, launch.grid, arguments, launch.compiled.metadata.shared, checks=False, numbers=numbers
+        )
+    return EmulatedLaunch(launch, code.kernel, findings, counts, time.perf_counter() - start)
+
+
+def _drawn(argument: record.Argument) -> Tensor:
+    """Noise, of which a sum of 64 products has variance 1, of 1024 16: an activation branches on its argument's size.
+    It repeats, since it is drawn for whole tensors of which little is read."""
+    assert argument.shape is not None
+    assert argument.strides is not None
+    dtype = getattr(torch, argument.dtype)
+    elements = 1 + sum((n - 1) * stride for n, stride in zip(argument.shape, argument.strides, strict=True))
+    flat = torch.zeros(max(1, elements), dtype=dtype)
+    if dtype.is_floating_point:
+        noise = torch.randn(PERIOD, generator=torch.Generator().manual_seed(0)) * 64**-0.25
+        flat = noise.to(dtype).repeat(-(-elements // PERIOD))[:elements]
+    return flat.as_strided(argument.shape, argument.strides)
 
 
 def execute(
     code: Code, grid: tuple[int, int, int], arguments: list[tuple[int, str, Any]], shared_bytes: int,
     initialised: Callable[[Tensor], np.ndarray | None] = lambda _: None,
     *, checks: bool = True, profile: bool = False, seed: int | None = None, lanes: int = LANES,
+    numbers: np.ndarray | None = None,
 ) -> tuple[list[Finding], Counts]:  # fmt: skip
-    """Runs a kernel's programs on `arguments` (number in addresses, name, tensor or scalar), one for each parameter."""
+    """Runs a kernel's programs on `arguments` (number in addresses, name, tensor or scalar), one for each parameter;
+    numbers: of the programs that run, by default all."""
     memory, parameters = _bind(code, arguments, initialised, checks)
-    numbers = np.arange(grid[0] * grid[1] * grid[2])
+    numbers = np.arange(math.prod(grid)) if numbers is None else numbers
     if seed is not None:
         np.random.default_rng(seed).shuffle(numbers)
     found: dict[tuple[str, int], Finding] = {}

@@ -1,9 +1,11 @@
 """The dynamic profile: what it counts, how its counts scale with sequences, its command."""
 
+import collections
 import json
 import re
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -11,9 +13,13 @@ import triton.language as tl
 
 import kernels
 from bench import emulated
+from bench.projection import executed
 from bench.projection.collect import executed_share
 from kernels import cases, emulator
+from kernels.compile_only import recording
+from kernels.compile_only.roles import roles
 from kernels.emulator.instructions import RULES, SPECIAL, kind_of
+from march.cost.cache import launch_traffic
 from march.cost.flops import FORMULAS, launch_flops
 
 SMALL = {
@@ -196,21 +202,69 @@ RAGGED = {
 }  # fmt: skip
 
 
+@triton.jit
+def _sum_of_products(x_ptr, out_ptr, turns, N: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    total = tl.zeros((N, N), tl.float32)
+    for turn in range(turns):
+        x = tl.load(x_ptr + turn * N * N + at)
+        total = tl.dot(x, x, total)
+    tl.store(out_ptr + tl.program_id(0) * N * N + at, total)
+
+
+def test_what_a_loop_does_not_show_is_shared_by_its_products():
+    """Of a launch that was recorded, not run: the same instructions around a loop twice as long are half as many a
+    product, however many programs are looked at."""
+
+    def beyond(turns: int, numbers: list[int]) -> float:
+        with recording("sm_86") as launches:
+            x, out = (
+                torch.empty(n, 32, 32, dtype=d, device="meta") for n, d in ((64, torch.bfloat16), (5, torch.float))
+            )
+            _sum_of_products[(5,)](x, out, turns, N=32, num_warps=1)
+        found = executed.count(launches[0], np.array(numbers))
+        assert found["all"] > found["loop"] > 1
+        return found["all"] - found["loop"]
+
+    short = beyond(32, [0, 4])
+    assert short > 0.2
+    assert beyond(32, [3]) == pytest.approx(short)
+    assert beyond(64, [1, 2, 3]) == pytest.approx(short / 2, abs=2e-3)
+
+
 @pytest.mark.parametrize("operator", RAGGED)
 def test_the_projection_counts_the_products_that_run(operator):
-    """Sizes that are no multiple of their tiles: the executed products of the projection are the emulator's.
+    """Sizes that are no multiple of their tiles: the executed products of the projection and the bytes that it writes
+    are the emulator's, and so are counts of a launch that was only recorded, for the programs that are asked for.
 
     Widths of heads, and of the model in the loss, are multiples here: their padding the projection does not count.
     """
     dims, options = RAGGED[operator]
     made = {n: x for n, x in cases.FACTORIES[operator](**dims).items() if x is not None}
     given = {n: x.bfloat16().requires_grad_() if x.is_floating_point() else x for n, x in made.items()}
-    with emulator.active("sm_86") as session:
-        out = getattr(kernels, operator)(**given, **options, impl="triton")
+
+    def step(inputs):
+        out = getattr(kernels, operator)(**inputs, **options, impl="triton")
         (out[0] if isinstance(out, tuple) else out).sum().backward()
-    found = [launch for launch in session.launches if launch.recorded.kernel in FORMULAS]
+
+    with emulator.active("sm_86", profile=True) as session:
+        step(given)
+    with recording("sm_86") as launches:
+        step({n: x.detach().to("meta").requires_grad_(x.requires_grad) for n, x in given.items()})
+    assert [x.kernel for x in launches] == [x.recorded.kernel for x in session.launches]
+    pairs = zip(session.launches, launches, strict=True)
+    found = [pair for pair in pairs if pair[1].kernel in FORMULAS]
     assert found
-    for launch in found:
+    for launch, only_recorded in found:
+        stored = emulated.profile([launch]).written.asked
+        assert stored == launch_traffic(only_recorded, roles(only_recorded).roles).dram_writes, only_recorded.kernel
+        every = np.arange(only_recorded.programs)
+        parts = [emulator.sample(only_recorded, part).counts.warps for part in (every[:1], every[1:])]
+        run = sum(map(collections.Counter, parts), collections.Counter())
+        if operator == "glu":  # whose activation is computed by branches
+            assert run.total() == pytest.approx(sum(launch.counts.warps.values()), rel=0.01)
+        else:
+            assert run == launch.counts.warps
         mma = sum(n for opcode, n in launch.counts.by_opcode().items() if opcode.startswith("mma"))
         assert mma * 4096 == pytest.approx(launch_flops(launch.recorded, True) * executed_share(launch.recorded)), (
             launch.recorded.kernel

@@ -7,17 +7,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from bench.predecessor import HALVED_EXPERIMENTS, micro_batch, published_seconds
 from bench.projection import __main__ as command
-from bench.projection import collect
+from bench.projection import collect, executed
 from bench.projection.collect import Call, Compiled, Counts
 from bench.projection.fit import NOISE, PRIORS, fit, leave_one_out, mean_error
 from bench.projection.model import FP32, NAMES, TENSOR, UNALIGNED, Efficiencies, ideal_seconds, rounds, work
-from bench.projection.project import calibrate, kernels_of, project
+from bench.projection.project import calibrate, kernels_of, project, static
 from kernels.compile_only import Argument, Launch
 from march import experiments
 from march.cost.counter import Product
@@ -129,9 +130,11 @@ def test_tiles_are_whole_and_rounds_are_full():
     assert narrow == wide
 
 
-def fused(slots: float, warps: int, precision: str = "bf16", programs: int = 6400, issued: float = 1.0) -> float:
+def fused(
+    slots: float, warps: int, precision: str = "bf16", programs: int = 6400, issued: float = 1.0, **more: float
+) -> float:
     flops = 10**12
-    compiled = Compiled(slots, issued, programs, warps, precision)
+    compiled = Compiled(slots, issued, programs, warps, precision, **more)
     call = Call("forward", "attention", "k", 1, flops, 0, 0, compiled=compiled, executed=flops)
     return ideal_seconds(call, A5000)[1] * A5000.bf16 / flops
 
@@ -144,6 +147,68 @@ def test_issue_slots_and_warps_bound_a_fused_loop():
     assert fused(9, 16, programs=6401) == pytest.approx(18 / 16 * 6464 / 6401)
     assert fused(9, 16, "tf32x3") == 6
     assert fused(10, 16, issued=2) == pytest.approx((32 + 2) / 16)
+    assert fused(9, 16, beyond=0) == fused(9, 16)
+    assert fused(9, 16, beyond=4) == fused(13, 16)
+    assert fused(9, 16, beyond=24) == pytest.approx(33 / 16)
+    assert fused(9, 16, "tf32x3", beyond=24) == 6
+
+
+PTX = """.visible .entry _k_kernel()
+{
+\t.loc\t1 10 4                          // k.py:10:4
+$L__tmp0:
+\tmov.b32 \t%r1, 0;
+\tret;
+}
+\t.file\t1 "/a/k.py"
+\t.section\t.debug_abbrev
+"""
+
+
+def recorded(ptx: str, **sizes: object) -> Launch:
+    arguments = tuple(Argument(name, "int", value=value) for name, value in sizes.items())
+    return Launch("_k_kernel", "m", "sm_86", (6, 2, 1), 4, 2, {}, arguments, SimpleNamespace(asm={"ptx": ptx}))
+
+
+def test_counts_follow_the_instructions_and_the_sizes():
+    """Other lines, files and places are the same launch; another instruction, size or number of programs is not."""
+    name = executed.name_of(recorded(PTX, Lq=5, stride_q=64, site=7))
+    assert name.startswith("k sm_86 x12 Lq=5 ")
+    moved = PTX.replace("1 10 4", "1 99 8").replace("k.py:10", "k.py:99").replace("/a/", "/b/").replace("tmp0", "tmp9")
+    assert executed.name_of(recorded(moved, Lq=5, stride_q=32, site=8)) == name
+    assert executed.name_of(recorded(PTX.replace("%r1, 0", "%r1, 1"), Lq=5)) != name
+    assert executed.name_of(recorded(PTX, Lq=6)) != name
+
+
+def test_a_launch_without_counts_is_static_and_named(monkeypatch, tmp_path):
+    launch = recorded(PTX, Lq=5)
+    monkeypatch.setattr(executed, "FILE", tmp_path / "emulated.json")
+    assert executed.beyond(launch) is None
+    monkeypatch.setattr(executed, "count", lambda _: {"loop": 4.0, "all": 5.5})
+    said = []
+    executed.save([launch, launch], said.append, executed.FILE)
+    executed.save([launch], said.append, executed.FILE)
+    assert said == [f"executing {executed.name_of(launch)}"]
+    assert executed.beyond(launch) == 1.5
+    other = recorded(PTX, Lq=6)
+    executed.save([other], said.append, executed.FILE)
+    assert list(executed.known(executed.FILE)) == [executed.name_of(other)]
+    calls = [
+        Call("forward", "attention", f"_{n}_kernel", 1, 9, 0, 0, compiled=Compiled(8, 1, 64, 8, precision, beyond))
+        for n, precision, beyond in (("a", "bf16", None), ("b", "bf16", 0.0), ("c", "tf32x3", None))
+    ]
+    found = counts(calls, impl="triton")
+    assert found.uncounted == ["a_kernel"]
+    assert static(found).uncounted == ["a_kernel", "b_kernel"]
+
+
+@pytest.mark.parametrize("programs", [3, 64, 1000])
+def test_a_sample_is_spread_over_the_programs(programs):
+    assert executed.sampled(programs, 1e12).tolist() == sorted({0, int(0.618034 * programs)})
+    many = executed.sampled(programs, 1)
+    assert len(many) == min(programs, 64)
+    for step in (2, 8):  # whatever lies innermost: tiles, heads
+        assert np.bincount(many % step, minlength=step).max() <= len(many) / step * 1.5 + 1
 
 
 def test_tiles_of_a_launch_are_whole_and_causal_blocks_skipped():
@@ -331,4 +396,5 @@ def test_the_fused_step_of_baseline(folder):
     assert done.returncode == 0, done.stderr[-4000:]
     (row,) = json.loads(done.stdout)
     assert row["arithmetic_seconds"] < row["seconds"] < 0.3
+    assert row["static_slots"] == [], "python -m bench.projection --count, then the page anew"
     assert {"attention", "glu", "linear", "linear_cross_entropy", "exchange"} <= set(row["by_operator"])
