@@ -118,7 +118,7 @@ def profile(launches: Iterable[EmulatedLaunch]) -> Profile:
         out.launches += 1
         out.programs += launch.recorded.programs
         if flops:
-            out.formula += launch_flops(launch.recorded, True) / max(flops)
+            out.formula += launch_flops(launch.recorded) / max(flops)
         for number, slots in counts.warps.items():
             where, opcode = counts.sources[number], counts.opcodes[number]
             code = linecache.getline(where.file, where.line).strip() if where.line else MOVED

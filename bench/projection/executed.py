@@ -59,7 +59,7 @@ def name_of(launch: Launch) -> str:
 def count(launch: Launch, numbers: np.ndarray | None = None) -> dict[str, float]:
     """Executes a sample of a compiled launch's programs. ValueError where they multiply nothing."""
     if numbers is None:
-        numbers = sampled(launch.programs, max(1.0, launch_flops(launch, True) / MMA_FLOPS))
+        numbers = sampled(launch.programs, max(1.0, launch_flops(launch) / MMA_FLOPS))
     done = emulator.sample(launch, numbers)
     mma = sum(n for opcode, n in done.counts.by_opcode().items() if opcode.startswith("mma"))
     if not mma:

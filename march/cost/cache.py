@@ -12,8 +12,8 @@ Re-reads within a working set below 4 MB count once, all others each time, libra
 
 A wave is WAVE programs of our kernels, two on each of the A5000's 64 SMs, or one tile an SM of a library product.
 
-ACCESS declares, by kernel and pointer, which tiles a program reads in which step; and which pointers it reads once.
-A pointer that is read and not declared is an error: whoever adds a kernel says how it reads.
+ACCESS is a line a kernel: the pointers that it reads once, the tiles of the others that a program reads in each step,
+and the pointers that it writes. A tensor that no line tells of is an error: whoever adds a kernel says how it reads.
 """
 
 from collections import OrderedDict
@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import Any
 
-from kernels.compile_only.record import Argument, Launch
+from kernels.compile_only.record import Launch
 from march.cost.counter import Product
+from march.cost.flops import Kernel
 
 WORKING_SET = 4 << 20
 WAVE = 128
@@ -99,33 +99,6 @@ def product_reads(product: Product) -> int:
         for row, column in grouped(rows, columns, LIBRARY_GROUP)
     )
     return sum(reads(programs, size, LIBRARY_WAVE).values())
-
-
-class Kernel:
-    """A launch's arguments by name."""
-
-    def __init__(self, launch: Launch):
-        self.launch = launch
-        self.arguments: dict[str, Argument] = {argument.name: argument for argument in launch.arguments}
-
-    def __getitem__(self, name: str) -> Any:
-        if name in self.launch.constants:
-            return self.launch.constants[name]
-        return self.arguments[name].value
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        shape = self.arguments[name].shape
-        assert shape is not None, name
-        return shape
-
-    def bytes(self, name: str) -> int:
-        return self.arguments[name].bytes
-
-    def element_size(self, name: str) -> int:
-        count = 1
-        for n, stride in zip(self.shape(name), self.arguments[name].strides or (), strict=True):
-            count *= n if stride else 1
-        return self.bytes(name) // max(1, count)
 
 
 def _heads(kernel: Kernel, *names: str) -> Callable[[Tile], int]:
@@ -317,36 +290,53 @@ def _embedding(kernel: Kernel) -> dict[str, int]:
 
 
 Access = Callable[[Kernel], dict[str, int]]
-_MASKS = ("lengths_ptr", "mask_ptr", "ckeys_ptr")
-_QUERIES, _ROWS = ("q_ptr", "rng_ptr", *_MASKS), ("o_ptr", "rest_ptr", "lse_ptr", "do_ptr")
+_MASKS = " lengths_ptr mask_ptr ckeys_ptr"
+_QUERIES, _ROWS = "q_ptr rng_ptr" + _MASKS, " o_ptr rest_ptr lse_ptr do_ptr"
 _OWN, _OTHER = ("k_ptr", "v_ptr", "GROUP"), ("other_k_ptr", "other_v_ptr", "OTHER_GROUP")
-# kernel -> pointers that it reads once, and the access of the others
-ACCESS: dict[str, tuple[tuple[str, ...], Access | None]] = {
-    "_column_keys_kernel": (("rng_ptr",), None),
-    "_attention_fwd_kernel": (_QUERIES, _attention(_OWN)),
-    "_attention_bwd_dq_kernel": (_QUERIES + _ROWS, _attention(_OWN)),
-    "_attention_bwd_dkdv_kernel": (("k_ptr", "v_ptr", "handed_ptr", *_MASKS), _dkdv),
-    "_sum_partials_kernel": (("parts_ptr",), None),
-    "_unified_attention_fwd_kernel": (_QUERIES, _attention(_OWN, _OTHER)),
-    "_unified_attention_bwd_dq_kernel": (_QUERIES + _ROWS, _attention(_OWN, _OTHER)),
-    "_glu_forward_kernel": (("rng_ptr", "gate_rng_ptr"), _glu),
-    "_glu_backward_kernel": (("saved_ptr", "d_hidden_ptr", "rng_ptr", "gate_rng_ptr"), None),
-    "_glu_recompute_kernel": (("d_hidden_ptr", "rng_ptr", "gate_rng_ptr"), _glu),
-    "_glu_dx_kernel": ((), _glu_dx),
-    "_glu_dw_kernel": ((), _glu_dw),
-    "_residual_norm_fwd_kernel": (("x_ptr", "s_ptr", "gain_ptr", "rng_ptr"), None),
-    "_residual_norm_bwd_kernel": (("dy_ptr", "dz_ptr", "y_ptr", "rstd_ptr", "gain_ptr", "rng_ptr"), None),
-    "_sum_rows_kernel": (("partial_ptr",), None),
-    "_linear_cross_entropy_fwd_kernel": (("labels_ptr",), _cross_entropy_forward),
-    "_linear_cross_entropy_join_kernel": (("top_ptr", "total_ptr", "target_ptr", "labels_ptr"), None),
-    "_linear_cross_entropy_mean_kernel": (("sum_ptr", "count_ptr"), None),
-    "_linear_cross_entropy_dlogits_kernel": (("labels_ptr", "lse_ptr"), _cross_entropy_backward),
-    "_linear_cross_entropy_gradient_kernel": (("d_loss_ptr", "inverse_ptr"), _cross_entropy_gradient),
-    "_linear_cross_entropy_dh_kernel": (("parts_ptr", "top_ptr", "total_ptr", "h_ptr", "labels_ptr"), _looked_up),
-    "_linear_cross_entropy_scale_kernel": (("x_ptr", "d_loss_ptr", "inverse_ptr"), None),
-    "_embedding_fwd_kernel": (("ids_ptr", "rng_ptr", "rng_t_ptr"), _embedding),
-    "_embedding_table_bwd_kernel": (("d_out_ptr", "order_ptr", "start_ptr", "rng_ptr"), None),
-    "_embedding_positions_bwd_kernel": (("d_out_ptr", "rng_ptr"), None),
+# kernel -> pointers that it reads once, the access of the others that it reads, those that it writes
+ACCESS: dict[str, tuple[str, Access | None, str]] = {
+    "_column_keys_kernel": ("rng_ptr", None, "ckeys_ptr"),
+    "_attention_fwd_kernel": (_QUERIES, _attention(_OWN), "o_ptr rest_ptr lse_ptr"),
+    "_attention_bwd_dq_kernel": (_QUERIES + _ROWS, _attention(_OWN), "dq_ptr rows_ptr"),
+    "_attention_bwd_dkdv_kernel": ("k_ptr v_ptr handed_ptr" + _MASKS, _dkdv, "dk_ptr dv_ptr"),
+    "_sum_partials_kernel": ("parts_ptr", None, "out_ptr"),
+    "_unified_attention_fwd_kernel": (_QUERIES, _attention(_OWN, _OTHER), "o_ptr rest_ptr lse_ptr"),
+    "_unified_attention_bwd_dq_kernel": (_QUERIES + _ROWS, _attention(_OWN, _OTHER), "dq_ptr rows_ptr"),
+    "_glu_forward_kernel": ("rng_ptr gate_rng_ptr", _glu, "hidden_ptr saved_ptr"),
+    "_glu_backward_kernel": ("saved_ptr d_hidden_ptr rng_ptr gate_rng_ptr", None, "d_product_ptr"),
+    "_glu_recompute_kernel": ("d_hidden_ptr rng_ptr gate_rng_ptr", _glu, "d_product_ptr"),
+    "_glu_dx_kernel": ("", _glu_dx, "dx_ptr"),
+    "_glu_dw_kernel": ("", _glu_dw, "parts_ptr"),
+    "_residual_norm_fwd_kernel": ("x_ptr s_ptr gain_ptr rng_ptr", None, "y_ptr z_ptr rstd_ptr"),
+    "_residual_norm_bwd_kernel": ("dy_ptr dz_ptr y_ptr rstd_ptr gain_ptr rng_ptr", None, "dx_ptr ds_ptr partial_ptr"),
+    "_sum_rows_kernel": ("partial_ptr", None, "out_ptr"),
+    "_linear_cross_entropy_fwd_kernel": ("labels_ptr", _cross_entropy_forward, "top_ptr total_ptr target_ptr"),
+    "_linear_cross_entropy_join_kernel": (
+        "top_ptr total_ptr target_ptr labels_ptr",
+        None,
+        "lse_ptr loss_ptr sum_ptr count_ptr",
+    ),
+    "_linear_cross_entropy_mean_kernel": ("sum_ptr count_ptr", None, "loss_ptr inverse_ptr"),
+    "_linear_cross_entropy_dlogits_kernel": ("labels_ptr lse_ptr", _cross_entropy_backward, "g_ptr"),
+    "_linear_cross_entropy_gradient_kernel": (
+        "d_loss_ptr inverse_ptr",
+        _cross_entropy_gradient,
+        "out_ptr top_ptr total_ptr",
+    ),
+    "_linear_cross_entropy_dh_kernel": (
+        "parts_ptr top_ptr total_ptr h_ptr labels_ptr",
+        _looked_up,
+        "out_ptr target_ptr",
+    ),
+    "_linear_cross_entropy_scale_kernel": ("x_ptr d_loss_ptr inverse_ptr", None, "out_ptr"),
+    "_embedding_fwd_kernel": ("ids_ptr rng_ptr rng_t_ptr", _embedding, "out_ptr"),
+    "_embedding_table_bwd_kernel": ("d_out_ptr order_ptr start_ptr rng_ptr", None, "d_table_ptr"),
+    "_embedding_positions_bwd_kernel": ("d_out_ptr rng_ptr", None, "d_positions_ptr"),
+}
+# kernel, pointer -> when a launch is given what it does not read
+UNREAD: dict[tuple[str, str], Callable[[Kernel], bool]] = {
+    ("_attention_bwd_dkdv_kernel", "v_ptr"): lambda kernel: not kernel["WANT_DK"],
+    ("_linear_cross_entropy_gradient_kernel", "labels_ptr"): lambda kernel: kernel["TOKENS"],
 }
 
 
@@ -364,35 +354,34 @@ WRITES: dict[tuple[str, str], Callable[[Kernel], int]] = {
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of a launch: each of its tensors once, and what comes from and goes to memory under the model."""
+    """Bytes of a launch: each of its tensors once, and what of its reads comes from memory under the model."""
 
     reads: int
     writes: int
     dram_reads: int
-    dram_writes: int
 
 
-def launch_traffic(launch: Launch, roles: Mapping[str, str]) -> Traffic:
-    """Traffic of a recorded launch whose pointers have `roles` ("r", "w", "rw", ""); AccessError if undeclared."""
+def launch_traffic(launch: Launch) -> Traffic:
+    """Traffic of a recorded launch; AccessError where its kernel or a tensor is not declared."""
     kernel = Kernel(launch)
-    read = [name for name, role in roles.items() if "r" in role]
-    written = [name for name, role in roles.items() if "w" in role]
     if launch.kernel not in ACCESS:
         raise AccessError(f"{launch.kernel}: expected its access in march/cost/cache.py, found none; declare it")
-    once, access = ACCESS[launch.kernel]
-    again = [name for name in read if name not in once]
-    counted = access(kernel) if access is not None and again else {}
-    missing = sorted(set(again) - set(counted))
+    once, access = ACCESS[launch.kernel][0].split(), ACCESS[launch.kernel][1]
+    read, written = pointers(kernel)
+    counted = access(kernel) if access is not None and set(read) - set(once) else {}
+    missing = sorted(set(read) - set(once) - set(counted))
     if missing:
         raise AccessError(
-            f"{launch.kernel}: expected the access of {', '.join(missing)} in march/cost/cache.py, found none"
+            f"{launch.kernel}: expected the access of {', '.join(missing)} in march/cost/cache.py, got none; declare it"
         )
-    writes = [
-        (WRITES.get((launch.kernel, name), lambda kernel, name=name: kernel.bytes(name)))(kernel) for name in written
-    ]
-    return Traffic(
-        sum(kernel.bytes(name) for name in read),
-        sum(writes),
-        sum(counted[name] if name in again else kernel.bytes(name) for name in read),
-        sum(writes),
-    )
+    stored = sum(WRITES.get((launch.kernel, name), lambda k, name=name: k.bytes(name))(kernel) for name in written)
+    fetched = sum(kernel.bytes(name) if name in once else counted[name] for name in read)
+    return Traffic(sum(kernel.bytes(name) for name in read), stored, fetched)
+
+
+def pointers(kernel: Kernel) -> tuple[list[str], list[str]]:
+    """Tensors of a launch that it reads, and those that it writes."""
+    name, tensors = kernel.launch.kernel, [x.name for x in kernel.launch.arguments if x.is_tensor]
+    unread = {pointer for (of, pointer), when in UNREAD.items() if of == name and pointer in tensors and when(kernel)}
+    writes = ACCESS[name][2].split()
+    return [x for x in tensors if x not in writes and x not in unread], [x for x in tensors if x in writes]

@@ -5,13 +5,36 @@ softmax, dropout and activations are not counted. Products that backward compute
 """
 
 from collections.abc import Callable
+from typing import Any
 
-from kernels.compile_only.record import Launch
-from march.cost.cache import Kernel
+from kernels.compile_only.record import Argument, Launch
 
 
-class FormulaError(RuntimeError):
-    """A kernel with products has no formula."""
+class Kernel:
+    """A launch's arguments by name."""
+
+    def __init__(self, launch: Launch):
+        self.launch = launch
+        self.arguments: dict[str, Argument] = {argument.name: argument for argument in launch.arguments}
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.launch.constants:
+            return self.launch.constants[name]
+        return self.arguments[name].value
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = self.arguments[name].shape
+        assert shape is not None, name
+        return shape
+
+    def bytes(self, name: str) -> int:
+        return self.arguments[name].bytes
+
+    def element_size(self, name: str) -> int:
+        count = 1
+        for n, stride in zip(self.shape(name), self.arguments[name].strides or (), strict=True):
+            count *= n if stride else 1
+        return self.bytes(name) // max(1, count)
 
 
 def _scores(kernel: Kernel, query: str = "q_ptr") -> int:
@@ -55,10 +78,6 @@ FORMULAS: dict[str, Callable[[Kernel], int]] = {
 }
 
 
-def launch_flops(launch: Launch, has_products: bool) -> int:
-    """FLOPs of a recorded launch; has_products: whether its program contains a tt.dot."""
-    if launch.kernel in FORMULAS:
-        return FORMULAS[launch.kernel](Kernel(launch))
-    if has_products:
-        raise FormulaError(f"{launch.kernel}: expected a formula in march/cost/flops.py, found none; add it")
-    return 0
+def launch_flops(launch: Launch) -> int:
+    """FLOPs of a recorded launch; 0 of a kernel without products."""
+    return FORMULAS[launch.kernel](Kernel(launch)) if launch.kernel in FORMULAS else 0

@@ -1,9 +1,8 @@
 """The ledger of a training step: launches, FLOPs, bytes moved and bytes kept, by operator and phase.
 
 Every number is counted: launches are those that the launch code makes, operators of torch those that it dispatches
-(march.cost.measure); what a launch reads and writes is in its program (kernels.compile_only.roles). Declared are the
-formulas of the fused products (march.cost.flops), the order in which kernels read what they share (march.cost.cache),
-and the optimiser, which is a library's.
+(march.cost.measure). Declared are the formulas of the fused products (march.cost.flops), what kernels read, in which
+order, and write (march.cost.cache), both compared with traces of them, and the optimiser, which is a library's.
 """
 
 import math
@@ -11,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import kernels
-from kernels.compile_only.roles import roles
 from march.config import ModelConfig
 from march.cost.cache import launch_traffic, product_reads
 from march.cost.counter import Allocation, Event
@@ -139,12 +137,11 @@ def entry(event: Event) -> Row:
     """The row of one event alone, the boundary left out."""
     row = Row(event.operator, event.phase)
     if event.launch is not None:
-        program = roles(event.launch)
-        traffic = launch_traffic(event.launch, program.roles)
+        traffic = launch_traffic(event.launch)
         row.launches = 1
-        row.flops = launch_flops(event.launch, program.has_products)
+        row.flops = launch_flops(event.launch)
         row.bytes_read, row.bytes_written = traffic.reads, traffic.writes
-        row.dram_read, row.dram_written = traffic.dram_reads, traffic.dram_writes
+        row.dram_read, row.dram_written = traffic.dram_reads, traffic.writes
         return row
     row.calls, row.flops = 1, event.flops
     row.bytes_read = row.dram_read = event.reads
@@ -216,7 +213,7 @@ def step_ledger(
     """Ledger of one micro-batch's forward and backward and one optimiser step.
 
     impl: see kernels.dispatch; precision "bf16" or "fp32", by default the configuration's. RuntimeError with fused
-    kernels under TRITON_INTERPRET=1; RoleError, AccessError, FormulaError where a kernel is not understood.
+    kernels under TRITON_INTERPRET=1; AccessError where a kernel is not declared.
     """
     chosen = precision or config.precision
     measured = measure(config, encoder_length, decoder_length, micro_batch, impl, chosen)

@@ -17,7 +17,6 @@ from bench.projection import executed
 from bench.projection.collect import executed_share
 from kernels import cases, emulator
 from kernels.compile_only import recording
-from kernels.compile_only.roles import roles
 from kernels.emulator.instructions import RULES, SPECIAL, kind_of
 from march.cost.cache import launch_traffic
 from march.cost.flops import FORMULAS, launch_flops
@@ -257,7 +256,7 @@ def test_the_projection_counts_the_products_that_run(operator):
     assert found
     for launch, only_recorded in found:
         stored = emulated.profile([launch]).written.asked
-        assert stored == launch_traffic(only_recorded, roles(only_recorded).roles).dram_writes, only_recorded.kernel
+        assert stored == launch_traffic(only_recorded).writes, only_recorded.kernel
         every = np.arange(only_recorded.programs)
         parts = [emulator.sample(only_recorded, part).counts.warps for part in (every[:1], every[1:])]
         run = sum(map(collections.Counter, parts), collections.Counter())
@@ -266,6 +265,6 @@ def test_the_projection_counts_the_products_that_run(operator):
         else:
             assert run == launch.counts.warps
         mma = sum(n for opcode, n in launch.counts.by_opcode().items() if opcode.startswith("mma"))
-        assert mma * 4096 == pytest.approx(launch_flops(launch.recorded, True) * executed_share(launch.recorded)), (
+        assert mma * 4096 == pytest.approx(launch_flops(launch.recorded) * executed_share(launch.recorded)), (
             launch.recorded.kernel
         )

@@ -33,8 +33,13 @@ LINE = 32
 ONCE_CAPACITY = 64 << 10
 
 traced: list[tuple[Launch, dict[str, torch.Tensor], dict[int, list]]] = []
+# names of what each of these launches wrote; kernels that multiplied
+written: list[set[str]] = []
+products: set[str] = set()
 original_init = interpreter.GridExecutor._init_args_hst
 original_load = interpreter.InterpreterBuilder.create_masked_load
+original_store = interpreter.InterpreterBuilder.create_masked_store
+original_dot = interpreter.InterpreterBuilder.create_dot
 
 
 def init(self, args, kwargs):
@@ -48,6 +53,7 @@ def init(self, args, kwargs):
     )
     ranges = {name: x for name, x in given if isinstance(x, torch.Tensor) and x.numel()}
     traced.append((launch, ranges, {}))
+    written.append(set())
     return host, host_kwargs
 
 
@@ -61,21 +67,38 @@ def holds(x: torch.Tensor, address: int) -> bool:
     return inside and rest == 0
 
 
+def argument_of(ptrs, mask) -> str:
+    """The one argument that all addresses of an access are in."""
+    launch, ranges, _ = traced[-1]
+    first, last = int(ptrs.data[mask.data].min()), int(ptrs.data[mask.data].max())
+    name = next((n for n, x in ranges.items() if holds(x, first)), None)
+    assert name is not None, f"{launch.kernel}: an access outside its arguments"
+    assert holds(ranges[name], last), f"{launch.kernel}: an access beyond {name}"
+    return name
+
+
 def load(self, ptrs, mask, other, *rest):
-    addresses = np.unique(ptrs.data[mask.data] // LINE)
-    launch, ranges, programs = traced[-1]
-    loads = programs.setdefault(self.grid_idx[0], [])
-    if addresses.size:
-        first, last = int(ptrs.data[mask.data].min()), int(ptrs.data[mask.data].max())
-        name = next((n for n, x in ranges.items() if holds(x, first)), None)
-        assert name is not None, f"{launch.kernel}: a load outside its arguments"
-        assert holds(ranges[name], last), f"{launch.kernel}: a load beyond {name}"
-        loads.append((name, addresses))
+    loads = traced[-1][2].setdefault(self.grid_idx[0], [])
+    if mask.data.any():
+        loads.append((argument_of(ptrs, mask), np.unique(ptrs.data[mask.data] // LINE)))
     return original_load(self, ptrs, mask, other, *rest)
+
+
+def store(self, ptrs, value, mask, *rest):
+    if mask.data.any():
+        written[-1].add(argument_of(ptrs, mask))
+    return original_store(self, ptrs, value, mask, *rest)
+
+
+def dot(self, *operands):
+    products.add(traced[-1][0].kernel)
+    return original_dot(self, *operands)
 
 
 interpreter.GridExecutor._init_args_hst = init
 interpreter.InterpreterBuilder.create_masked_load = load
+interpreter.InterpreterBuilder.create_masked_store = store
+interpreter.InterpreterBuilder.create_dot = dot
 
 
 def simulate(programs, names, wave, capacity):
@@ -102,10 +125,14 @@ def simulate(programs, names, wave, capacity):
 
 def report(wave: int, capacity: int) -> None:
     cache.WAVE, cache.WORKING_SET = wave, capacity
-    for launch, _, programs in traced:
-        once, access = cache.ACCESS[launch.kernel]
+    for (launch, ranges, programs), wrote in zip(traced, written, strict=True):
+        once, access, _ = cache.ACCESS[launch.kernel]
+        once = once.split()
         read = {name for loads in programs.values() for name, _ in loads}
         row = {"kernel": launch.kernel, "wave": wave, "capacity": capacity, "grid": launch.programs}
+        declared = (set(names) & set(ranges) for names in cache.pointers(cache.Kernel(launch)))
+        row["pointers"] = [[sorted(names) for names in sides] for sides in (declared, (read, wrote))]
+        row["products"] = launch.kernel in products
         row["undeclared"] = sorted(read - set(once)) if access is None else []
         row["again"] = {}
         row["once"] = {}
@@ -206,3 +233,4 @@ if __name__ == "__main__":
         for bytes in (capacity, 1 << 30):
             report(wave, bytes)
         traced.clear()
+        written.clear()

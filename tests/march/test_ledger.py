@@ -18,6 +18,7 @@ from march import experiments
 from march.cost import cache, ledger
 from march.cost.boundary import Observer
 from march.cost.counter import Allocation, Counter, Product
+from march.cost.flops import FORMULAS
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -195,7 +196,7 @@ print(json.dumps(found))
 
 
 def test_every_experiment_has_a_ledger():
-    """No kernel without its roles, access and formula, at sizes where that is all that is tested."""
+    """No kernel without its access and formula, at sizes where that is all that is tested."""
     found = json.loads(fresh("-c", EXPERIMENTS))
     assert set(found) == set(experiments.names())
     for name, (one, ratio, *others) in found.items():
@@ -207,36 +208,6 @@ def test_every_experiment_has_a_ledger():
         # the faulty mask of the published run exists in the reference only, which makes its scores; dK and dV of heads
         # that several heads of queries read are float32 sums of programs that share them, where the batch is small
         assert bool(one["forbidden"]) == (name in ("UnifiedAttentionAsPublished", "GroupedKeysValues")), name
-
-
-ROLES = """
-import json, triton, triton.language as tl, torch
-import kernels.fused
-from kernels.compile_only import recording
-from kernels.compile_only.roles import RoleError, roles
-import role_kernels
-
-x = torch.empty(64, device="meta")
-with recording("sm_86", compile=False) as launches:
-    role_kernels.walk[(1,)](x, x, x, x, 5, 3)
-    role_kernels.either[(1,)](x, x, x, 5)
-    role_kernels.escapes[(1,)](x, x)
-answers = [roles(launches[0]).roles]
-for launch in launches[1:]:
-    try:
-        roles(launch)
-        answers.append("decided")
-    except RoleError as error:
-        answers.append(str(error))
-print(json.dumps(answers))
-"""
-
-
-def test_roles_follow_pointers_through_loops_and_branches():
-    walk, either, escapes = json.loads(fresh("-c", ROLES))
-    assert walk == {"source_ptr": "r", "target_ptr": "w", "both_ptr": "rw", "unused_ptr": ""}
-    assert "several" in either
-    assert "tt.ptr_to_int" in escapes
 
 
 # ---------------------------------------------------------------- the cache model
@@ -258,6 +229,9 @@ def test_declared_accesses_are_those_of_the_kernels(traces):
     again: dict = {}
     for row in traces:
         assert row["undeclared"] == [], row
+        declared, traced = row["pointers"]
+        assert declared == traced, row["kernel"]
+        assert row["products"] == (row["kernel"] in FORMULAS), row["kernel"]
         for name, (declared, simulated) in row["again"].items():
             unlimited = row["capacity"] >= 1 << 30
             if (row["kernel"], name) in LOOKED_UP:
