@@ -202,6 +202,12 @@ def test_a_launch_without_counts_is_static_and_named(monkeypatch, tmp_path):
     assert static(found).uncounted == ["a_kernel", "b_kernel"]
 
 
+def test_the_committed_counts_are_of_whole_launches():
+    found = executed.known(executed.FILE)
+    assert {name.split()[1] for name in found} == {"sm_80", "sm_86", "sm_89"}
+    assert all(1 < one["loop"] <= one["all"] for one in found.values())
+
+
 @pytest.mark.parametrize("programs", [3, 64, 1000])
 def test_a_sample_is_spread_over_the_programs(programs):
     assert executed.sampled(programs, 1e12).tolist() == sorted({0, int(0.618034 * programs)})
