@@ -23,6 +23,7 @@ from bench.projection.project import (
     slots_of,
     static,
 )
+from kernels.emulator.session import EMULATED
 from march.cost.devices import DEVICES
 
 FOLDER = Path(__file__).parent
@@ -94,10 +95,12 @@ def slots(step: ProjectedStep) -> str:
 
 def uncounted(step: ProjectedStep) -> str:
     """One line: which kernels' issue slots are static."""
-    return (
-        f"{step.experiment}, {step.device}: issue slots of the main loop alone for {', '.join(step.counts.uncounted)}: "
-        f"not in {executed.FILE.name} as compiled, or not of sm_90; `python -m bench.projection --count` counts them"
+    what = (
+        f"{step.experiment}, {step.device}: issue slots of the main loop alone for {', '.join(step.counts.uncounted)}"
     )
+    if step.counts.arch not in EMULATED:
+        return f"{what}: {step.counts.arch} is not emulated"
+    return f"{what}: {executed.FILE.name} has no such launch; this command with --count adds it"
 
 
 # ---------------------------------------------------------------- docs/projection.md

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 
 from bench.predecessor import HALVED_EXPERIMENTS, micro_batch, published_seconds
 from bench.projection import __main__ as command
-from bench.projection import collect, executed
+from bench.projection import collect, executed, tables
 from bench.projection.collect import Call, Compiled, Counts
 from bench.projection.fit import NOISE, PRIORS, fit, leave_one_out, mean_error
 from bench.projection.model import FP32, NAMES, TENSOR, UNALIGNED, Efficiencies, ideal_seconds, rounds, work
@@ -200,6 +201,9 @@ def test_a_launch_without_counts_is_static_and_named(monkeypatch, tmp_path):
     found = counts(calls, impl="triton")
     assert found.uncounted == ["a_kernel"]
     assert static(found).uncounted == ["a_kernel", "b_kernel"]
+    for arch, advice in (("sm_86", "--count"), ("sm_90", "sm_90 is not emulated")):
+        step = SimpleNamespace(experiment="X", device="a5000", counts=replace(found, arch=arch))
+        assert re.fullmatch(rf"X, a5000: .* alone for a_kernel: .*{advice}.*", tables.uncounted(step))
 
 
 def test_the_committed_counts_are_of_whole_launches():
