@@ -186,7 +186,11 @@ def page(calibration: Calibration, progress: Callable[[str], None]) -> str:
         slots=slots(base),
         base_static=sensitivity[1][1],
         error=mean_error(calibration.left_out.error),
-        uncounted=[f"{one.experiment}, {one.device}" for one in (*fused, *devices) if one.counts.uncounted],
+        uncounted=[
+            f"{one.experiment}, {one.device}"
+            for one in (*fused, *devices)
+            if one.counts.uncounted and one.counts.arch in EMULATED
+        ],
         sensitivity=sensitivity,
         eager=predictions(eager),
         fused=predictions(fused),
