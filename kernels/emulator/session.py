@@ -228,8 +228,8 @@ def _drawn(argument: record.Argument) -> Tensor:
     assert argument.shape is not None
     assert argument.strides is not None
     dtype = getattr(torch, argument.dtype)
-    elements = 1 + sum((n - 1) * stride for n, stride in zip(argument.shape, argument.strides, strict=True))
-    flat = torch.zeros(max(1, elements), dtype=dtype)
+    elements = max(1, 1 + sum((n - 1) * stride for n, stride in zip(argument.shape, argument.strides, strict=True)))
+    flat = torch.zeros(elements, dtype=dtype)
     if dtype.is_floating_point:
         noise = torch.randn(PERIOD, generator=torch.Generator().manual_seed(0)) * 64**-0.25
         flat = noise.to(dtype).repeat(-(-elements // PERIOD))[:elements]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.compile_only import Argument, Launch
 from march import experiments
 from march.cost import cache, ledger
 from march.cost.boundary import Observer
@@ -243,6 +244,16 @@ def test_declared_accesses_are_those_of_the_kernels(traces):
     # the small caches make a difference, or they would test nothing
     larger = [key for key, counts in again.items() if sum(counts[False]) > 1.2 * sum(counts[True])]
     assert len(larger) >= 6, larger
+
+
+@pytest.mark.parametrize(
+    ("kernel", "pointers", "said"),
+    [("_new_kernel", ["x_ptr"], "_new_kernel"), ("_sum_rows_kernel", ["partial_ptr", "out_ptr", "x_ptr"], "of x_ptr")],
+)
+def test_a_kernel_or_a_tensor_that_is_not_declared_is_an_error(kernel, pointers, said):
+    arguments = tuple(Argument(name, "float32", (4,), (1,), 16) for name in pointers)
+    with pytest.raises(cache.AccessError, match=rf"{said}.*march/cost/cache.py.*declare it"):
+        cache.launch_traffic(Launch(kernel, "m", "sm_86", (1, 1, 1), 4, 2, {}, arguments))
 
 
 def test_what_is_read_once_is_read_once(traces):
