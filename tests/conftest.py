@@ -42,8 +42,8 @@ def pytest_runtest_setup(item):
     marker = item.get_closest_marker("fault")
     if marker is not None:
         parameters = getattr(item, "callspec", None)
-        name = f"{marker.args[0]}: {parameters.id}" if parameters else marker.args[0]
-        item.fault = Fault(name, **marker.kwargs)
+        name = f"{marker.args[0]}: {parameters.id.rstrip('-')}" if parameters else marker.args[0]
+        item.fault = Fault(name, *marker.args[1:], **marker.kwargs)
         item.user_properties.append(("fault", item.fault.row))
 
 

@@ -67,6 +67,7 @@ BAD_LINES = {
 }
 
 
+@pytest.mark.fault("a record after good ones", "refused by file and line")
 @pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
 @pytest.mark.parametrize("before", [0, 2])
 def test_a_bad_record_is_named_by_file_and_line(tmp_path, line, before):
@@ -80,6 +81,7 @@ def test_a_bad_record_is_named_by_file_and_line(tmp_path, line, before):
     assert len(str(caught.value)) < 600
 
 
+@pytest.mark.fault("a bad record far into a file", "refused by file and line")
 def test_faults_beyond_the_first_piece_have_their_line_too(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes((b'{"text": "' + b"x" * 1000 + b'"}\n') * 5000 + b'{"text": "\xff"}\n')
@@ -91,6 +93,7 @@ def test_faults_beyond_the_first_piece_have_their_line_too(tmp_path):
         documents(path)
 
 
+@pytest.mark.fault("a parquet file of which a part is left", "refused in one line")
 @pytest.mark.parametrize("cut", [0.0, 0.3, 0.9, 0.999])
 def test_a_cut_or_spoilt_parquet_file_is_one_line(tmp_path, cut):
     path = tmp_path / "a.parquet"
@@ -106,6 +109,7 @@ def test_a_cut_or_spoilt_parquet_file_is_one_line(tmp_path, cut):
         documents(path)
 
 
+@pytest.mark.fault("a parquet column that is no text", "refused by file and row")
 def test_parquet_with_bytes_that_are_no_text_names_the_row(tmp_path):
     path = tmp_path / "a.parquet"
     column = pa.Array.from_buffers(pa.string(), 2, pa.array([b"good", b"\xff\xfe"], pa.binary()).buffers())
@@ -114,6 +118,7 @@ def test_parquet_with_bytes_that_are_no_text_names_the_row(tmp_path):
         documents(path)
 
 
+@pytest.mark.fault("links, loops and two spellings of one file", "read once; what is not there is refused")
 def test_folders_links_and_two_spellings(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     path = tmp_path / "in" / "a.txt"
@@ -142,6 +147,7 @@ def test_file_names_may_be_any_bytes(tmp_path):
     assert rb"caf\udce9.txt" in next(tmp_path.glob("*/*/ATTRIBUTION.txt")).read_bytes()
 
 
+@pytest.mark.fault("an encoding that is none", "refused in one line")
 @pytest.mark.parametrize("encoding", ["utf-9", "rot13", "undefined", "a\0b", "hex"])
 def test_encodings_that_are_none(tmp_path, encoding):
     (tmp_path / "a.txt").write_text("x")
@@ -173,6 +179,7 @@ def test_a_line_break_in_a_separator_is_the_files_own(tmp_path):
     assert documents(path, separator="\n\n") == ["one", "two\nmore", "\r\nthree"]
 
 
+@pytest.mark.fault("a document beyond all bounds", "refused with other advice than was followed")
 def test_one_huge_line_is_refused_and_the_advice_is_not_the_option_just_given(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "LARGEST_DOCUMENT", 1000)
     path = tmp_path / "a.txt"
@@ -289,6 +296,7 @@ def test_small_splits_are_near_5_percent_whatever_the_documents(kinds):
         assert len(after) <= len(lengths) + 2 * copies
 
 
+@pytest.mark.fault("too few documents to split by document", "the longest divided, shares as said")
 @pytest.mark.parametrize(
     "texts",
     [
@@ -312,6 +320,7 @@ def test_few_documents_are_split_as_said(tmp_path, texts):
     assert "the longest one divided for test and validation" in store.manifest["splits"]
 
 
+@pytest.mark.fault("copies of documents", "in one split")
 def test_copies_of_a_document_are_in_one_split(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in WORDS * 3))
@@ -363,6 +372,7 @@ def damage(path: Path) -> None:
     (path / "train.bin").write_bytes(content)
 
 
+@pytest.mark.fault("a damaged copy of a store", "its advice mends it and leaves the original alone")
 @pytest.mark.parametrize("name", [None, "renamed"])
 def test_a_damaged_copy_is_mended_and_the_original_left_alone(prepared, tmp_path, monkeypatch, name):
     copied = Path(shutil.copytree(prepared, tmp_path / "elsewhere" / (name or prepared.name)))
@@ -376,6 +386,7 @@ def test_a_damaged_copy_is_mended_and_the_original_left_alone(prepared, tmp_path
     assert before == {path.name: path.stat().st_mtime_ns for path in prepared.iterdir()}
 
 
+@pytest.mark.fault("a damaged store", "its advice mends it")
 def test_a_damaged_original_is_mended(prepared, tmp_path):
     moved = Path(shutil.copytree(prepared.parent.parent, tmp_path / "own"))
     options = {"files": [str(moved / "a.txt")], "separator": "\n\n", "vocab_size": 370}
@@ -395,6 +406,7 @@ def test_a_damaged_original_is_mended(prepared, tmp_path):
 # the command lines
 
 
+@pytest.mark.fault("preparation", "refused in one line, nothing written")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -417,6 +429,7 @@ def test_a_damaged_original_is_mended(prepared, tmp_path):
         (["prepair"], "invalid choice"),
         ([], "required"),
     ],
+    ids=lambda given: shlex.join(given)[:60] if isinstance(given, list) else "",
 )
 def test_wrong_arguments_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -429,6 +442,7 @@ def test_wrong_arguments_are_one_line(arguments, message, capsys, tmp_path, monk
     assert list(tmp_path.iterdir()) == [], "nothing half written"
 
 
+@pytest.mark.fault("a reader that has gone", "quiet, exit code 141")
 @pytest.mark.parametrize(
     "command", [["-m", "march.data", "info"], ["train.py", "--list", "--json"], ["train.py", "--list"]]
 )

@@ -130,6 +130,7 @@ def test_the_embedded_default(tmp_path):
 # damage
 
 
+@pytest.mark.fault("a store's file flipped, cut, longer or gone", "refused by name, with the command that mends it")
 @pytest.mark.parametrize("name", ["train.bin", "validation.bin", "test.bin", "tokenizer.json", "ATTRIBUTION.txt"])
 def test_damage_is_refused(copy, name):
     file = copy / name
@@ -152,6 +153,7 @@ def test_damage_is_refused(copy, name):
     Store(copy)
 
 
+@pytest.mark.fault("a store's manifest changed", "refused in one line")
 @pytest.mark.parametrize(
     "change", [lambda t: t.replace('"documents": 60', '"documents": 61'), lambda t: t[:-9], lambda t: "[]"]
 )
@@ -171,6 +173,7 @@ def test_no_store_is_refused(tmp_path):
         Store(tmp_path)
 
 
+@pytest.mark.fault("a large store's file changed under an old time", "found by `verify`")
 def test_large_files_are_hashed_once_for_a_size_and_time(copy, monkeypatch):
     monkeypatch.setattr(store, "ALWAYS_HASHED", 0)
     Store(copy)
@@ -196,12 +199,14 @@ def test_large_files_are_hashed_once_for_a_size_and_time(copy, monkeypatch):
 # staleness
 
 
+@pytest.mark.fault("a store of another format", "refused as stale, with the command")
 def test_another_format_is_stale(copy, monkeypatch):
     monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
     with pytest.raises(DataError, match=r"format 3 in the store .*got format 2: it is stale; fix: .*--force"):
         Store(copy)
 
 
+@pytest.mark.fault("the text of a store changed", "refused as stale; --force renews it")
 def test_changed_files_make_a_store_stale_and_force_renews_it(texts, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("\n\n\n".join(texts[:20]), encoding="utf-8")
@@ -223,6 +228,7 @@ def test_other_options_are_another_store(lines, prepared):
     assert Store(prepared).vocab_size == 500
 
 
+@pytest.mark.fault("a store under another one's name", "refused as stale")
 def test_a_store_under_another_ones_name_is_stale(prepared, tmp_path, lines):
     shutil.copytree(prepared, tmp_path / prepared.name.replace("v500", "v501"))
     with pytest.raises(DataError, match=r'vocabulary "501" in the store .* got "500": it is stale'):
@@ -232,6 +238,7 @@ def test_a_store_under_another_ones_name_is_stale(prepared, tmp_path, lines):
 # killed, failed and simultaneous preparations
 
 
+@pytest.mark.fault("SIGKILL in a preparation", "nothing that looks finished; the next one is whole")
 @pytest.mark.parametrize("moment", ["stores.write_manifest", "_sync", "SplitWriter.close", "vocabulary.train"])
 def test_a_killed_preparation_leaves_nothing_that_looks_finished(lines, tmp_path, moment):
     code = (
@@ -248,6 +255,7 @@ def test_a_killed_preparation_leaves_nothing_that_looks_finished(lines, tmp_path
     assert not list(tmp_path.glob(".*.partial"))
 
 
+@pytest.mark.fault("no space for a store's manifest", "one line, nothing left")
 def test_a_failed_preparation_is_cleaned_up(lines, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -258,6 +266,7 @@ def test_a_failed_preparation_is_cleaned_up(lines, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
 
 
+@pytest.mark.fault("an error in a renewal", "the old store stays")
 def test_a_failed_renewal_keeps_the_old_store(copy, lines, monkeypatch):
     monkeypatch.setattr(prepare.vocabulary, "train", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -265,6 +274,7 @@ def test_a_failed_renewal_keeps_the_old_store(copy, lines, monkeypatch):
     assert Store(copy).manifest["documents"] == 60
 
 
+@pytest.mark.fault("two preparations at once", "one prepares, the other says that it waits")
 def test_two_at_once_prepare_once_and_the_second_says_that_it_waits(lines, tmp_path, monkeypatch, capfd):
     built, started, go_on = [], threading.Event(), threading.Event()
     real = prepare._build
@@ -332,6 +342,7 @@ def test_large_vocabularies_use_32_bits(tmp_path):
     assert all(text.endswith(end) and len(end) > 1000 for end in ends)
 
 
+@pytest.mark.fault("a preparation's disk full after bytes", "one line, nothing left")
 @pytest.mark.parametrize("limit", [100, 30_000, 70_000])
 def test_a_full_disk_at_any_write_is_one_line_and_leaves_nothing(lines, tmp_path, limit):
     """Writing beyond `limit` bytes of a file fails as it does on a full disk, inside the real writes."""
@@ -350,6 +361,7 @@ def test_a_full_disk_at_any_write_is_one_line_and_leaves_nothing(lines, tmp_path
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
 
 
+@pytest.mark.fault("SIGKILL after seconds of a preparation", "the next one is whole")
 @pytest.mark.parametrize(
     "moment", [0.1, pytest.param(0.5, marks=pytest.mark.slow), pytest.param(0.9, marks=pytest.mark.slow)]
 )

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,7 @@ def test_the_share_of_the_peak_is_recorded(texts, monkeypatch):
     assert row["mfu"] == pytest.approx(row["tokens_per_second"] / 128 / 1e6, abs=1e-3)
 
 
+@pytest.mark.fault("train.py", "refused in one line, nothing written")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -123,6 +125,7 @@ def test_the_share_of_the_peak_is_recorded(texts, monkeypatch):
         ),
         (["--vocab-size", "3"], "a whole number from 357"),
     ],
+    ids=lambda given: shlex.join(given)[:60] if isinstance(given, list) else "",
 )
 def test_mistakes_are_one_line_and_leave_nothing(arguments, message, capsys):
     assert main(arguments) == 2
@@ -132,6 +135,7 @@ def test_mistakes_are_one_line_and_leave_nothing(arguments, message, capsys):
     assert not Path("runs").exists()
 
 
+@pytest.mark.fault("a corpus too small for each split", "refused in one line, nothing written")
 def test_a_corpus_without_a_sequence_for_each_split_is_refused(tmp_path, capsys):
     Path("a.txt").write_text("few words " * 200)
     assert main([*TRAIN, "--files", "a.txt"]) == 2
@@ -139,6 +143,7 @@ def test_a_corpus_without_a_sequence_for_each_split_is_refused(tmp_path, capsys)
     assert not Path("runs").exists()
 
 
+@pytest.mark.fault("a port that is taken", "refused in one line")
 def test_a_process_group_that_cannot_be_joined_is_one_line(monkeypatch, capsys):
     def refuse(*_):
         raise RuntimeError("The server socket has failed to listen: EADDRINUSE\nException raised from makeWithPort")
