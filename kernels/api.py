@@ -8,6 +8,7 @@ as torch's products do: it is what their floating inputs, but those of float64, 
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -22,6 +23,7 @@ from kernels.portable.products import linear as portable_linear
 from kernels.portable.token_embedding import tied_table as portable_tied_table
 from kernels.validation import (
     check,
+    check_dense,
     check_indices,
     check_keys_values,
     check_packed,
@@ -43,10 +45,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def _operator(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` on inputs as torch.autocast wants them, in their own precision from there on."""
+    """`function` on dense inputs, as torch.autocast wants them, in their own precision from there on."""
+    names = tuple(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        check_dense(function.__name__, {**dict(zip(names, args, strict=False)), **kwargs})
         device = next((x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), "cpu")
         if device == "meta" or not torch.is_autocast_enabled(device):
             return function(*args, **kwargs)

@@ -23,6 +23,15 @@ def shape_of(x: Tensor) -> list[int]:
     return list(x.shape)
 
 
+def check_dense(operator: str, arguments: dict[str, object]) -> None:
+    """Every tensor among them is strided, so that it has the shape and the memory that all else reads."""
+    for name, x in arguments.items():
+        if isinstance(x, Tensor):
+            got = "a nested one" if x.is_nested else x.layout
+            dense = got == torch.strided
+            check(dense, operator, f"{name} as a dense tensor", got, f"convert it with {name}.to_dense() or pad it")
+
+
 def check_same(operator: str, dropouts: tuple[Dropout | None, ...] = (), **tensors: Tensor | None) -> None:
     """One floating dtype and one device for all tensors that are given."""
     given = {name: x for name, x in tensors.items() if x is not None}
@@ -35,13 +44,6 @@ def check_same(operator: str, dropouts: tuple[Dropout | None, ...] = (), **tenso
         f"convert it with {first_name}.to(torch.float32)",
     )
     for name, x in given.items():
-        check(
-            x.layout == torch.strided and not x.is_nested,
-            operator,
-            f"{name} as a dense tensor",
-            x.layout,
-            f"convert it with {name}.to_dense() or pad it",
-        )
         check(
             x.dtype == first.dtype,
             operator,

@@ -232,10 +232,19 @@ def test_subclasses_give_the_right_result(name):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_not_dense_is_refused_in_one_line(name, impl):
+    """Sparse, of another library, nested; indices, lengths and masks too."""
     case = CASES[name]
-    first = next(n for n, x in case.inputs.items() if x is not None and x.is_floating_point())
-    with pytest.raises(ValueError, match=r"as a dense tensor, got torch\.sparse_coo"):
-        call(case, {n: x.detach().to_sparse() if n == first else x for n, x in leaves_of(case).items()}, impl)
+    leaves = {n: x.detach() for n, x in leaves_of(case).items() if x is not None}
+    tensors = leaves | {n: x for n, x in case.kwargs.items() if isinstance(x, Tensor)}
+    forms = [(n, x.to_sparse(), "torch.sparse_coo") for n, x in tensors.items()]
+    forms += [(n, torch.nested.nested_tensor(list(x)), "a nested one") for n, x in tensors.items() if x.dim() > 1]
+    forms += [(n, x.to_mkldnn(), "torch._mkldnn") for n, x in leaves.items() if x.is_floating_point()][
+        : DEVICE == "cpu"
+    ]
+    for n, x, got in forms:
+        inputs, kwargs = ({k: x if k == n else y for k, y in given.items()} for given in (case.inputs, case.kwargs))
+        with pytest.raises(ValueError, match=f"{n} as a dense tensor, got {got}; "):
+            call(Case(case.operator, {}, kwargs), leaves | {n: x} if n in inputs else leaves_of(case), impl)
 
 
 @pytest.mark.parametrize("transform", [torch.func.functionalize, torch.func.vmap])
