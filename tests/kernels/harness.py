@@ -2,10 +2,9 @@
 
 `check(operator, inputs, kwargs, dtype)` runs an implementation on poisoned inputs, with poisoned allocations and in a
 shuffled program order, and compares outputs and every gradient. Every tensor argument lies in memory as no kernel would
-choose: inputs by `layout`, lengths, masks and generator states with poison between their elements, and in a second
-backward pass upstream gradients and saved tensors likewise, as a hook may hand them back. `mutations(...)` names the
-ways in which a result can be spoiled, and `check(..., mutate=name)` must then fail: a suite that passes a wrong
-gradient proves nothing.
+choose: inputs by `layout`, lengths, masks and generator states with poison between their elements. With `again`, once
+an operator (test_second_backward.py), a second backward is given upstream gradients and saved tensors likewise, as a
+hook may hand them back. That a wrong kernel fails is shown by mistakes in its source: mutants.py.
 """
 
 import contextlib
@@ -25,14 +24,16 @@ from kernels.dropout import Dropout
 
 DEVICE = "cuda" if os.environ.get("KERNEL_TEST_DEVICE", "cpu") == "cuda" else "cpu"
 INTERPRETED = DEVICE == "cpu"
-# tests of mutations use float32 and float16 only: twice bfloat16's own error hides a gradient that is wrong by 1%
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
-OUTPUTS = {"residual_norm": ("y", "z"), "linear_cross_entropy": ("loss", "per_token")}
+OUTPUTS = {
+    "residual_norm": ("y", "z"),
+    "linear_cross_entropy": ("loss", "per_token"),
+    "self_attention": ("out", "kv"),
+}
 NOT_DIFFERENTIABLE = ("per_token",)
 GUARD = 64  # elements of NaN before and after every allocation
 SLACK = 3  # elements or rows of NaN beside the valid region of a padded input
 HEAD_SLACK = 8  # elements beside heads: rows that start at other than multiples of 16 bytes are copied, NaN left behind
-SHIFTED_SITE = 7919
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -241,7 +242,12 @@ def _upstream(name: str, out: Tensor, seed: int) -> Tensor:
 
 
 def _differentiate(
-    outputs: dict[str, Tensor], leaves: Mapping[str, Any], unused: tuple[str, ...], seed: int, again=(), lay=lambda x: x
+    outputs: dict[str, Tensor],
+    leaves: Mapping[str, Any],
+    unused: tuple[str, ...],
+    seed: int,
+    again: bool = False,
+    lay=lambda x: x,
 ):
     used = {n: x for n, x in outputs.items() if n not in unused + NOT_DIFFERENTIABLE and x.requires_grad}
     wanted = {n: x for n, x in leaves.items() if x is not None and x.requires_grad}
@@ -250,7 +256,7 @@ def _differentiate(
         list(wanted.values()),
         [lay(_upstream(n, x, seed)) for n, x in used.items()],
         allow_unused=True,
-        retain_graph=again is True,
+        retain_graph=again,
     )
     return {
         name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(wanted.items(), gradients, strict=True)
@@ -267,8 +273,10 @@ def evaluate(
     layout: str | None = None,
     unused: tuple[str, ...] = (),
     seed: int = 0,
+    again: bool = False,
 ) -> Result:
-    """Outputs and gradients of `operator`; unused: outputs that the loss does not depend on; layout None: as given."""
+    """Outputs and gradients of `operator`; unused: outputs that the loss does not depend on; layout None: as given;
+    again: a second backward must give the same."""
     if layout is None:
         leaves = _leaves(inputs, dtype, None, None)
         outputs = _call(operator, leaves, kwargs, impl)
@@ -284,9 +292,9 @@ def evaluate(
             with hooks:
                 outputs = _call(operator, leaves, kwargs, impl)
             kept = {n: x.detach().clone() for n, x in outputs.items()}
-            gradients = _differentiate(outputs, leaves, unused, seed, again=True)
+            gradients = _differentiate(outputs, leaves, unused, seed, again)
             hand_back[0] = odd
-            second = _differentiate(outputs, leaves, unused, seed, lay=odd)
+            second = _differentiate(outputs, leaves, unused, seed, lay=odd) if again else gradients
         except Exception as error:
             error.add_note(f"program order seed {order} (KERNEL_TEST_SEED={order} repeats it)")
             raise
@@ -355,7 +363,7 @@ def check(
     cancelling: tuple[str, ...] = (),
     cancelled: float = 1e-5,
     seed: int = 0,
-    mutate: str | None = None,
+    again: bool = False,
 ) -> Result:
     """Asserts that `impl` is right at `inputs` (tensors or None by argument name) and `kwargs` in `dtype`.
 
@@ -364,8 +372,8 @@ def check(
     1 - cosine at most 1e-6 (float16: plus twice the formula's); exact zeros where formula and oracle have them, but
     for `cancelling`: inputs whose gradient has zeros that are differences of equal numbers (softmax over one key), to
     which `cancelled` is added in place of 1e-5.
-    Also: inputs and outputs unchanged by backward, the same from a second one whose upstream gradients and saved
-    tensors have other strides (of the fused kernels the same bits), nothing written out of bounds.
+    Also: inputs and outputs unchanged by backward, nothing written out of bounds, and with `again` the same from a
+    second backward whose upstream gradients and saved tensors have other strides (of the fused kernels the same bits).
     """
     kwargs = dict(kwargs or {})
     if dtype == torch.bfloat16 and INTERPRETED:
@@ -379,11 +387,7 @@ def check(
     }
     oracle = evaluate(operator, rounded, on_device, torch.float64, "reference", unused=unused, seed=seed)
     formula = evaluate(operator, rounded, on_device, dtype, "reference", unused=unused, seed=seed)
-    arguments = {"layout": layout, "unused": unused, "seed": seed}
-    if mutate is None:
-        got = evaluate(operator, rounded, on_device, dtype, impl, **arguments)
-    else:
-        got = _mutated(mutate, operator, rounded, on_device, dtype, impl, arguments)
+    got = evaluate(operator, rounded, on_device, dtype, impl, layout=layout, unused=unused, seed=seed, again=again)
     problems = [
         problem
         for kind in ("outputs", "gradients")
@@ -403,80 +407,3 @@ def check(
     order = seed_of(f"{operator}{seed}")
     assert not problems, f"{operator} {dtype} {layout} (program order seed {order}):\n  " + "\n  ".join(problems)
     return got
-
-
-# ---------------------------------------------------------------- mutations
-
-_MASKS = ("key_lengths", "key_mask", "causal")
-_DROPOUTS = ("dropout", "gate_dropout", "position_dropout")
-
-
-def mutations(operator: str, inputs: Mapping[str, Any], kwargs: Mapping[str, Any]) -> list[str]:
-    """Names of the mutations that apply to a call; `check(..., mutate=name)` must fail for each."""
-    floating = [n for n, x in inputs.items() if x is not None and x.dtype.is_floating_point]
-    names = [f"{how}:{n}" for n in floating for how in ("zero", "scale", "transpose")]
-    names += [f"output-scale:{n}" for n in OUTPUTS.get(operator, ("out",))]
-    names += [f"drop-mask:{n}" for n in _MASKS if kwargs.get(n) is not None and kwargs.get(n) is not False]
-    names += ["change-scale"] if "scale" in kwargs or operator in ("attention", "unified_attention") else []
-    names += [f"change-{n}" for n in ("factor", "features") if n in kwargs]
-    names += ["drop-ignore-index"] if operator == "linear_cross_entropy" and bool((inputs["labels"] < 0).any()) else []
-    for n in _DROPOUTS:
-        if kwargs.get(n) is not None:
-            names += [f"no-dropout:{n}", f"backward-mask-shifted:{n}", f"backward-mask-next-row:{n}"]
-    return names
-
-
-def _spoil(x: Tensor, how: str) -> Tensor:
-    if how == "zero":
-        return torch.zeros_like(x)
-    if how == "scale":
-        return x * 1.01
-    return x.flip(0) if x.dim() == 1 else x.transpose(-1, -2).reshape(x.shape)
-
-
-_RESULTS: dict[tuple, Result] = {}
-
-
-def _mutated(mutate: str, operator: str, inputs, kwargs, dtype, impl, arguments) -> Result:
-    how, _, name = mutate.partition(":")
-
-    def run(new_inputs=inputs, new_kwargs=kwargs) -> Result:
-        return evaluate(operator, new_inputs, new_kwargs, dtype, impl, **arguments)
-
-    def base() -> Result:
-        # one run serves all mutations of a case: they spoil its result, not the kernels
-        fingerprint = [(n, None if x is None else (tuple(x.shape), x.double().sum().item())) for n, x in inputs.items()]
-        settings = [
-            (n, v.p, v.site, v.rng.tolist())
-            if isinstance(v, Dropout)
-            else (n, v if not torch.is_tensor(v) else v.tolist())
-            for n, v in kwargs.items()
-        ]
-        key = (operator, str(fingerprint), str(settings), str(dtype), impl, str(arguments))
-        if key not in _RESULTS:
-            _RESULTS[key] = run()
-        return _RESULTS[key]
-
-    if how in ("zero", "scale", "transpose"):
-        return Result(base().outputs, base().gradients | {name: _spoil(base().gradients[name], how)})
-    if how == "output-scale":
-        return Result(base().outputs | {name: base().outputs[name] * 1.01}, base().gradients)
-    if how == "drop-mask":
-        return run(new_kwargs=kwargs | {name: False if name == "causal" else None})
-    if how == "change-scale":
-        return run(new_kwargs=kwargs | {"scale": kwargs.get("scale", 1.0) * 1.01})
-    if how == "change-factor":
-        return run(new_kwargs=kwargs | {"factor": kwargs["factor"] * 1.01})
-    if how == "change-features":
-        return run(new_kwargs=kwargs | {"features": kwargs["features"] + 1})
-    if how == "drop-ignore-index":
-        return run(new_inputs=inputs | {"labels": inputs["labels"].clamp(min=0)})
-    if how == "no-dropout":
-        return run(new_kwargs=kwargs | {name: None})
-    dropout = kwargs[name]
-    if how == "backward-mask-shifted":
-        shifted = replace(dropout, site=dropout.site + SHIFTED_SITE)
-    else:
-        assert how == "backward-mask-next-row", f"no mutation is called {mutate!r}"
-        shifted = replace(dropout, rng=dropout.rng + torch.tensor([0, 0, 1], device=dropout.rng.device))
-    return Result(base().outputs, run(new_kwargs=kwargs | {name: shifted}).gradients)

@@ -1,8 +1,8 @@
-"""linear_cross_entropy in Triton's interpreter against float64: loss, each token's, both gradients, mutations."""
+"""linear_cross_entropy in Triton's interpreter against float64: loss, each token's, both gradients."""
 
 import pytest
 import torch
-from harness import DEVICE, DTYPES, check, mutations
+from harness import DEVICE, DTYPES, check
 
 import kernels
 from kernels import cases
@@ -175,14 +175,6 @@ def test_empty(batch, length):
 
 
 CASE = (inputs_of(2, 6, 24, 40, ignored=0.3, seed=1), {"scale": 0.3})
-
-
-@pytest.mark.parametrize("logits", fused.LOGITS)
-@pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize("mutation", mutations("linear_cross_entropy", *CASE))
-def test_mutations_are_caught(mutation, dtype, logits):
-    with pytest.raises(AssertionError, match="linear_cross_entropy"):
-        check("linear_cross_entropy", CASE[0], {**CASE[1], "logits": logits}, dtype, mutate=mutation)
 
 
 def _on_device(dtype=torch.float32):

@@ -166,19 +166,19 @@ def run(name: str) -> None:
     wide = {"dtype": torch.float32}
     common = {"scale": 1.0, "key_lengths": None, "dropout": dropout(1)}
     if name == "attention":
-        q, k, v = leaves(cases.attention_inputs(2, 300, 200, 3, 16, **wide))
-        mask = torch.ones(2, 200, dtype=torch.bool)
+        q, k, v = leaves(cases.attention_inputs(1, 300, 200, 2, 16, **wide))
+        mask = torch.ones(1, 200, dtype=torch.bool)
         differentiate(attention.attention(q, k, v, causal=False, key_mask=mask, **common))
     elif name == "packed":
-        qkv, q = torch.randn(2, 200, 3, 2, 16, requires_grad=True), torch.randn(2, 40, 2, 16, requires_grad=True)
+        qkv, q = torch.randn(1, 200, 3, 2, 16, requires_grad=True), torch.randn(1, 40, 2, 16, requires_grad=True)
         out, kv = attention.self_attention(qkv, causal=False, key_mask=None, **common)
         read = attention.cross_attention(q, kv, causal=False, key_mask=None, **common)
         differentiate((out, read))
     elif name == "shared":
-        q, k, v = leaves(cases.attention_inputs(3, 150, 260, 2, 16, key_batch=1, key_heads=1, **wide))
+        q, k, v = leaves(cases.attention_inputs(2, 150, 260, 2, 16, key_batch=1, key_heads=1, **wide))
         differentiate(attention.attention(q, k, v, causal=False, key_mask=None, **common))
     elif name == "unified":
-        tensors = leaves(cases.unified_attention_inputs(2, 140, 200, 2, 16, **wide))
+        tensors = leaves(cases.unified_attention_inputs(1, 140, 200, 2, 16, **wide))
         # five blocks of queries a head, as many as programs in a wave: the declaration does not know that early queries
         # of a causal head read fewer keys, which shows where a wave splits a head
         with mock.patch.object(tiles_attention, "tile", return_value=tiles_attention.Tile(32, 32, 4, 1)):
@@ -200,8 +200,8 @@ def run(name: str) -> None:
         x, s, gain = torch.randn(4, 45, 64), torch.randn(4, 45, 64), torch.randn(64)
         differentiate(residual_norm.residual_norm(*leaves({"x": x, "s": s, "g": gain}), dropout=dropout(3), eps=1e-6))
     elif name == "linear_cross_entropy":
-        h, weight = torch.randn(2, 592, 64, requires_grad=True), torch.randn(700, 64, requires_grad=True)
-        labels = torch.randint(0, 700, (2, 592))
+        h, weight = torch.randn(1, 592, 64, requires_grad=True), torch.randn(700, 64, requires_grad=True)
+        labels = torch.randint(0, 700, (1, 592))
         for logits in linear_cross_entropy.LOGITS:
             loss, _ = linear_cross_entropy.linear_cross_entropy(
                 h, weight, labels, scale=1.0, ignore_index=-100, logits=logits

@@ -11,6 +11,7 @@ from march import cost, experiments
 from march.config import ConfigError
 from march.cost import step as step_module
 from march.cost.counter import Counter
+from march.cost.fitting import Memory
 from march.model import Transformer
 from march.report import listing
 
@@ -105,7 +106,10 @@ def test_what_is_dead_is_not_counted():
 
 
 @pytest.mark.parametrize("name", experiments.names())
-def test_show_works_for_every_experiment(name, capsys):
+def test_show_works_for_every_experiment(name, capsys, monkeypatch):
+    # measured below; for each of them it takes a second
+    monkeypatch.setattr(cost, "fitting_micro_batch", lambda *_, **options: 7)
+    monkeypatch.setattr(cost, "memory", lambda *_, **options: Memory(1 << 30, 1 << 20, 1 << 20))
     overrides = [
         f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in small_overrides(name).items()
     ]
