@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 # what bench/ computes and prints with; its tests run with the others
-BENCH = ["scipy>=1.11", "pandas>=2.1", "pydantic>=2.5", "jinja2>=3.1", "markdown-it-py>=3"]
+BENCH = ["pydantic>=2.5", "markdown-it-py>=3"]
 
 setup(
     name="march",
@@ -35,10 +35,14 @@ setup(
         "matplotlib>=3.8",
         "tqdm>=4.66",
         "rich>=13",
+        "scipy>=1.11",  # march compare: tests, tables, pages
+        "pandas>=2.1",
+        "jinja2>=3.1",
     ],
     extras_require={
         # built from source against CUDA; selectable implementations and yardsticks, never required
         "gpu": ["flash-attn>=2.6"],
+        "slurm": ["submitit>=1.5"],  # march compare --slurm
         # libraries that bench/ compares with, and --benchmark-histogram
         "bench": [*BENCH, "transformers>=5", "x-transformers>=2", "pytest-benchmark[histogram]>=5"],
         "dev": [
@@ -50,6 +54,8 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.8",
             "mypy>=1.13",
+            "statsmodels>=0.14",  # the oracle of march.compare's statistics
+            "submitit>=1.5",
         ],
     },
 )

@@ -1,0 +1,1 @@
+"""From ideas to a verdict: runs of several experiments over several seeds, and what they show."""
