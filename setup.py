@@ -14,6 +14,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["kernels", "kernels.*", "march", "march.*"]),
+    entry_points={"console_scripts": ["march = march.cli:main"]},
     # tiles that `python -m kernels.tune` measured are part of the kernels
     package_data={"march": ["py.typed"], "kernels": ["py.typed", "fused/measured/*.json"]},
     install_requires=[

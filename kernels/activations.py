@@ -1,6 +1,6 @@
 """The activations: one entry a name, which every implementation, the configuration and the bench read.
 
-A new one is a new entry of ACTIVATIONS and nothing else.
+A new one is a new entry of ACTIVATIONS and nothing else, or, of an idea in a file of its own, an `Activation` there.
 """
 
 from collections.abc import Callable
@@ -98,8 +98,18 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+_OWN: dict[str, Activation] = {}
+
+
+def register(name: str, activation: Activation) -> None:
+    """Makes `activation` the one of `name`, for the experiment that brings it; it is in no list."""
+    _OWN[name] = activation
+
+
 def activation_of(name: str) -> Activation:
     """The entry of `name`; ValueError with the names there are."""
+    if name in _OWN:
+        return _OWN[name]
     if name not in ACTIVATIONS:
         expected = f"an activation among {', '.join(ACTIVATIONS)}"
         raise ValueError(f"glu: expected {expected}, got {name!r}; name one of them")

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,6 +35,10 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }
 
 
+# What experiments of a file of their own bring, by ModelConfig.idea and place; march.experiments.own fills it.
+PARTS: dict[str, Mapping[str, Any]] = {"": {}}
+
+
 class ConfigError(ValueError):
     """A field or a value that cannot be: the message says expected, got, fix."""
 
@@ -48,7 +52,8 @@ class ModelConfig:
     queries; 0 for num_heads. database_states: keys and values of the learned bank, 0 for none. cross_attention: the
     decoder reads the keys and values of encoder block i, or has its own, of the encoder's output. positions: a table
     added to the tokens, queries and keys of self-attention turned by their position, or none. qk_norm: queries and
-    keys are normalised, scores divided by sqrt(dim_qkv). norm_placement: before a sublayer, or behind it too.
+    keys are normalised, scores divided by sqrt(dim_qkv). norm_placement: before a sublayer, or behind it too. idea: the
+    experiment of a file of its own whose parts stand in the model, with the file's hash; "" for none.
     """
 
     dim_model: int = 512
@@ -76,6 +81,11 @@ class ModelConfig:
     norm_placement: Literal["pre", "sandwich"] = "pre"
     linear_init: Literal["torch", "t5"] = "torch"
     precision: Literal["bf16", "fp32"] = "bf16"
+    idea: str = ""
+
+    def part(self, place: str, default: Any) -> Any:
+        """The class that the idea has for `place`, or `default`."""
+        return PARTS[self.idea].get(place, default)
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,8 @@ def _expected(name: str) -> str:
     if choices(name):
         return "one of " + ", ".join(choices(name))
     kind = _TYPES[name]
+    if name == "idea":
+        return "a file's experiment that is loaded (--exp FILE.py:NAME sets it)"
     if kind == PerBlock:
         return "a whole number, or one for each block of a stack (12,8,4)"
     return {int: "a whole number", float: "a finite number", bool: "true or false"}[kind]
@@ -172,10 +184,10 @@ def check_type(name: str, value: Any) -> Any:
         return float(value)
     if kind is bool and isinstance(value, bool):
         return value
-    if isinstance(value, str) and value in choices(name):
+    if isinstance(value, str) and (value in choices(name) or (name in ("idea", "activation") and value in PARTS)):
         return value
     raise ConfigError(
-        f"{name}: expected {_expected(name)}, got {repr(value)[:60]}; for example {name}={_example(name)}"
+        f"{name}: expected {_expected(name)}, got {repr(value)[:60]}; for example {name}={_example(name) or repr('')}"
     )
 
 
@@ -250,6 +262,7 @@ def _require(condition: bool, name: str, expected: str, got: Any, fix: str) -> N
 
 def check(config: ModelConfig) -> None:
     """ConfigError when the fields cannot go together."""
+    check_type("idea", config.idea)  # of a configuration from another process
     for name, (least, most) in BOUNDS.items():
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else (value,):
@@ -324,7 +337,7 @@ def check(config: ModelConfig) -> None:
 
 def unpublished(config: ModelConfig) -> dict[str, Any]:
     """Fields with values that the published architecture did not know; what repeats that one must refuse them."""
-    names = ("num_kv_heads", "positions", "cross_attention", "qk_norm", "norm_placement")
+    names = ("num_kv_heads", "positions", "cross_attention", "qk_norm", "norm_placement", "idea")
     found = {name: getattr(config, name) for name in names if getattr(config, name) != FIELDS[name].default}
     new = config.activation not in ("relu", "gelu", "silu", "sigmoid", "identity")
     return found | ({"activation": config.activation} if new else {})
@@ -336,7 +349,8 @@ def outside_kernels(config: ModelConfig) -> list[str]:
         "rotation of queries and keys by their position": config.positions == "rotary",
         "decoder attention under the published mask": config.unified_mask == "as_published",
     }
-    return [step for step, there in steps.items() if there]
+    own = [place.replace("_", " ") for place in PARTS[config.idea] if place != "activation"]
+    return [step for step, there in steps.items() if there] + [f"what its own {place} does itself" for place in own]
 
 
 def _sublayers(config: ModelConfig, decoder: bool) -> tuple[SublayerConfig, ...]:
@@ -368,9 +382,8 @@ def resolve(config: ModelConfig) -> ResolvedConfig:
 
 def to_dict(config: ModelConfig) -> dict[str, Any]:
     """The fields as JSON knows them."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()
-    }
+    fields = {name: getattr(config, name) for name in FIELDS if name != "idea" or config.idea}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
 def from_dict(fields: dict[str, Any]) -> ModelConfig:
@@ -381,4 +394,4 @@ def from_dict(fields: dict[str, Any]) -> ModelConfig:
 def difference(config: ModelConfig, base: ModelConfig) -> dict[str, tuple[Any, Any]]:
     """Fields in which `config` differs from `base`: name -> (base's value, config's value)."""
     ours, theirs = to_dict(config), to_dict(base)
-    return {name: (theirs[name], ours[name]) for name in ours if ours[name] != theirs[name]}
+    return {n: (theirs.get(n), ours.get(n)) for n in {**theirs, **ours} if ours.get(n) != theirs.get(n)}

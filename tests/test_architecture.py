@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = {
     "kernels": {"kernels"},
     "march/config.py": set(),
+    "march/cli.py": {"march.config", "march.console"},  # the commands by name, when they are called
     "march/experiments": {"march.config", "march.experiments"},
     "march/model": {"kernels", "march.config", "march.experiments", "march.model"},
     "march/data": {"march.data", "march.console"},
@@ -41,7 +42,7 @@ ALLOWED = {
 }
 # march itself: its lazy front door, build_model and the version
 FRONT_DOOR = {"march"}
-NO_TORCH = ("march/config.py", "march/experiments", "march/cost/devices.py", "march/console.py")
+NO_TORCH = ("march/config.py", "march/experiments", "march/cost/devices.py", "march/console.py", "march/cli.py")
 MAX_LINES, MAX_KERNEL_LINES = 400, 600
 
 

@@ -52,7 +52,7 @@ class _Hidden(torch.autograd.Function):
     ) -> Tensor:
         if kind == "plain":
             hidden = activation_of(activation).formula(product)
-            hidden = hidden.clone() if activation == "identity" else hidden
+            hidden = hidden.clone() if hidden is product else hidden
         elif kind == "gated":
             gate, up = product.chunk(2, dim=-1)
             hidden = activation_of(activation).formula(gate) * up

@@ -1,26 +1,53 @@
 """The model: `build_model`, and the predecessor's checkpoints."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import kernels
 from march import experiments
 from march.config import resolve
-from march.model.layers import Block
+from march.experiments import own
+from march.model.layers import Attention, Block, CrossAttention, FeedForward, SelfAttention, Sublayer
+from march.model.modules import Dropout, ForwardContext, Linear, Norm, ResidualStream
 from march.model.predecessor import load_predecessor, to_predecessor
 from march.model.transformer import Output, Transformer
 
-__all__ = ["Block", "Output", "Transformer", "build_model", "load_predecessor", "to_predecessor"]
+__all__ = [
+    "Attention",
+    "Block",
+    "CrossAttention",
+    "Dropout",
+    "FeedForward",
+    "ForwardContext",
+    "Linear",
+    "Norm",
+    "Output",
+    "ResidualStream",
+    "SelfAttention",
+    "Sublayer",
+    "Transformer",
+    "build_model",
+    "load_predecessor",
+    "to_predecessor",
+]
 
 
 def build_model(
-    name: str, *, impl: kernels.Impl = "auto", seed: int | None = None, block: type[Block] = Block, **overrides: Any
+    name: str | experiments.Experiment,
+    *,
+    impl: kernels.Impl = "auto",
+    seed: int | None = None,
+    parts: Mapping[str, Any] | None = None,
+    **overrides: Any,
 ) -> Transformer:
-    """The model of experiment `name`, float32 on torch's default device.
+    """The model of experiment `name`, FILE.py:NAME of a file of your own too, float32 on torch's default device.
 
     impl: implementation of the operators, see `kernels.dispatch`. seed: of the initial values, each drawn by its
-    parameter's name; by default the seed that torch.manual_seed was last given. block: a class of your own in place of
-    `march.model.Block`. overrides: fields of `march.config.ModelConfig` (dim_model, num_layers, num_heads, dim_qkv,
-    dim_feedforward, vocab_size, max_length, dropout, database_states, ...); an override changes the field named and no
-    other. ConfigError (a ValueError) when a name or value is wrong.
+    parameter's name; by default the seed that torch.manual_seed was last given. parts: code of your own by place, as
+    in `Experiment.parts` (docs/own_ideas.md). overrides: fields of `march.config.ModelConfig` (dim_model, num_layers,
+    num_heads, dim_qkv, dim_feedforward, vocab_size, max_length, dropout, database_states, ...); an override changes the
+    field named and no other. ConfigError (a ValueError) when a name or value is wrong.
     """
-    return Transformer(resolve(experiments.configuration(name, **overrides)), impl, seed, block)
+    if parts:
+        overrides = {**own.register("parts", parts), **overrides}
+    return Transformer(resolve(experiments.configuration(name, **overrides)), impl, seed)

@@ -3,6 +3,8 @@
 A sublayer is f in x = x + dropout(f(norm(x))): it maps z = norm(x) [B, L, D'] to s [B, L, D'].
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +22,9 @@ class Sublayer(nn.Module):
 
     def __init__(self, config: ModelConfig, block: BlockConfig):
         super().__init__()
-        self.norm, self.dropout, self.residual = Norm(config.dim_model), Dropout(config.dropout), True
-        self.post_norm = Norm(config.dim_model) if config.norm_placement == "sandwich" else None
+        self.Norm = config.part("norm", Norm)
+        self.norm, self.dropout, self.residual = self.Norm(config.dim_model), Dropout(config.dropout), True
+        self.post_norm = self.Norm(config.dim_model) if config.norm_placement == "sandwich" else None
 
 
 class Attention(Sublayer):
@@ -41,11 +44,11 @@ class Attention(Sublayer):
         self.kv_axis = Axis("heads", self.width, block.num_kv_heads)
         self.attention_dropout = Dropout(config.dropout)
         self.o = Linear(config.linear_init, self.heads_axis, o=self.stream_axis)
-        self.q_norm = Norm(self.width) if config.qk_norm else None
+        self.q_norm = self.Norm(self.width) if config.qk_norm else None
         own = self.reads_encoder and config.cross_attention == "encoder_output"
         kv = {"encoder_k": self.kv_axis, "encoder_v": self.kv_axis}
         self.kv = Linear(config.linear_init, self.stream_axis, **kv) if own else None
-        self.k_norm = Norm(self.width) if config.qk_norm and (own or isinstance(self, SelfAttention)) else None
+        self.k_norm = self.Norm(self.width) if config.qk_norm and (own or isinstance(self, SelfAttention)) else None
 
     def options(self, ctx: ForwardContext) -> dict[str, Any]:
         """What every attention operator is told."""
@@ -194,22 +197,24 @@ class FeedForward(Sublayer):
 class Block(nn.Module):
     """x = x + dropout(f(norm(x))) for each sublayer f in turn.
 
-    An idea is a subclass with other `classes`, or a `forward` of its own: `march.build_model(..., block=Mine)`.
+    An idea is another class for a sublayer, or a block with a `forward` of its own (docs/own_ideas.md).
     """
 
-    classes: ClassVar[dict[str, type[Sublayer]]] = {
-        "self_attention": SelfAttention,
-        "unified_attention": UnifiedAttention,
-        "cross_attention": CrossAttention,
-        "database_attention": DatabaseAttention,
-        "feedforward": FeedForward,
-    }
+    classes: ClassVar[Mapping[str, type[Sublayer]]] = MappingProxyType(
+        {
+            "self_attention": SelfAttention,
+            "unified_attention": UnifiedAttention,
+            "cross_attention": CrossAttention,
+            "database_attention": DatabaseAttention,
+            "feedforward": FeedForward,
+        }
+    )
 
     def __init__(self, config: ModelConfig, block: BlockConfig):
         super().__init__()
         self.names = []
         for sublayer in block.sublayers:
-            layer = self.classes[sublayer.kind](config, block)
+            layer = config.part(sublayer.kind, self.classes[sublayer.kind])(config, block)
             layer.residual = sublayer.residual
             self.add_module(layer.name, layer)
             self.names.append(layer.name)

@@ -7,8 +7,9 @@ Legend: B batch, L positions, D dim_model, H heads, G heads of keys and values, 
 F': these, or more with zeros in the rest. Weights are [out, in].
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -108,10 +109,16 @@ class Dropout(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm (Zhang and Sennrich, 2019) of the last dimension with a gain [width]."""
+    """RMSNorm (Zhang and Sennrich, 2019) of the last dimension with a gain [width].
+
+    Another norm is a subclass with a `formula`.
+    """
+
+    formula: ClassVar[Callable[..., Tensor] | None] = None  # (self, x [B, L, width]) to the norm of x, of a subclass
 
     def __init__(self, width: int):
         super().__init__()
+        self.width = width
         self.gain = nn.Parameter(torch.empty(width))
         self.init_rules: dict[str, Rule] = {"gain": ones}
 
@@ -119,9 +126,13 @@ class Norm(nn.Module):
         self, x: Tensor | None, s: Tensor | None, ctx: ForwardContext, dropout: kernels.Dropout | None = None
     ) -> tuple[Tensor, Tensor]:
         """y = x + dropout(s) and norm(y), in one pass; x or s may be None, then y is the other."""
-        more = (s if x is None else x).shape[-1] - self.gain.shape[0]  # type: ignore[union-attr]
+        more = (s if x is None else x).shape[-1] - self.width  # type: ignore[union-attr]
+        if self.formula is not None:
+            added = None if s is None else drop(s, dropout)
+            y: Tensor = x if added is None else added if x is None else x + added  # type: ignore[assignment]
+            return y, pad(self.formula(y[..., : self.width]).to(y.dtype), (0, more))
         gain = pad(self.gain.to(ctx.dtype), (0, more)) if more else self.gain.to(ctx.dtype)
-        return kernels.residual_norm(x, s, gain, dropout=dropout, features=self.gain.shape[0], impl=ctx.impl)
+        return kernels.residual_norm(x, s, gain, dropout=dropout, features=self.width, impl=ctx.impl)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """norm(x) alone, x [B, L, ..., width']."""

@@ -7,13 +7,17 @@ cross_attention "encoder_output" the decoder reads that, as in Vaswani et al., 2
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import kernels
 from kernels.portable import product_dtype as portable_dtype
+from march import experiments
 from march.config import BlockConfig, ModelConfig, ResolvedConfig
+from march.experiments import own
+from march.model import parts
 from march.model.init import Rule, initialise, normal
 from march.model.layers import Block
 from march.model.modules import Axis, Dropout, ForwardContext, Norm, ResidualStream, zero_pad
@@ -33,11 +37,12 @@ class Output:
 class Stack(nn.Module):
     """Blocks and a final norm."""
 
-    def __init__(self, config: ModelConfig, blocks: tuple[BlockConfig, ...], block: type[Block]):
+    def __init__(self, config: ModelConfig, blocks: tuple[BlockConfig, ...]):
         super().__init__()
+        block = config.part("block", Block)
         self.token_dropout, self.position_dropout = Dropout(config.dropout), Dropout(config.dropout)
         self.blocks = nn.ModuleList(block(config, one) for one in blocks)
-        self.final_norm = Norm(config.dim_model)
+        self.final_norm = config.part("norm", Norm)(config.dim_model)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x [B, L, D'] to the normalised output [B, L, D']."""
@@ -60,8 +65,8 @@ class Stack(nn.Module):
 class Encoder(Stack):
     """Its blocks leave keys and values in `ctx.encoder_kv`; where nobody reads its output the last stops there."""
 
-    def __init__(self, config: ModelConfig, blocks: tuple[BlockConfig, ...], block: type[Block]):
-        super().__init__(config, blocks, block)
+    def __init__(self, config: ModelConfig, blocks: tuple[BlockConfig, ...]):
+        super().__init__(config, blocks)
         self.stops_early = config.cross_attention == "encoder_block"
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor | None:  # type: ignore[override]
@@ -90,11 +95,10 @@ class Database(nn.Module):
 class Transformer(nn.Module):
     """An experiment's model; float32 parameters, see `march.build_model`."""
 
-    def __init__(
-        self, resolved: ResolvedConfig, impl: kernels.Impl = "auto", seed: int | None = None, block: type[Block] = Block
-    ):
+    def __init__(self, resolved: ResolvedConfig, impl: kernels.Impl = "auto", seed: int | None = None):
         super().__init__()
         config = resolved.model
+        parts.use(config.idea)
         self.config, self.resolved = config, resolved
         self.impl = kernels.validate(impl)
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.dim_model))
@@ -105,11 +109,20 @@ class Transformer(nn.Module):
             self.init_rules["positions"] = normal(1.0 if config.position_init == "unit" else config.dim_model**-0.5)
         if config.database_states:
             self.database = Database(config.database_states, resolved.encoder[0].dim_qkv)
-        self.encoder = Encoder(config, resolved.encoder, block)
-        self.decoder = Stack(config, resolved.decoder, block)
+        self.encoder = Encoder(config, resolved.encoder)
+        self.decoder = Stack(config, resolved.decoder)
         # set by load_predecessor: where each stack's final norm stood in the checkpoint's list
         self.predecessor_final_norms: dict[str, int] = {}
         initialise(self, torch.initial_seed() if seed is None else seed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_spec": own.SPECS.get(self.config.idea)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if spec := state.pop("_spec", None):  # in another process the parts are not known yet
+            experiments.configuration(spec)
+            parts.use(state["config"].idea)
+        super().__setstate__(state)
 
     def dead_parameters(self) -> set[str]:
         """Names of the parameters that cannot affect the loss (qkv of the last encoder block: its Wq rows only)."""

@@ -130,7 +130,7 @@ def test_standard_cross_attention_reads_the_encoders_output():
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_squared_relu_is_the_formula_with_its_dropout(impl):
     state = kernels.dropout_state(7, 3)
-    models = small_model("SquaredReLU", impl=impl), small_model("Baseline", impl=impl, block=Squared)
+    models = small_model("SquaredReLU", impl=impl), small_model("Baseline", impl=impl, parts={"block": Squared})
     losses = [model.double().train()(**batch(), dropout_state=state).loss for model in models]
     torch.testing.assert_close(*losses, rtol=0, atol=1e-12)
     assert losses[0] != small_model("Baseline", impl=impl).double().train()(**batch(), dropout_state=state).loss

@@ -80,7 +80,7 @@ IDEAS = [QKNorm, Squared, Sandwich, Parallel, PostNorm]
 
 
 def model_of(idea, impl="torch", **overrides):
-    return small_model("Baseline", impl=impl, block=idea, **overrides)
+    return small_model("Baseline", impl=impl, parts={"block": idea}, **overrides)
 
 
 def gradients(model, **more):
@@ -164,4 +164,4 @@ def test_a_plain_module_in_a_block_is_asked_for_its_rule():
             self.extra = torch.nn.Linear(4, 4, bias=False)
 
     with pytest.raises(RuntimeError, match=r"^encoder\.blocks\.0\.extra\.weight: .* got no rule; in Linear"):
-        march.build_model("Baseline", block=Untold, vocab_size=9, max_length=4)
+        march.build_model("Baseline", parts={"block": Untold}, vocab_size=9, max_length=4)
