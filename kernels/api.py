@@ -32,6 +32,8 @@ from kernels.validation import (
     shape_of,
 )
 
+LOGITS = ("auto", "recompute", "chunks")
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -46,11 +48,13 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 def _operator(function: Callable[P, R]) -> Callable[P, R]:
     """`function` on dense inputs, as torch.autocast wants them, in their own precision from there on."""
-    names = tuple(inspect.signature(function).parameters)
+    parameters = inspect.signature(function).parameters
+    names = tuple(parameters)
+    optional = {n: p.annotation != Tensor for n, p in parameters.items() if p.annotation in (Tensor, Tensor | None)}
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        check_dense(function.__name__, {**dict(zip(names, args, strict=False)), **kwargs})
+        check_dense(function.__name__, {**dict(zip(names, args, strict=False)), **kwargs}, optional)
         device = next((x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), "cpu")
         if device == "meta" or not torch.is_autocast_enabled(device):
             return function(*args, **kwargs)
@@ -458,6 +462,9 @@ def linear_cross_entropy(
     )
     check(labels.device == h.device, op, f"labels on {h.device}", labels.device, "move them there")
     check_same(op, h=h, weight=weight)
+    whole = isinstance(ignore_index, int) and -(1 << 63) <= ignore_index < 1 << 63
+    check(whole, op, "ignore_index as an int of 64 bits", repr(ignore_index), "-1 or -100 stands for no token")
+    check(logits in LOGITS, op, f"logits among {', '.join(LOGITS)}", repr(logits), "auto takes the faster")
     check_indices(op, "labels", labels, weight.shape[0], ignore_index)
     function = implementation(op, impl, h.device, h.dtype)
     extra = {"logits": logits} if logits != "auto" and choice(op, impl, h.device) == "triton" else {}

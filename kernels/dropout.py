@@ -19,6 +19,7 @@ of `unified_attention` counts its columns from SEGMENT_COLUMNS.
 """
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -44,22 +45,22 @@ class Dropout:
     site: int
 
     def __post_init__(self):
-        if not 0.0 <= self.p < 1.0:
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {self.p}")
+        if not isinstance(self.p, Real) or not 0.0 <= self.p < 1.0:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {self.p!r}; give a float")
         if self.rng.shape != (3,) or self.rng.dtype != torch.int64:
             raise ValueError(
                 "dropout: expected rng as an int64 tensor of 3 elements (seed, step, first sequence), got "
                 f"{self.rng.dtype} {list(self.rng.shape)}; build it with kernels.dropout_state()"
             )
-        if not 0 <= self.site < 1 << 30:
-            raise ValueError(f"dropout: expected a site in [0, 2^30), got {self.site}")
+        if not isinstance(self.site, Integral) or not 0 <= self.site < 1 << 30:
+            raise ValueError(f"dropout: expected a site in [0, 2^30), got {self.site!r}; give an int")
 
 
 def dropout_state(seed: int, step: int, first_sequence: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """The int64 tensor [3] that every `Dropout` of a forward pass shares."""
     for name, value in (("seed", seed), ("step", step), ("first_sequence", first_sequence)):
-        if not 0 <= value <= MASK32:
-            raise ValueError(f"dropout_state: expected {name} in [0, 2^32), got {value}")
+        if not isinstance(value, Integral) or not 0 <= value <= MASK32:
+            raise ValueError(f"dropout_state: expected {name} as an int in [0, 2^32), got {value!r}")
     return torch.tensor([seed, step, first_sequence], dtype=torch.int64, device=device)
 
 

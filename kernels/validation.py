@@ -3,7 +3,10 @@
 Legend: kernels.api. `operator` is the name that the message begins with.
 """
 
+import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +26,28 @@ def shape_of(x: Tensor) -> list[int]:
     return list(x.shape)
 
 
-def check_dense(operator: str, arguments: dict[str, object]) -> None:
-    """Every tensor among them is strided, so that it has the shape and the memory that all else reads."""
-    for name, x in arguments.items():
-        if isinstance(x, Tensor):
+def once_differentiable(backward: Callable) -> Callable:
+    """A backward of plain operations that is not differentiable. torch's own of this name leaves what it cannot follow
+    out of a second derivative, without a word, where autograd.grad is asked for some inputs alone."""
+
+    @functools.wraps(backward)
+    def first(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("kernels: expected a first derivative, got create_graph=True; use impl='reference'")
+        return backward(ctx, *gradients)
+
+    return first
+
+
+def check_dense(operator: str, arguments: dict[str, object], optional: dict[str, bool]) -> None:
+    """Those named in `optional` are tensors, or None where True stands, and strided: they have the shape and the memory
+    that all else reads."""
+    for name, may_lack in optional.items():
+        x = arguments.get(name)
+        if not isinstance(x, Tensor):
+            lacks = x is None and (may_lack or name not in arguments)  # Python itself names what is not given
+            check(lacks, operator, f"{name} as a tensor", type(x).__name__, "convert it with torch.as_tensor")
+        else:
             got = "a nested one" if x.is_nested else x.layout
             dense = got == torch.strided
             check(dense, operator, f"{name} as a dense tensor", got, f"convert it with {name}.to_dense() or pad it")

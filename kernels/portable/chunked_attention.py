@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.dropout import Dropout, SiteKeys, keep_words, mask_, pack_keys, site_keys, unpack_keys
 from kernels.portable.products import bmm, matmul
 from kernels.reference import causal_valid, key_padding, without_padding, zeros_of
+from kernels.validation import once_differentiable
 
 _log = logging.getLogger("kernels")
 

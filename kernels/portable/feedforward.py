@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.activations import activation_of
 from kernels.dropout import Dropout, SiteKeys, pack_keys, unpack_keys
 from kernels.portable.drop import add_scaled, apply_, scale_of, stream_keys
 from kernels.portable.products import linear
+from kernels.validation import once_differentiable
 
 _aten = torch.ops.aten
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.dropout import Dropout, SiteKeys, pack_keys, unpack_keys
 from kernels.portable.drop import add_scaled, apply_, scale_of, stream_keys
 from kernels.reference import at_least_float32
+from kernels.validation import once_differentiable
 
 
 class _ResidualNorm(torch.autograd.Function):

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from kernels.validation import once_differentiable
 
 _log = logging.getLogger("kernels")
 

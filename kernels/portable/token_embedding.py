@@ -5,12 +5,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.dropout import Dropout, SiteKeys, pack_keys, site_keys, unpack_keys
 from kernels.portable.chunked_attention import _eager_cpu
 from kernels.portable.drop import add_scaled, apply_, scale_of
 from kernels.reference import at_least_float32
+from kernels.validation import once_differentiable
 
 
 class _Embedding(torch.autograd.Function):

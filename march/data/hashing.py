@@ -14,10 +14,11 @@ _S30, _S27, _S31 = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
 def as_words(values) -> np.ndarray:
-    """Integers of any sign as uint64, modulo 2^64."""
-    if isinstance(values, int):  # a Python integer may lie outside of int64
-        return np.array([values & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
-    return np.atleast_1d(np.asarray(values, dtype=np.int64)).view(np.uint64)
+    """An integer from 0 to 2^64 - 1, or an array of them, as uint64 [n]; ValueError for what would be cut to one."""
+    words = np.atleast_1d(np.asarray(values))
+    if words.dtype.kind not in "iu" or words.min(initial=0) < 0:
+        raise ValueError(f"hashing: expected integers from 0 to 2^64 - 1, got {values!r}; a seed is such an integer")
+    return words.astype(np.uint64)
 
 
 def mix(words: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ hashes of their names, so two models share their masks too.
 """
 
 import hashlib
+import operator
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -85,7 +86,7 @@ def initialise(model: nn.Module, seed: int) -> None:
     for name, number in ids_by_name(places, bits=30).items():
         places[name].dropout_id = number
     draws = _draws(model)
-    for name, stream in ids_by_name(draws, bits=32, salt=f"{seed}:").items():
+    for name, stream in ids_by_name(draws, bits=32, salt=f"{operator.index(seed)}:").items():
         x, rule = draws[name]
         if not x.is_meta:
             drawn = x.to("cpu", torch.float32)  # itself where it is that

@@ -183,7 +183,7 @@ class Transformer(nn.Module):
 
         dropout_state: int64 [3], (seed, step, index of the first sequence in the global step), see
         `kernels.dropout_state`; in training the masks are a function of it. Without it a training forward draws seed
-        and step from torch's CPU generator.
+        and step from torch's CPU generator, to which numbers that agree in their last 32 bits are one `manual_seed`.
         """
         _check_inputs(self.config, input_ids, decoder_input_ids, labels, attention_mask)
         weight = self.embedding

@@ -240,10 +240,13 @@ def test_the_state_is_32_bits_a_word():
     [
         ((1.0, dropout_state(1, 1), 0), "probability"),
         ((-0.1, dropout_state(1, 1), 0), "probability"),
+        ((torch.tensor(0.1), dropout_state(1, 1), 0), "probability"),
+        (("0.1", dropout_state(1, 1), 0), "probability"),
         ((0.1, torch.zeros(2, dtype=torch.int64), 0), "3 elements"),
         ((0.1, torch.zeros(3, dtype=torch.int32), 0), "int64"),
         ((0.1, dropout_state(1, 1), 1 << 30), "site"),
         ((0.1, dropout_state(1, 1), -1), "site"),
+        ((0.1, dropout_state(1, 1), 1.5), "site"),
     ],
 )
 def test_a_wrong_dropout_is_refused(arguments, message):
@@ -251,7 +254,7 @@ def test_a_wrong_dropout_is_refused(arguments, message):
         Dropout(*arguments)
 
 
-@pytest.mark.parametrize("words", [(-1, 0, 0), (0, 1 << 32, 0), (0, 0, -3)])
+@pytest.mark.parametrize("words", [(-1, 0, 0), (0, 1 << 32, 0), (0, 0, -3), (1.5, 0, 0), (0, "1", 0)])
 def test_a_wrong_state_is_refused(words):
     with pytest.raises(ValueError, match=r"\[0, 2\^32\)"):
         dropout_state(*words)

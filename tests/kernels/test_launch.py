@@ -247,6 +247,24 @@ def test_what_is_not_dense_is_refused_in_one_line(name, impl):
             call(Case(case.operator, {}, kwargs), leaves | {n: x} if n in inputs else leaves_of(case), impl)
 
 
+def second_derivative(case: Case, impl: str) -> None:
+    leaves = leaves_of(case)
+    floating = [x for x in leaves.values() if x is not None and x.requires_grad]
+    loss = sum(x.square().sum() for x in call(case, leaves, impl))
+    first = torch.autograd.grad(loss, floating, create_graph=True)
+    torch.autograd.grad(sum(x.square().sum() for x in first), floating, allow_unused=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_second_derivative_is_refused_whatever_it_is_asked_of(name):
+    """Asked of some inputs alone, autograd leaves out what it cannot follow, and what is left is wrong."""
+    with pytest.raises(RuntimeError, match="expected a first derivative, got create_graph=True"):
+        second_derivative(CASES[name], "torch")
+    if name == "relu":  # the interpreter is slow; the fused operators' graphs end in torch's own refusal
+        with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+            second_derivative(CASES[name], "triton")
+
+
 @pytest.mark.parametrize("transform", [torch.func.functionalize, torch.func.vmap])
 def test_tensors_without_memory_are_refused_where_kernels_launch(transform):
     with pytest.raises(TypeError, match="glu: expected tensors with memory, got Tensor; unwrap it first"):

@@ -192,3 +192,21 @@ def test_the_debug_switch_names_the_index(impl, monkeypatch):
     kernels.embedding(fine, table, positions, impl=impl)
     with pytest.raises(ValueError, match="expected a vocabulary of at least 1, got 0"):
         kernels.embedding(fine, table[:0], positions, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"labels": [[1, 2]]}, "labels as a tensor, got list; convert it"),
+        ({"weight": None}, "weight as a tensor, got NoneType"),
+        ({"ignore_index": -100.0}, "ignore_index as an int of 64 bits, got -100.0"),
+        ({"ignore_index": None}, "ignore_index as an int of 64 bits, got None"),
+        ({"ignore_index": 2**63}, "ignore_index as an int of 64 bits, got 9223372036854775808"),
+        ({"logits": "chunk"}, "logits among auto, recompute, chunks, got 'chunk'"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_in_every_implementation(changed, message, impl):
+    given = {"h": randn(1, 2, 16).float(), "weight": randn(9, 16).float(), "labels": torch.tensor([[1, 2]])}
+    with pytest.raises(ValueError, match=message):
+        kernels.linear_cross_entropy(**given | changed, impl=impl)

@@ -34,6 +34,13 @@ def test_epochs_and_seeds_have_their_own_permutations():
     assert len(orders) == 16
 
 
+@pytest.mark.parametrize("seed", [-1, 2**64 + 42, 42.5, "42", None, True])
+def test_a_seed_that_would_be_cut_to_another_is_refused(seed):
+    with pytest.raises(ValueError, match=r"expected integers from 0 to 2\^64 - 1, got "):
+        step_indices(0, 8, 97, seed)
+    assert len({tuple(step_indices(0, 8, 97, s)[0]) for s in (42, 2**32 + 42, 2**63 + 42, np.uint64(2**64 - 1))}) == 4
+
+
 def test_a_step_across_the_end_of_an_epoch():
     indices, epochs = step_indices(1, 6, 10, seed=0)
     assert epochs.tolist() == [0, 0, 0, 0, 1, 1]
