@@ -72,7 +72,7 @@ def _copy(folder: Path, revision: str | None) -> Path:
 
 
 def judged(mutant: Mutant, tree: Path) -> str:
-    """The test that catches it, or "" where all of them pass."""
+    """The test that catches it, or what else ends them; "" where all pass."""
     file = tree / mutant.file
     before = file.read_text()
     # no cached bytecode: two mistakes of one length within a second would look the same
@@ -84,8 +84,8 @@ def judged(mutant: Mutant, tree: Path) -> str:
         )
     finally:
         file.write_text(before)
-    if done.returncode == 0:
-        return ""
+    if done.returncode <= 0:
+        return f"signal {-done.returncode} ends the process" if done.returncode else ""
     failed = re.search(r"^(?:FAILED|ERROR) (\S+?)(?:\[.*)?(?: - .*)?$", done.stdout, re.M)
     assert failed, done.stdout[-2000:] + done.stderr[-2000:]
     return failed[1]

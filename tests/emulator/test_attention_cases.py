@@ -5,7 +5,6 @@ from shared_cases import session, small_tiles, take  # noqa: F401  fixtures
 import test_attention  # isort: skip
 import test_packed  # isort: skip
 import test_unified_attention  # isort: skip
-from test_packed import two_outputs  # noqa: F401  isort: skip
 
 SPREAD = (
     "test_attention_lengths[causal-92-20]",
