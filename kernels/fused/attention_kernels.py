@@ -423,8 +423,8 @@ def _attention_bwd_dq_kernel(
         keys, values, key_end = open_segment(segments[i][0], segments[i][1], b, h, ALIGN)
         dq = dq_segment(
             dq, q, do, lse, delta, keys, values, segments[i][2], ckeys_ptr, segments[i][3], row_a, row_b, threshold,
-            scale_log2, start_m, tl.where(start_m < Lq, key_end, 0),
-            CAUSAL and i == 0, DROPOUT, NEGATIVE, PRECISION, D, K, E, KV, BLOCK_M, BLOCK_N,
+            scale_log2, start_m, tl.where(start_m < Lq, key_end, 0), CAUSAL and i == 0, DROPOUT, NEGATIVE, PRECISION,
+            D, K, E, KV, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     row = PARTS * H
     store_rows((dq_ptr + (b64 * Lq * row + h) * K, row * K), dq, factor, offs_m, Lq, D, K)
