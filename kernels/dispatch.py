@@ -25,7 +25,7 @@ Impl = str | Mapping[str, str]
 OPERATORS = ("attention", "unified_attention", "glu", "residual_norm", "linear_cross_entropy", "embedding")
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 LIBRARIES = {"attention": ("flash_attn",), "residual_norm": ("apex",)}
-FUSED = {name: f"kernels.fused.{name}" for name in OPERATORS}
+FUSED = {name: f"kernels.fused.{name}" for name in OPERATORS} | {"unified_attention": "kernels.fused.attention"}
 
 
 class ImplementationError(RuntimeError):

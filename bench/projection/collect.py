@@ -177,9 +177,9 @@ def executed_share(launch: Launch) -> float:
     if m is None or n is None:
         return 1.0
     if {"Lq", "Lk"} <= set(values):
-        queries, segments = values["Lq"], [(values["Lk"], "Lo" in values or bool(values.get("CAUSAL")))]
-        if "Lo" in values:
-            segments.append((values["Lo"], False))
+        queries, segments = values["Lq"], [(values["Lk"], bool(values.get("CAUSAL")))]
+        if values.get("Lk2") is not None:
+            segments.append((values["Lk2"], False))
         rows = range(1, cdiv(queries, m) + 1)
         tiles = sum(cdiv(min(keys, r * m) if causal else keys, n) for keys, causal in segments for r in rows)
         return tiles * m * n / (queries * sum(keys for keys, _ in segments))

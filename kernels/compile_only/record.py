@@ -65,7 +65,8 @@ class Launch:
     @property
     def configuration(self) -> str:
         """Constants and options on one line, for a table."""
-        constants = " ".join(f"{name}={value}" for name, value in sorted(self.constants.items()))
+        given = self.constants | {argument.name: None for argument in self.arguments if argument.dtype == "NoneType"}
+        constants = " ".join(f"{name}={value}".replace(" ", "") for name, value in sorted(given.items()))
         return f"{constants} warps={self.num_warps} stages={self.num_stages}".strip()
 
 
@@ -170,6 +171,8 @@ def _argument(name: str, value: Any) -> Argument:
 def _plain(value: Any) -> Any:
     """A compile-time constant as a plain Python value: tl.dtype and jit functions by name."""
     value = getattr(value, "value", value)
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
     return value if isinstance(value, bool | int | float | str | type(None)) else getattr(value, "__name__", str(value))
 
 

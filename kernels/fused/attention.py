@@ -1,11 +1,15 @@
-"""`attention` on the fused kernels: launches, custom operators, autograd. Contract: kernels.api.attention.
+"""Attention on the fused kernels, over one segment of keys or two, plain or packed: launches, custom operators,
+autograd. Contracts: kernels.api.
 
-Saved for backward: q, k, v, O and the log-sum-exp. What specialises a compiled kernel: dtype, head widths, causal,
-the kind of padding, dropout on or off, the sign of scale, the common alignment of the strides (ALIGN), whether keys
-are shared, and the tile. Lengths, batch, heads, strides, scale, seeds, site and probability do not.
+Sources are [q, k, v] and, of `unified_attention`, the second segment's k and v, or packed tensors that hold these
+(`kernels.packed`). Saved for backward: the sources, O and the log-sum-exp. What specialises a compiled kernel: dtype,
+head widths, the number of segments, causal, the kind of padding, dropout on or off, the sign of scale, the common
+alignment of the strides (ALIGN), whether keys are shared, and the tile. Lengths, batch, heads, strides, scale, seeds,
+site and probability do not.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -23,7 +27,7 @@ from kernels.fused.launch import (
     needs_backward,
     operator,
 )
-from kernels.fused.primitives import signed_threshold
+from kernels.fused.primitives import _sum_partials_kernel, signed_threshold
 from kernels.packed import head_stride, unpack
 
 LOG2_E = 1.4426950408889634
@@ -54,39 +58,51 @@ def padded_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.nn.functional.pad(x, (0, n)) if n else x for x, n in zip(tensors, missing, strict=True))
 
 
-def strides_of(*tensors: Tensor) -> tuple[int, list[int]]:
-    """(ALIGN, strides of each [B, L, H, K] without the last, in units of ALIGN); 0 for dimensions of size 1."""
-    strides = [0 if n == 1 else s for x in tensors for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    align = alignment(strides)
-    return align, [s // align for s in strides]
-
-
 def precision(dtype: torch.dtype) -> str:
     """Products of float32 tiles: three tf32 products each, errors of about 2^-21; others are exact as they are."""
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
-def width_constants(direction: str, q: Tensor, v: Tensor) -> dict[str, int]:
-    """Head widths and their parts, as the kernels name them."""
-    width, value_width = q.shape[3], v.shape[3]
-    d, e = (tiles_attention.parts_of(direction, n, 8 * q.element_size()) for n in (width, value_width))
-    return {"K": width, "D0": d[0], "D1": d[1], "D2": d[2], "KV": value_width, "E0": e[0], "E1": e[1], "E2": e[2]}
+def arguments(
+    direction: str, lengths: Tensor | None, mask: Tensor | None, scale: float, causal: bool, p: float,
+    **tensors: Tensor | None,
+) -> dict[str, Any]:  # fmt: skip
+    """What the kernels of a call have in common, by their names. tensors: q, k, v and what else [B, L, H, K] the kernel
+    of this direction reads with strides, None where it is absent."""
+    found: dict[str, Any] = {f"{n}_ptr": x for n, x in tensors.items()}
+    strides = {
+        f"stride_{n}{d}": None if x is None else 0 if x.shape[i] == 1 else x.stride(i)
+        for n, x in tensors.items()
+        for i, d in enumerate("blh")
+    }
+    align = alignment(s for s in strides.values() if s)
+    found |= {n: s and s // align for n, s in strides.items()}
+    q, k, v = (x for x in (tensors["q"], tensors["k"], tensors["v"]) if x is not None)
+    width, value_width, bits = q.shape[3], v.shape[3], 8 * q.element_size()
+    tile = tiles_attention.tile(direction, architecture(q), width, value_width, causal, p > 0, bits)
+    return found | {
+        "lengths_ptr": lengths, "mask_ptr": mask, "stride_mb": None if mask is None else mask.stride(0),
+        # of scale 0 this is not 0: -inf times 0 is NaN
+        "scale_log2": max(abs(scale), 1e-30) * LOG2_E, "threshold": signed_threshold(p),
+        "H": q.shape[2], "GROUP": q.shape[2] // k.shape[2], "Lq": q.shape[1], "Lk": k.shape[1],
+        "CAUSAL": causal, "DROPOUT": p > 0, "NEGATIVE": scale < 0, "PRECISION": precision(q.dtype), "ALIGN": align,
+        "D": tiles_attention.parts_of(direction, width, bits), "K": width,
+        "E": tiles_attention.parts_of(direction, value_width, bits), "KV": value_width, **tile.options(),
+    }  # fmt: skip
 
 
-def scale_constants(scale: float, dtype: torch.dtype) -> tuple[float, dict]:
-    """|scale| log2(e), and what is compile-time about scale and dtype. Scale 0 becomes 1e-30: -inf times 0 is NaN."""
-    return max(abs(scale), 1e-30) * LOG2_E, {"NEGATIVE": scale < 0, "PRECISION": precision(dtype)}
-
-
-def key_directions(q: Tensor, v: Tensor) -> tuple[str, ...]:
-    """The kernels that dK and dV take: one or two."""
-    return tiles_attention.key_directions(q.shape[3], v.shape[3], 8 * q.element_size())
-
-
-def tile_for(direction: str, q: Tensor, v: Tensor, causal: bool, dropout: bool) -> dict[str, int]:
-    """Launch options from the table."""
-    bits = q.element_size() * 8
-    return tiles_attention.tile(direction, architecture(q), q.shape[3], v.shape[3], causal, dropout, bits).options()
+def query_arguments(
+    direction: str, q: Tensor, keys: tuple[Tensor, ...], lengths: Tensor | None, mask: Tensor | None,
+    rng: Tensor | None, scale: float, causal: bool, p: float, site: int, **further: Tensor,
+) -> dict[str, Any]:  # fmt: skip
+    """`arguments` of a kernel that walks over `keys`: [k, v], or those of two segments."""
+    k, v, k2, v2 = (*keys, None, None)[:4]
+    direction += "" if mask is None and k2 is None else "_extra"
+    columns = dropout_columns(p, rng, site, *(x.shape[1] for x in keys[::2]), x=q)
+    return arguments(direction, lengths, mask, scale, causal, p, q=q, k=k, v=v, k2=k2, v2=v2, **further) | {
+        "rng_ptr": rng, "ckeys_ptr": columns, "site": site, "first": None if k2 is None else padded_columns(k.shape[1]),
+        "GROUP2": None if k2 is None else q.shape[2] // k2.shape[2], "Lk2": None if k2 is None else k2.shape[1],
+    }  # fmt: skip
 
 
 def padded_columns(keys: int) -> int:
@@ -94,20 +110,15 @@ def padded_columns(keys: int) -> int:
     return triton.cdiv(keys, COLUMN_PAD) * COLUMN_PAD
 
 
-def column_table(segments: tuple[int, ...], device: torch.device) -> tuple[Tensor, tuple[int, int]]:
-    """Empty dropout table of one or two key segments, each padded, and the (first, gap) that the kernel fills it by."""
-    padded = [padded_columns(n) for n in segments]
-    table = torch.empty(sum(padded), dtype=torch.int32, device=device)
-    return table, (padded[0], SEGMENT_COLUMNS - padded[0])
-
-
-def forward_columns(p: float, rng: Tensor | None, site: int, segments: tuple[int, ...], x: Tensor) -> Tensor | None:
-    """Dropout keys of every column of a forward pass."""
+def dropout_columns(p: float, rng: Tensor | None, site: int, *segments: int, x: Tensor) -> Tensor | None:
+    """Dropout keys int32 of every column of one or two key segments, each padded; None without dropout."""
     if p == 0:
         return None
-    table, (first, gap) = column_table(segments, x.device)
-    if launches(x):
-        programs._column_keys_kernel[(table.numel() // COLUMN_PAD,)](table, rng, site, first, gap, BLOCK=COLUMN_PAD)
+    padded = [padded_columns(n) for n in segments]
+    table = torch.empty(sum(padded), dtype=torch.int32, device=x.device)
+    programs._column_keys_kernel[(table.numel() // COLUMN_PAD,)](
+        table, rng, site, padded[0], SEGMENT_COLUMNS - padded[0], BLOCK=COLUMN_PAD
+    )
     return table
 
 
@@ -126,24 +137,33 @@ def mask_bias(mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
     return bias
 
 
-def rest_of(o: Tensor, backward: bool) -> Tensor:
-    """Empty [B, Lq, H, Kv / 2] bytes for the four bits of O beyond its 16; no elements where O is float32, or without a
-    backward pass. That needs them to sum O dO (docs/kernels/attention.md, "Error budget")."""
-    size = (*o.shape[:3], (o.shape[3] + 1) // 2) if backward and o.element_size() == 2 else (0,)
-    return torch.empty(size, dtype=torch.uint8, device=o.device)
-
-
-def present(x: Tensor) -> Tensor | None:
-    """`x` as a kernel's argument: None if it has no elements."""
-    return x if x.numel() else None
-
-
-def empty_rows(q: Tensor, v: Tensor, direction: str, causal: bool, p: float) -> Tensor:
-    """rows [2 or 4, B, H, Lpad] float32: what dQ writes of every query for dK and dV. Lpad: whole blocks of both.
-    ValueError where an offset in it could pass 2^31."""
+@operator("march_kernels::attention", vectors=("sources",))
+def attention_op(
+    sources: list[Tensor], lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None,
+    scale: float, causal: bool, p: float, site: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(O [B, Lq, H, Kv], lse [B, H, Lq] float32 in units of log2)."""
+    (q, *keys), mask = unpack(*sources), mask_bias(mask, lengths)
     batch, queries, heads, _ = q.shape
-    directions = (direction, *key_directions(q, v))
-    block = max(tile_for(d, q, v, causal, p > 0)["BLOCK_M"] for d in directions)
+    o = torch.empty((batch, queries, heads, keys[1].shape[3]), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+    if not launches(q) or o.numel() == 0:
+        return o, lse
+    given = query_arguments("forward", q, tuple(keys), lengths, mask, rng, scale, causal, p, site)
+    programs._attention_fwd_kernel[(triton.cdiv(queries, given["BLOCK_M"]) * heads * batch,)](
+        o_ptr=o, lse_ptr=lse, keep_scale=keep_scale(p), **given
+    )
+    return o, lse
+
+
+def empty_rows(q: Tensor, v: Tensor, block: int, causal: bool, p: float) -> Tensor:
+    """rows [2 or 4, B, H, Lpad] float32: what dQ writes of every query for dK and dV. Lpad: whole blocks of both, of
+    `block` queries in dQ. ValueError where an offset in it could pass 2^31."""
+    batch, queries, heads, _ = q.shape
+    for direction in key_directions(q, v):
+        bits = 8 * q.element_size()
+        chosen = tiles_attention.tile(direction, architecture(q), q.shape[3], v.shape[3], causal, p > 0, bits)
+        block = max(block, chosen.m)
     padded = triton.cdiv(queries, block) * block
     if 4 * batch * heads * padded >= launch.INT32:
         raise ValueError(
@@ -153,35 +173,9 @@ def empty_rows(q: Tensor, v: Tensor, direction: str, causal: bool, p: float) -> 
     return torch.empty((4 if p > 0 else 2, batch, heads, padded), dtype=torch.float32, device=q.device)
 
 
-@operator("march_kernels::attention", vectors=("q", "k", "v"))
-def attention_op(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None,
-    scale: float, causal: bool, p: float, site: int, backward: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(O [B, Lq, H, Kv], lse [B, H, Lq] float32 in units of log2, O's further bits: `rest_of`)."""
-    mask = mask_bias(mask, lengths)
-    batch, queries, heads, _ = q.shape
-    keys, groups, value_width = k.shape[1], k.shape[2], v.shape[3]
-    o = torch.empty((batch, queries, heads, value_width), dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
-    rest = rest_of(o, backward)
-    if not launches(q) or o.numel() == 0:
-        return o, lse, rest
-    if keys == 0:
-        return o.zero_(), lse.fill_(math.inf), rest.zero_()
-    columns = forward_columns(p, rng, site, (keys,), q)
-    align, strides = strides_of(q, k, v)
-    tile = tile_for("forward" if mask is None else "forward_extra", q, v, causal, p > 0)
-    scale_log2, constants = scale_constants(scale, q.dtype)
-    grid = (triton.cdiv(queries, tile["BLOCK_M"]) * heads * batch,)
-    programs._attention_fwd_kernel[grid](
-        q, k, v, o, present(rest), lse, lengths, mask, rng, columns,
-        *strides, 0 if mask is None else mask.stride(0),
-        scale_log2, keep_scale(p), site, signed_threshold(p), heads, heads // groups, queries, keys,
-        CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
-        **constants, **width_constants("forward", q, v), **tile,
-    )  # fmt: skip
-    return o, lse, rest
+def key_directions(q: Tensor, v: Tensor) -> tuple[str, ...]:
+    """The kernels that dK and dV take: one or two."""
+    return tiles_attention.key_directions(q.shape[3], v.shape[3], 8 * q.element_size())
 
 
 def parts_of_row(x: Tensor) -> int:
@@ -191,24 +185,20 @@ def parts_of_row(x: Tensor) -> int:
 
 def launch_dkdv(
     dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, do: Tensor, rows: Tensor, columns: Tensor | None,
-    lengths: Tensor | None, mask: Tensor | None, scale: float, causal: bool, p: float, handed: Tensor | None = None,
+    lengths: Tensor | None, mask: Tensor | None, scale: float, causal: bool, p: float, handed: Tensor | None,
 ) -> None:  # fmt: skip
     """Writes dK and dV of one key segment, given the rows of the whole softmax; handed [B, Lk, 2, G, K]: gradients of
     K and V from elsewhere, to be added."""
-    batch, queries, heads, _ = q.shape
     shared, keys, groups, _ = k.shape
     if keys == 0:
         return
-    pairs = batch // shared * (heads // groups)
+    pairs = q.shape[0] // shared * (q.shape[2] // groups)
     assert handed is None or pairs == 1, "keys that are handed on belong to one query head"
-    align, strides = strides_of(q, k, v, do)
-    scale_log2, constants = scale_constants(scale, q.dtype)
     for direction in key_directions(q, v):
-        tile = tile_for(direction, q, v, causal, p > 0)
-        base = triton.cdiv(keys, tile["BLOCK_N"]) * groups * shared
+        given = arguments(direction, lengths, mask, scale, causal, p, q=q, k=k, v=v, do=do)
+        base = triton.cdiv(keys, given["BLOCK_N"]) * groups * shared
         splits = max(1, min(pairs, SHARED_PROGRAMS // base))
-        wanted = {"dk": dk, "dv": dv}
-        wanted = {n: x for n, x in wanted.items() if n in direction}
+        wanted = {n: x for n, x in (("dk", dk), ("dv", dv)) if n in direction}
         # of two launches each reads its own part
         added = handed if handed is None or len(wanted) == 2 else handed.select(2, 0 if "dk" in wanted else 1)
         parts = wanted
@@ -217,73 +207,50 @@ def launch_dkdv(
                 n: torch.empty((splits, *x.shape), dtype=torch.float32, device=x.device) for n, x in wanted.items()
             }
         programs._attention_bwd_dkdv_kernel[(base * splits,)](
-            q, k, v, do, parts.get("dk"), parts.get("dv"), added, rows, lengths, mask, columns,
-            *strides, 0 if mask is None else mask.stride(0),
-            scale_log2, scale * keep_scale(p), keep_scale(p), signed_threshold(p), rows.stride(0),
-            heads, heads // groups, queries, rows.shape[3], keys, pairs, splits, shared,
-            CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
-            PARTS=1 if splits > 1 else parts_of_row(dk), HANDED=handed is not None, SHARED=pairs > 1,
-            WANT_DK="dk" in wanted, WANT_DV="dv" in wanted,
-            **constants, **width_constants(direction, q, v), **tile,
+            dk_ptr=parts.get("dk"), dv_ptr=parts.get("dv"), handed_ptr=added, rows_ptr=rows, ckeys_ptr=columns,
+            factor_k=scale * keep_scale(p), factor_v=keep_scale(p), plane=rows.stride(0), Lpad=rows.shape[3],
+            PAIRS=pairs, SPLITS=splits, Bk=shared, PARTS=1 if splits > 1 else parts_of_row(dk), SHARED=pairs > 1,
+            **given,
         )  # fmt: skip
         for n, out in wanted.items() if splits > 1 else ():
             grid = (triton.cdiv(out.numel(), SUM_BLOCK),)
-            programs._sum_partials_kernel[grid](
+            _sum_partials_kernel[grid](
                 parts[n], out, out.numel(), splits, groups * out.shape[3], out.stride(1), BLOCK=SUM_BLOCK
             )
 
 
 @operator("march_kernels::attention_backward", vectors=("do", "sources"))
 def attention_backward_op(
-    do: Tensor, sources: list[Tensor], o: Tensor, lse: Tensor, rest: Tensor, handed: Tensor | None,
+    do: Tensor, sources: list[Tensor], o: Tensor, lse: Tensor, handed: Tensor | None,
     lengths: Tensor | None, mask: Tensor | None, rng: Tensor | None, scale: float, causal: bool, p: float, site: int,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of `sources`, contiguous: [q, k, v], or packed as [qkv] or [q, kv]. handed: see `launch_dkdv`."""
+    """Gradients of `sources`, contiguous and packed as they are. handed: see `launch_dkdv`."""
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in sources]
-    (q, k, v), mask = unpack(*sources), mask_bias(mask, lengths)
-    batch, queries, heads, _ = q.shape
-    keys, groups = k.shape[1], k.shape[2]
+    (q, *keys), mask = unpack(*sources), mask_bias(mask, lengths)
+    batch, _, heads, _ = q.shape
     if not launches(q):
         return gradients
-    if o.numel() == 0 or keys == 0:
+    if o.numel() == 0 or all(x.numel() == 0 for x in keys):
         return [x.zero_() for x in gradients]
-    dq, dk, dv = unpack(*gradients)
-    direction = "dq" if mask is None else "dq_extra"
-    rows = empty_rows(q, v, direction, causal, p)
-    columns = forward_columns(p, rng, site, (keys,), q)
-    align, strides = strides_of(q, k, v, do)
-    tile = tile_for(direction, q, v, causal, p > 0)
-    scale_log2, constants = scale_constants(scale, q.dtype)
-    programs._attention_bwd_dq_kernel[(rows.shape[3] // tile["BLOCK_M"] * heads * batch,)](
-        q, k, v, o, present(rest), lse, do, dq, rows, lengths, mask, rng, columns,
-        *strides, 0 if mask is None else mask.stride(0),
-        scale_log2, scale * keep_scale(p), 1.0 / keep_scale(p), site, signed_threshold(p), rows.stride(0),
-        heads, heads // groups, queries, rows.shape[3], keys,
-        CAUSAL=causal, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, DROPOUT=p > 0, ALIGN=align,
-        PARTS=parts_of_row(dq), **constants, **width_constants("dq", q, v), **tile,
+    dq, *d_keys = unpack(*gradients)
+    given = query_arguments("dq", q, tuple(keys), lengths, mask, rng, scale, causal, p, site, do=do)
+    rows, columns, first = empty_rows(q, keys[1], given["BLOCK_M"], causal, p), given["ckeys_ptr"], given["first"]
+    programs._attention_bwd_dq_kernel[(rows.shape[3] // given["BLOCK_M"] * heads * batch,)](
+        o_ptr=o, lse_ptr=lse, dq_ptr=dq, rows_ptr=rows, factor=scale * keep_scale(p),
+        inverse_keep_scale=1.0 / keep_scale(p), plane=rows.stride(0), Lpad=rows.shape[3], PARTS=parts_of_row(dq),
+        **given,
     )  # fmt: skip
-    launch_dkdv(dk, dv, q, k, v, do, rows, columns, lengths, mask, scale, causal, p, handed)
+    segments = [(*d_keys[i : i + 2], q, *keys[i : i + 2], do, rows) for i in range(0, len(keys), 2)]
+    if first is not None:
+        own, columns = (None, None) if columns is None else (columns[:first], columns[first:])
+        launch_dkdv(*segments[0], own, None, None, scale, causal, p, None)
+        causal = False
+    launch_dkdv(*segments[-1], columns, lengths, mask, scale, causal, p, handed)
     return gradients
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, lengths, mask, rng, ctx.scale, ctx.causal, ctx.p, ctx.site, _ = inputs
-    # else backward begins by filling gradients of lse and of the further bits with zeros
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, lengths, mask, rng)
-
-
-def _autograd(ctx, do, *_):
-    q, k, v, *forward_outputs, lengths, mask, rng = ctx.saved_tensors
-    settings = lengths, mask, rng, ctx.scale, ctx.causal, ctx.p, ctx.site
-    return *attention_backward_op(do, [q, k, v], *forward_outputs, None, *settings), *[None] * 8
-
-
-attention_op.register_autograd(_autograd, setup_context=_setup_context)
-
-
-class PackedAttention(torch.autograd.Function):
-    """`attention_op` of packed sources, [qkv] or [q, kv], whose gradients are packed likewise.
+class Attention(torch.autograd.Function):
+    """`attention_op` of sources whose gradients are packed as they are.
 
     Of [qkv] the keys and values are outputs too: what their other readers send back reaches this backward, where dK and
     dV start from it, instead of autograd, which would add two tensors. A function and not a registered operator,
@@ -291,85 +258,64 @@ class PackedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(lengths, mask, rng, scale, causal, p, site, backward, *sources):
-        o, lse, rest = attention_op(*unpack(*sources), lengths, mask, rng, scale, causal, p, site, backward)
-        return o, lse, rest, *([sources[0][:, :, 1:]] if len(sources) == 1 else [])
+    def forward(lengths, mask, rng, scale, causal, p, site, *sources):
+        o, lse = attention_op(list(sources), lengths, mask, rng, scale, causal, p, site)
+        return o, lse, *([sources[0][:, :, 1:]] if len(sources) == 1 else [])
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        *padding, rng, scale, causal, p, site, _ = inputs[:8]
-        ctx.settings = scale, causal, p, site
-        ctx.save_for_backward(*output[:3], *padding, rng, *inputs[8:])
-        ctx.mark_non_differentiable(*output[1:3])
+        *masks, ctx.scale, ctx.causal, ctx.p, ctx.site = inputs[:7]
+        ctx.save_for_backward(*output[:2], *masks, *inputs[7:])
+        ctx.mark_non_differentiable(output[1])
+        # else backward begins by filling the gradient of lse with zeros
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, do, _lse, _rest, handed=None):
-        o, lse, rest, lengths, mask, rng, *sources = ctx.saved_tensors
+    def backward(ctx, do, _lse, handed=None):
+        o, lse, lengths, mask, rng, *sources = ctx.saved_tensors
         if do is None:
             # the keys and values alone were used
-            return *[None] * 8, None if handed is None else torch.cat([torch.zeros_like(handed[:, :, :1]), handed], 2)
-        gradients = attention_backward_op(do, sources, o, lse, rest, handed, lengths, mask, rng, *ctx.settings)
-        return *[None] * 8, *gradients
+            return *[None] * 7, None if handed is None else torch.cat([torch.zeros_like(handed[:, :, :1]), handed], 2)
+        settings = lengths, mask, rng, ctx.scale, ctx.causal, ctx.p, ctx.site
+        return *[None] * 7, *attention_backward_op(do, sources, o, lse, handed, *settings)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    causal: bool,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
+def attend(
+    name: str, *sources: Tensor, scale: float, causal: bool, key_lengths: Tensor | None, key_mask: Tensor | None,
     dropout: Dropout | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(O, and of [qkv] its keys and values) of the operator `name`. Rows that cannot be read 16 bytes at a time cost a
+    copy (`in_vectors`, `padded_heads`)."""
+    rng, p, site = drop_arguments(dropout)
+    width = unpack(*sources)[2].shape[3]
+    check_supported(name, *sources, value_width=width)
+    sources = padded_heads(*sources)
+    settings = key_lengths, key_mask, rng, scale, causal, p, site
+    out, _, *kv = differentiable(Attention, needs_backward(*sources), *settings, *sources)
+    return tuple(x[..., :width] for x in (out, *kv))
+
+
+# Contracts of these: kernels.api. Settings: those of `attend`, causal where the contract has it.
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
+    return attend("attention", q, k, v, **settings)[0]
+
+
+def self_attention(qkv: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+    out, kv = attend("self_attention", qkv, **settings)
+    return out, kv
+
+
+def cross_attention(q: Tensor, kv: Tensor, **settings: Any) -> Tensor:
+    return attend("cross_attention", q, kv, **settings)[0]
+
+
+def unified_attention(
+    q: Tensor, k_own: Tensor, v_own: Tensor, k_other: Tensor, v_other: Tensor, **settings: Any
 ) -> Tensor:
-    """Contract in kernels.api.attention. Rows that cannot be read 16 bytes at a time cost a copy (`in_vectors`,
-    `padded_heads`)."""
-    rng, p, site = drop_arguments(dropout)
-    check_supported("attention", q, k, v, value_width=v.shape[3])
-    value_width = v.shape[3]
-    q, k, v = padded_heads(q, k, v)
-    backward = needs_backward(q, k, v)
-    return attention_op(q, k, v, key_lengths, key_mask, rng, scale, causal, p, site, backward)[0][..., :value_width]
+    return attend("unified_attention", q, k_own, v_own, k_other, v_other, causal=True, **settings)[0]
 
 
-def self_attention(
-    qkv: Tensor,
-    *,
-    scale: float,
-    causal: bool,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    dropout: Dropout | None,
-) -> tuple[Tensor, Tensor]:
-    """Contract in kernels.api.self_attention. Copies as in `attention`."""
-    rng, p, site = drop_arguments(dropout)
-    check_supported("self_attention", qkv)
-    width = qkv.shape[-1]
-    (qkv,) = padded_heads(qkv)
-    backward = needs_backward(qkv)
-    padding = key_lengths, key_mask
-    out, *_, kv = differentiable(PackedAttention, backward, *padding, rng, scale, causal, p, site, backward, qkv)
-    return out[..., :width], kv[..., :width]
-
-
-def cross_attention(
-    q: Tensor,
-    kv: Tensor,
-    *,
-    scale: float,
-    causal: bool,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    dropout: Dropout | None,
-) -> Tensor:
-    """Contract in kernels.api.cross_attention. Copies as in `attention`."""
-    rng, p, site = drop_arguments(dropout)
-    check_supported("cross_attention", q, kv)
-    width = q.shape[-1]
-    sources = padded_heads(q, kv)
-    backward = needs_backward(*sources)
-    padding = key_lengths, key_mask
-    out, *_ = differentiable(PackedAttention, backward, *padding, rng, scale, causal, p, site, backward, *sources)
-    return out[..., :width]
+def packed_unified_attention(qkv: Tensor, kv_other: Tensor, **settings: Any) -> Tensor:
+    return attend("packed_unified_attention", qkv, kv_other, causal=True, **settings)[0]

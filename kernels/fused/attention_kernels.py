@@ -1,141 +1,441 @@
-"""The programs of `attention`: forward, and backward in three steps (dQ, dK and dV, sum of partial dK and dV).
+"""The programs of attention over one or two segments of keys: forward, and backward in three steps (dQ; dK and dV of a
+segment; sum of partial dK and dV).
 
-Equations and tiles: docs/kernels/attention.md. Shapes: q [B, Lq, H, K], k [Bk, Lk, G, K], v [Bk, Lk, G, KV], with Bk
-1 or B; o, do [B, Lq, H, KV]; query head h reads key head h // GROUP. Strides of q, k, v, do are run-time arguments in
-units of ALIGN; o is contiguous. dq, dk, dv: contiguous, or one of PARTS of a gradient [B, L, PARTS, H, K]; PARTS is
-compile-time, as a run-time number it costs the register that K 32 lacks. lse [B, H, Lq] float32 in units of log2, +inf
-for a query without keys.
+Equations and tiles: docs/kernels/attention.md. Shapes: q [B, Lq, H, K]; k [Bk, Lk, G, K], v [Bk, Lk, G, KV] with Bk 1
+or B, and those of a second segment or None; o, do [B, Lq, H, KV]. Query head h reads key head h // GROUP. lse
+[B, H, Lq] float32 in units of log2, +inf for a query without keys; scores are in units of log2(e): exp2 is one
+instruction, exp is two. CAUSAL concerns the first segment, key lengths and mask the last.
+
+D and E are the parts of K and KV (`tiles_attention.parts_of`), and every block of rows is a tuple of such parts, whose
+products are sums over them. Only the last part can reach beyond the width, where loads give 0. Strides are run-time
+arguments in units of ALIGN elements (a compile-time power of two), so that a stride of 190 is known to be even and one
+of 40 to be a multiple of 8, without a compiled kernel for each; the innermost stride is 1. `rows` are a pointer to a
+head's first row and the stride of its rows. Programs are numbered in one dimension: the second and third of a CUDA
+grid end at 65,535.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.fused.attention_core import (
-    add_product,
-    backward_rows,
-    dq_segment,
-    empty_softmax,
-    finish_rows,
-    key_end_of,
-    load_dropout_rows,
-    load_row_block,
-    product_over_width,
-    query_block,
-    softmax_segment,
-    store_row_block,
-    zero_row_block,
-)
 from kernels.fused.primitives import column_keys, keep, row_keys
 
-# Programs are numbered in one dimension: the second and third of a CUDA grid end at 65,535.
-FORWARD_RUNTIME = [
-    "stride_qb", "stride_ql", "stride_qh", "stride_kb", "stride_kl", "stride_kh", "stride_vb", "stride_vl", "stride_vh",
-    "stride_mb", "site", "threshold", "H", "GROUP", "Lq", "Lk",
+# The running maximum before any key. Finite, so that exp2(NO_KEY - NO_KEY) is 1 and not NaN; masked scores are -inf.
+NO_KEY = tl.constexpr(-1.0e30)
+# lengths, strides and seeds do not specialise a kernel
+RUNTIME = [
+    *(f"stride_{x}{d}" for x in ("q", "k", "v", "k2", "v2", "do") for d in "blh"), "stride_mb", "site", "threshold",
+    "plane", "first", "gap", "H", "GROUP", "GROUP2", "Lq", "Lpad", "Lk", "Lk2", "PAIRS", "SPLITS", "Bk",
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["site", "first", "gap"])
-def _column_keys_kernel(ckeys_ptr, rng_ptr, site, first, gap, BLOCK: tl.constexpr):
-    """Dropout keys of columns 0 ... first - 1, then of columns first + gap ...: one program BLOCK of them."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(ckeys_ptr + i, column_keys(rng_ptr, site, tl.where(i < first, i, i + gap)))
+@triton.constexpr_function
+def start_of(D, i):
+    """First column of part i of a width, or the end of part i - 1."""
+    return sum(D[:i])
 
 
-@triton.jit(do_not_specialize=FORWARD_RUNTIME)
-def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, rest_ptr, lse_ptr, lengths_ptr, mask_ptr, rng_ptr, ckeys_ptr,
-    stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, stride_mb,
-    scale_log2, keep_scale, site, threshold, H, GROUP, Lq, Lk,
-    CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
-    K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    KV: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+@triton.constexpr_function
+def partial_sums(E):
+    """Partial sums of probabilities a query: the columns of a product's tile lie in four threads, whose sums are then
+    added once, at the end. Wide heads and those of several parts lack the registers."""
+    return 8 if len(E) == 1 and E[0] <= 128 else 1
+
+
+# ---------------------------------------------------------------- blocks of rows
+
+
+@triton.jit
+def head_rows(ptr, strides, b, h, ALIGN: tl.constexpr):
+    """Rows of head h of sequence b in [B, L, H, K]."""
+    return ptr + (b.to(tl.int64) * strides[0] + h * strides[2]) * ALIGN, strides[1] * ALIGN
+
+
+@triton.jit
+def rows_from(rows, start):
+    """`rows` without the first `start`."""
+    return rows[0] + tl.cast(start, tl.int64) * rows[1], rows[1]
+
+
+@triton.jit
+def load_rows(rows, offs, end, D: tl.constexpr, WIDTH: tl.constexpr, ROWS_MASKED: tl.constexpr = True, real=None):
+    """Rows `offs`: a part i is [rows, D[i]], 0 from column WIDTH on, from row `end` on (ROWS_MASKED) and in rows that
+    are not `real`, if given."""
+    parts = ()
+    for i in tl.static_range(len(D)):
+        d = start_of(D, i) + tl.arange(0, D[i])
+        ptrs = rows[0] + offs[:, None] * rows[1] + d[None, :]
+        if real is not None:
+            x = tl.load(ptrs, mask=real[:, None] & (d[None, :] < WIDTH), other=0.0)
+        elif start_of(D, i + 1) > WIDTH:
+            if ROWS_MASKED:
+                x = tl.load(ptrs, mask=(offs[:, None] < end) & (d[None, :] < WIDTH), other=0.0)
+            else:
+                x = tl.load(ptrs, mask=d[None, :] < WIDTH, other=0.0)
+        elif ROWS_MASKED:
+            x = tl.load(ptrs, mask=offs[:, None] < end, other=0.0)
+        else:
+            x = tl.load(ptrs)
+        parts += (x,)
+    return parts
+
+
+@triton.jit
+def store_rows(rows, x, factor, offs, end, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows `offs` below `end`: x times `factor` (a scalar or [rows, 1]), converted to the pointer's type."""
+    for i in tl.static_range(len(D)):
+        d = start_of(D, i) + tl.arange(0, D[i])
+        ptrs = rows[0] + offs[:, None] * rows[1] + d[None, :]
+        y = (x[i] * factor).to(rows[0].dtype.element_ty)
+        if start_of(D, i + 1) > WIDTH:
+            tl.store(ptrs, y, mask=(offs[:, None] < end) & (d[None, :] < WIDTH))
+        else:
+            tl.store(ptrs, y, mask=offs[:, None] < end)
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, D: tl.constexpr):
+    """float32 accumulators of a block of rows."""
+    parts = ()
+    for i in tl.static_range(len(D)):
+        parts += (tl.zeros([ROWS, D[i]], tl.float32),)
+    return parts
+
+
+@triton.jit
+def product_over_width(x, y, PRECISION: tl.constexpr):
+    """X Y^T [rows of X, rows of Y] of two blocks of rows."""
+    s = tl.dot(x[0], tl.trans(y[0]), input_precision=PRECISION)
+    for i in tl.static_range(1, len(x)):
+        s = tl.dot(x[i], tl.trans(y[i]), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def add_product(acc, x, y, PRECISION: tl.constexpr):
+    """acc + x Y: x [M, N], Y a block of N rows."""
+    parts = ()
+    for i in tl.static_range(len(acc)):
+        parts += (tl.dot(x, y[i], acc[i], input_precision=PRECISION),)
+    return parts
+
+
+@triton.jit
+def multiplied(x, factor):
+    """A block of rows times `factor`."""
+    parts = ()
+    for i in tl.static_range(len(x)):
+        parts += (x[i] * factor,)
+    return parts
+
+
+@triton.jit
+def zero_unless(x, real):
+    """A block of rows, 0 in rows that are not `real`."""
+    parts = ()
+    for i in tl.static_range(len(x)):
+        parts += (tl.where(real[:, None], x[i], 0.0),)
+    return parts
+
+
+@triton.jit
+def multiplied_and_added(x, factor, y):
+    """x factor + y of two blocks of rows."""
+    parts = ()
+    for i in tl.static_range(len(x)):
+        parts += (x[i] * factor + y[i].to(tl.float32),)
+    return parts
+
+
+# ---------------------------------------------------------------- a segment of keys
+
+
+@triton.jit
+def query_block(blocks, H, REVERSED: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(first query, sequence, head) of this program, one of `blocks` a head. REVERSED: the last, longest ones first."""
+    pid = tl.program_id(0)
+    block, bh = pid % blocks, pid // blocks
+    if REVERSED:
+        block = blocks - 1 - block
+    return block * BLOCK_M, bh // H, bh % H
+
+
+@triton.jit
+def key_end_of(lengths_ptr, b, Lk):
+    """Number of leading keys of sequence b that can be real."""
+    if lengths_ptr is None:
+        return Lk
+    else:
+        # bounded before it is narrowed: a length may be any int64
+        return tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), Lk).to(tl.int32)
+
+
+@triton.jit
+def real_keys(lengths_ptr, mask_ptr, stride_mb, b, offs_n, Lk):
+    """bool [N]: whether keys offs_n of sequence b may be attended to."""
+    if mask_ptr is None:
+        return offs_n < key_end_of(lengths_ptr, b, Lk)
+    else:
+        return tl.load(mask_ptr + b.to(tl.int64) * stride_mb + offs_n) == 0.0
+
+
+@triton.jit
+def open_segment(segment, lengths_ptr, b, h, ALIGN: tl.constexpr):
+    """(rows of the keys, rows of the values, number of leading keys that can be real) for query head h of sequence b.
+    segment: pointers, their strides, query heads a key head, length."""
+    k_ptr, v_ptr, strides_k, strides_v, group, length = segment
+    g = h // group
+    keys = head_rows(k_ptr, strides_k, b, g, ALIGN)
+    return keys, head_rows(v_ptr, strides_v, b, g, ALIGN), key_end_of(lengths_ptr, b, length)
+
+
+@triton.jit
+def key_ranges(start_m, key_end, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(full, hi): keys below `full` are seen by every query of the block, those from `hi` on by none."""
+    if CAUSAL:
+        hi = tl.minimum(key_end, start_m + BLOCK_M)
+        full = tl.minimum(key_end, start_m + 1) // BLOCK_N * BLOCK_N
+    else:
+        hi = key_end
+        full = key_end // BLOCK_N * BLOCK_N
+    return full, hi
+
+
+@triton.jit
+def masked_scores(s, start, offs_m, offs_n, key_end, mask_ptr, EDGE: tl.constexpr, CAUSAL: tl.constexpr):
+    """Scores [M, N] with -inf where query offs_m must not see key start + offs_n. EDGE: the block may leave the
+    valid region; one comparison an element serves the causal limit and the end of the keys. mask_ptr: 0 or -inf a key;
+    one addition an element, where bytes would cost a comparison, a select and their conversion."""
+    if EDGE:
+        if CAUSAL:
+            last = tl.minimum(offs_m, key_end - 1) - start
+            s = tl.where(offs_n[None, :] <= last[:, None], s, float("-inf"))
+        else:
+            s = tl.where((offs_n < key_end - start)[None, :], s, float("-inf"))
+    if mask_ptr is not None:
+        s += tl.load(mask_ptr + start + offs_n)[None, :]
+    return s
+
+
+@triton.jit
+def scores_of(
+    q, keys, mask_ptr, start, offs_m, offs_n, key_end, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
+    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """O, its further bits (unless rest_ptr is None) and lse of one block of queries of one head."""
+    """(Q K^T [M, N], masked, the keys start + offs_n, and, with a mask, which of these are real).
+
+    Keys and values of padding are not loaded, since NaN in them would outlast a probability of 0."""
+    real = offs_n
+    if mask_ptr is not None:
+        real = tl.load(mask_ptr + start + offs_n) == 0.0
+    k = load_rows(rows_from(keys, start), offs_n, key_end - start, D, K, EDGE, real if mask_ptr is not None else None)
+    s = product_over_width(q, k, PRECISION)
+    if NEGATIVE:
+        s = -s
+    return masked_scores(s, start, offs_m, offs_n, key_end, mask_ptr, EDGE, CAUSAL), k, real
+
+
+# ---------------------------------------------------------------- forward
+
+
+@triton.jit
+def softmax_segment(
+    acc, m, l, q, keys, values, mask_ptr, ckeys_ptr, column, row_a, row_b, threshold, scale_log2, start_m,
+    key_end,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, E: tl.constexpr, KV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One segment of keys into the running softmax (acc, m, l) of the queries from start_m on.
+
+    m [M]: row maximum, in units of log2; l [M, 8 or 1]: partial sums of exp2(scores - m), before dropout. column: place
+    of the segment's first key among the dropout keys.
+    Two loops: over the blocks that every query sees in full, then over those at the diagonal and at the end
+    of the keys (EDGE), which are masked.
+    """
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    full, hi = key_ranges(start_m, key_end, CAUSAL, BLOCK_M, BLOCK_N)
+    for EDGE in tl.static_range(2):
+        for start in tl.range(full if EDGE else 0, hi if EDGE else full, BLOCK_N):
+            s, _, real = scores_of(
+                q, keys, mask_ptr, start, offs_m, offs_n, key_end, EDGE, CAUSAL, NEGATIVE, PRECISION, D, K
+            )
+            m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+            alpha = tl.exp2(m - m_new)
+            p = tl.exp2(s * scale_log2 - m_new[:, None])
+            l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BLOCK_M, BLOCK_N // l.shape[1], l.shape[1]]), 1)
+            m = m_new
+            if DROPOUT:
+                c = tl.load(ckeys_ptr + column + start + offs_n)
+                p = tl.where(keep(row_a[:, None], row_b[:, None], c[None, :], threshold), p, 0.0)
+            v = load_rows(
+                rows_from(values, start), offs_n, key_end - start, E, KV, EDGE, real if mask_ptr is not None else None
+            )
+            acc = add_product(multiplied(acc, alpha[:, None]), p.to(values[0].dtype.element_ty), v, PRECISION)
+    return acc, m, l
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, o_ptr, lse_ptr, lengths_ptr, mask_ptr, rng_ptr, ckeys_ptr,
+    stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
+    stride_k2b, stride_k2l, stride_k2h, stride_v2b, stride_v2l, stride_v2h, stride_mb,
+    scale_log2, keep_scale, site, threshold, first, H, GROUP, GROUP2, Lq, Lk, Lk2,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, E: tl.constexpr, KV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """O and lse of one block of queries of one head. first: where the second segment's columns begin in ckeys."""
     start_m, b, h = query_block(tl.cdiv(Lq, BLOCK_M), H, CAUSAL, BLOCK_M)
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    b64, g = b.to(tl.int64), h // GROUP
-    mask_base = mask_ptr
-    if HAS_MASK:
-        mask_base = mask_ptr + b64 * stride_mb
-    row_a = offs_m
-    row_b = offs_m
+    if mask_ptr is not None:
+        mask_ptr += b.to(tl.int64) * stride_mb
+    own = (k_ptr, v_ptr, (stride_kb, stride_kl, stride_kh), (stride_vb, stride_vl, stride_vh), GROUP, Lk)
+    other = (k2_ptr, v2_ptr, (stride_k2b, stride_k2l, stride_k2h), (stride_v2b, stride_v2l, stride_v2h), GROUP2, Lk2)
+    if k2_ptr is None:
+        segments = ((own, lengths_ptr, mask_ptr, 0),)
+    else:
+        segments = ((own, None, None, 0), (other, lengths_ptr, mask_ptr, first))
+    row_a, row_b = offs_m, offs_m
     if DROPOUT:
         row_a, row_b = row_keys(rng_ptr, site, b, h, offs_m)
-    q_base = q_ptr + (b64 * stride_qb + h * stride_qh) * ALIGN
-    q0, q1, q2 = load_row_block(q_base, offs_m, stride_ql * ALIGN, Lq, D0, D1, D2, K)
-    acc0, acc1, acc2, m, l = empty_softmax(BLOCK_M, E0, E1, E2)
-    acc0, acc1, acc2, m, l = softmax_segment(
-        acc0, acc1, acc2, m, l, q0, q1, q2,
-        k_ptr + (b64 * stride_kb + g * stride_kh) * ALIGN, v_ptr + (b64 * stride_vb + g * stride_vh) * ALIGN,
-        stride_kl * ALIGN, stride_vl * ALIGN, mask_base, ckeys_ptr, row_a, row_b, threshold, scale_log2,
-        start_m, key_end_of(lengths_ptr, b, Lk, HAS_LENGTHS),
-        CAUSAL, HAS_MASK, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-    finish_rows(
-        acc0, acc1, acc2, m, l, o_ptr, rest_ptr, lse_ptr, b, h, start_m, keep_scale, H, Lq, KV, E0, E1, E2, BLOCK_M
-    )
+    q = load_rows(head_rows(q_ptr, (stride_qb, stride_ql, stride_qh), b, h, ALIGN), offs_m, Lq, D, K)
+    acc = zero_rows(BLOCK_M, E)
+    m = tl.full([BLOCK_M], NO_KEY, tl.float32)
+    l = tl.zeros([BLOCK_M, partial_sums(E)], tl.float32)
+    for i in tl.static_range(len(segments)):
+        keys, values, key_end = open_segment(segments[i][0], segments[i][1], b, h, ALIGN)
+        acc, m, l = softmax_segment(
+            acc, m, l, q, keys, values, segments[i][2], ckeys_ptr, segments[i][3], row_a, row_b, threshold, scale_log2,
+            start_m, key_end, CAUSAL and i == 0, DROPOUT, NEGATIVE, PRECISION, D, K, E, KV, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    l = tl.sum(l, 1)
+    seen = l > 0.0
+    factor = tl.where(seen, keep_scale / tl.where(seen, l, 1.0), 0.0)[:, None]
+    lse = tl.where(seen, m + tl.log2(tl.where(seen, l, 1.0)), float("inf"))
+    b64 = b.to(tl.int64)
+    tl.store(lse_ptr + (b64 * H + h) * Lq + offs_m, lse, mask=offs_m < Lq)
+    store_rows((o_ptr + (b64 * Lq * H + h) * KV, H * KV), acc, factor, offs_m, Lq, E, KV)
 
 
-BACKWARD_RUNTIME = [
-    "stride_qb", "stride_ql", "stride_qh", "stride_kb", "stride_kl", "stride_kh", "stride_vb", "stride_vl", "stride_vh",
-    "stride_dob", "stride_dol", "stride_doh", "stride_mb", "site", "threshold", "plane", "H", "GROUP", "Lq", "Lpad",
-    "Lk", "PAIRS", "SPLITS", "Bk",
-]  # fmt: skip
+# ---------------------------------------------------------------- backward
 
 
-@triton.jit(do_not_specialize=[n for n in BACKWARD_RUNTIME if n not in ("PAIRS", "SPLITS", "Bk")])
+@triton.jit
+def backward_rows(
+    do, o, lse_ptr, rows_ptr, rng_ptr, b, h, start_m, inverse_keep_scale, site, plane, H, Lq, Lpad,
+    DROPOUT: tl.constexpr, E: tl.constexpr, KV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """(lse, delta, dropout keys A and B) of a block of queries, also written to rows [2 or 4, B, H, Lpad].
+
+    delta = sum(O dO) / keep_scale. Queries Lq ... Lpad - 1 get lse +inf: they have probability 0 and need no mask.
+    """
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    o = load_rows(o, offs_m, Lq, E, KV)
+    delta = tl.sum(o[0].to(tl.float32) * do[0].to(tl.float32), 1)
+    for i in tl.static_range(1, len(E)):
+        delta += tl.sum(o[i].to(tl.float32) * do[i].to(tl.float32), 1)
+    delta *= inverse_keep_scale
+    head = b.to(tl.int64) * H + h
+    lse = tl.load(lse_ptr + head * Lq + offs_m, mask=offs_m < Lq, other=float("inf"))
+    out = rows_ptr + head * Lpad + offs_m
+    tl.store(out, lse)
+    tl.store(out + plane, delta)
+    row_a, row_b = offs_m, offs_m
+    if DROPOUT:
+        row_a, row_b = row_keys(rng_ptr, site, b, h, offs_m)
+        tl.store(out + 2 * plane, row_a.to(tl.float32, bitcast=True))
+        tl.store(out + 3 * plane, row_b.to(tl.float32, bitcast=True))
+    return lse, delta, row_a, row_b
+
+
+@triton.jit
+def load_dropout_rows(rows, plane):
+    """(A, B) of queries at `rows`, pointers into the plane of lse."""
+    row_a = tl.load(rows + 2 * plane).to(tl.int32, bitcast=True)
+    row_b = tl.load(rows + 3 * plane).to(tl.int32, bitcast=True)
+    return row_a, row_b
+
+
+@triton.jit
+def dq_segment(
+    dq, q, do, lse, delta, keys, values, mask_ptr, ckeys_ptr, column, row_a, row_b, threshold, scale_log2, start_m,
+    key_end,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, E: tl.constexpr, KV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Adds what one segment of keys contributes to dQ / (scale * keep_scale); loops as in `softmax_segment`."""
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    full, hi = key_ranges(start_m, key_end, CAUSAL, BLOCK_M, BLOCK_N)
+    for EDGE in tl.static_range(2):
+        for start in tl.range(full if EDGE else 0, hi if EDGE else full, BLOCK_N):
+            s, k, real = scores_of(
+                q, keys, mask_ptr, start, offs_m, offs_n, key_end, EDGE, CAUSAL, NEGATIVE, PRECISION, D, K
+            )
+            p = tl.exp2(s * scale_log2 - lse[:, None])
+            v = load_rows(
+                rows_from(values, start), offs_n, key_end - start, E, KV, EDGE, real if mask_ptr is not None else None
+            )
+            dp = product_over_width(do, v, PRECISION)
+            if DROPOUT:
+                c = tl.load(ckeys_ptr + column + start + offs_n)
+                dp = tl.where(keep(row_a[:, None], row_b[:, None], c[None, :], threshold), dp, 0.0)
+            ds = (p * (dp - delta[:, None])).to(keys[0].dtype.element_ty)
+            dq = add_product(dq, ds, k, PRECISION)
+    return dq
+
+
+@triton.jit(do_not_specialize=RUNTIME)
 def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, rest_ptr, lse_ptr, do_ptr, dq_ptr, rows_ptr, lengths_ptr, mask_ptr, rng_ptr, ckeys_ptr,
+    q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, o_ptr, lse_ptr, do_ptr, dq_ptr, rows_ptr,
+    lengths_ptr, mask_ptr, rng_ptr, ckeys_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
-    stride_dob, stride_dol, stride_doh, stride_mb,
-    scale_log2, factor, inverse_keep_scale, site, threshold, plane, H, GROUP, Lq, Lpad, Lk,
-    CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, PARTS: tl.constexpr,
-    K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    KV: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    stride_k2b, stride_k2l, stride_k2h, stride_v2b, stride_v2l, stride_v2h, stride_dob, stride_dol, stride_doh,
+    stride_mb,
+    scale_log2, factor, inverse_keep_scale, site, threshold, plane, first, H, GROUP, GROUP2, Lq, Lpad, Lk, Lk2,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    PARTS: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, E: tl.constexpr, KV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ of one block of queries of one head, and the rows that dK and dV read; factor = scale * keep_scale.
 
-    The programs of a head cover Lpad queries: those beyond Lq write rows and walk over no key.
+    The programs of a head cover Lpad queries: those beyond Lq write rows and walk over no key. dQ is contiguous, or one
+    of PARTS of a gradient [B, Lq, PARTS, H, K]; as a run-time number that costs the register that K 32 lacks.
     """
     start_m, b, h = query_block(Lpad // BLOCK_M, H, CAUSAL, BLOCK_M)
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    b64, g = b.to(tl.int64), h // GROUP
-    mask_base = mask_ptr
-    if HAS_MASK:
-        mask_base = mask_ptr + b64 * stride_mb
-    do_base = do_ptr + (b64 * stride_dob + h * stride_doh) * ALIGN
-    do0, do1, do2 = load_row_block(do_base, offs_m, stride_dol * ALIGN, Lq, E0, E1, E2, KV)
+    b64 = b.to(tl.int64)
+    if mask_ptr is not None:
+        mask_ptr += b64 * stride_mb
+    own = (k_ptr, v_ptr, (stride_kb, stride_kl, stride_kh), (stride_vb, stride_vl, stride_vh), GROUP, Lk)
+    other = (k2_ptr, v2_ptr, (stride_k2b, stride_k2l, stride_k2h), (stride_v2b, stride_v2l, stride_v2h), GROUP2, Lk2)
+    if k2_ptr is None:
+        segments = ((own, lengths_ptr, mask_ptr, 0),)
+    else:
+        segments = ((own, None, None, 0), (other, lengths_ptr, mask_ptr, first))
+    do = load_rows(head_rows(do_ptr, (stride_dob, stride_dol, stride_doh), b, h, ALIGN), offs_m, Lq, E, KV)
     lse, delta, row_a, row_b = backward_rows(
-        do0, do1, do2, o_ptr, rest_ptr, lse_ptr, rows_ptr, rng_ptr, b, h, start_m, inverse_keep_scale, site, plane,
-        H, Lq, Lpad, DROPOUT, KV, E0, E1, E2, BLOCK_M,
+        do, (o_ptr + (b64 * Lq * H + h) * KV, H * KV), lse_ptr, rows_ptr, rng_ptr, b, h, start_m, inverse_keep_scale,
+        site, plane, H, Lq, Lpad, DROPOUT, E, KV, BLOCK_M,
     )  # fmt: skip
-    q_base = q_ptr + (b64 * stride_qb + h * stride_qh) * ALIGN
-    q0, q1, q2 = load_row_block(q_base, offs_m, stride_ql * ALIGN, Lq, D0, D1, D2, K)
-    dq0, dq1, dq2 = zero_row_block(BLOCK_M, D0, D1, D2)
-    key_end = key_end_of(lengths_ptr, b, Lk, HAS_LENGTHS)
-    dq0, dq1, dq2 = dq_segment(
-        dq0, dq1, dq2, q0, q1, q2, do0, do1, do2, lse, delta,
-        k_ptr + (b64 * stride_kb + g * stride_kh) * ALIGN, v_ptr + (b64 * stride_vb + g * stride_vh) * ALIGN,
-        stride_kl * ALIGN, stride_vl * ALIGN, mask_base, ckeys_ptr, row_a, row_b, threshold, scale_log2,
-        start_m, tl.where(start_m < Lq, key_end, 0),
-        CAUSAL, HAS_MASK, DROPOUT, NEGATIVE, PRECISION, K, D0, D1, D2, KV, E0, E1, E2, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+    q = load_rows(head_rows(q_ptr, (stride_qb, stride_ql, stride_qh), b, h, ALIGN), offs_m, Lq, D, K)
+    dq = zero_rows(BLOCK_M, D)
+    for i in tl.static_range(len(segments)):
+        keys, values, key_end = open_segment(segments[i][0], segments[i][1], b, h, ALIGN)
+        dq = dq_segment(
+            dq, q, do, lse, delta, keys, values, segments[i][2], ckeys_ptr, segments[i][3], row_a, row_b, threshold,
+            scale_log2, start_m, tl.where(start_m < Lq, key_end, 0), CAUSAL and i == 0, DROPOUT, NEGATIVE, PRECISION,
+            D, K, E, KV, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     row = PARTS * H
-    store_row_block(dq_ptr + (b64 * Lq * row + h) * K, dq0, dq1, dq2, factor, offs_m, row * K, Lq, D0, D1, D2, K)
+    store_rows((dq_ptr + (b64 * Lq * row + h) * K, row * K), dq, factor, offs_m, Lq, D, K)
 
 
 @triton.jit
 def dkdv_queries(
-    dk0, dk1, dk2, dv0, dv1, dv2, k0, k1, k2, v0, v1, v2, real, column_c,
-    q_ptr, do_ptr, rows_ptr, stride_ql, stride_dol, plane, threshold, scale_log2, offs_n, lo, hi, Lq,
+    dk, dv, k, v, real, column_c, queries, d_out, rows_ptr, plane, threshold, scale_log2, offs_n, lo, hi, Lq,
     EDGE: tl.constexpr, ZERO_KEYS: tl.constexpr, DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr,
     PRECISION: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
-    K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    KV: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BLOCK_M: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, E: tl.constexpr, KV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Adds what queries lo ... hi - 1 of one head contribute to dK / (scale * keep_scale) and dV / keep_scale.
 
@@ -145,11 +445,9 @@ def dkdv_queries(
     """
     offs_m = tl.arange(0, BLOCK_M)
     for start in tl.range(lo, hi, BLOCK_M):
-        q_base = q_ptr + tl.cast(start, tl.int64) * stride_ql
-        do_base = do_ptr + tl.cast(start, tl.int64) * stride_dol
         rows = rows_ptr + start + offs_m
-        q0, q1, q2 = load_row_block(q_base, offs_m, stride_ql, Lq - start, D0, D1, D2, K)
-        s = product_over_width(k0, k1, k2, q0, q1, q2, PRECISION, D1, D2)
+        q = load_rows(rows_from(queries, start), offs_m, Lq - start, D, K)
+        s = product_over_width(k, q, PRECISION)
         if NEGATIVE:
             s = -s
         lse = tl.load(rows)
@@ -161,44 +459,42 @@ def dkdv_queries(
         if DROPOUT:
             row_a, row_b = load_dropout_rows(rows, plane)
             kept = keep(row_a[None, :], row_b[None, :], column_c[:, None], threshold)
-        do0, do1, do2 = load_row_block(do_base, offs_m, stride_dol, Lq - start, E0, E1, E2, KV)
+        do = load_rows(rows_from(d_out, start), offs_m, Lq - start, E, KV)
         if WANT_DV:
             pd = p
             if DROPOUT:
                 pd = tl.where(kept, p, 0.0)
-            pd = pd.to(do_ptr.dtype.element_ty)
-            dv0, dv1, dv2 = add_product(dv0, dv1, dv2, pd, do0, do1, do2, PRECISION, E1, E2)
+            dv = add_product(dv, pd.to(d_out[0].dtype.element_ty), do, PRECISION)
         if WANT_DK:
-            dp = product_over_width(v0, v1, v2, do0, do1, do2, PRECISION, E1, E2)
+            dp = product_over_width(v, do, PRECISION)
             delta = tl.load(rows + plane)
             if DROPOUT:
                 dp = tl.where(kept, dp, 0.0)
-            ds = (p * (dp - delta[None, :])).to(q_ptr.dtype.element_ty)
-            dk0, dk1, dk2 = add_product(dk0, dk1, dk2, ds, q0, q1, q2, PRECISION, D1, D2)
-    return dk0, dk1, dk2, dv0, dv1, dv2
+            ds = (p * (dp - delta[None, :])).to(queries[0].dtype.element_ty)
+            dk = add_product(dk, ds, q, PRECISION)
+    return dk, dv
 
 
-@triton.jit(do_not_specialize=BACKWARD_RUNTIME)
+@triton.jit(do_not_specialize=RUNTIME)
 def _attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, handed_ptr, rows_ptr, lengths_ptr, mask_ptr, ckeys_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_dob, stride_dol, stride_doh, stride_mb,
     scale_log2, factor_k, factor_v, threshold, plane, H, GROUP, Lq, Lpad, Lk, PAIRS, SPLITS, Bk,
-    CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, PARTS: tl.constexpr,
-    HANDED: tl.constexpr, SHARED: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
-    K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    KV: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    PARTS: tl.constexpr, SHARED: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, E: tl.constexpr, KV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one block of keys of one key head, from one of SPLITS ranges of the (sequence, query head) pairs
-    that read them.
+    """dK and dV (one of them where the other's pointer is None) of one block of keys of one key head, from one of
+    SPLITS ranges of the (sequence, query head) pairs that read them.
 
     SHARED: PAIRS > 1 pairs read these keys; pair r is sequence r // GROUP and query head r % GROUP of the key head.
-    Writes [SPLITS, Bk, Lk, PARTS, G, width], one part. HANDED: adds what came from elsewhere, [Bk, Lk, 2, G, K] for K
-    and V (or one of them where one is wanted), to the float32 sums.
+    Writes [SPLITS, Bk, Lk, PARTS, G, width], one part. handed: what came from elsewhere and is added to the float32
+    sums, [Bk, Lk, 2, G, K] for K and V (or one of them where one is wanted), or None.
     """
-    PADDED: tl.constexpr = HAS_LENGTHS or HAS_MASK
+    WANT_DK: tl.constexpr = dk_ptr is not None
+    WANT_DV: tl.constexpr = dv_ptr is not None
+    PADDED: tl.constexpr = lengths_ptr is not None or mask_ptr is not None
     blocks = tl.cdiv(Lk, BLOCK_N)
     heads = H // GROUP
     pid = tl.program_id(0)
@@ -209,12 +505,12 @@ def _attention_bwd_dkdv_kernel(
     local_n = tl.arange(0, BLOCK_N)
     offs_n = start_n + local_n
     bk64 = bk.to(tl.int64)
-    k_base = k_ptr + (bk64 * stride_kb + g * stride_kh + tl.cast(start_n, tl.int64) * stride_kl) * ALIGN
-    v_base = v_ptr + (bk64 * stride_vb + g * stride_vh + tl.cast(start_n, tl.int64) * stride_vl) * ALIGN
-    k0, k1, k2 = load_row_block(k_base, local_n, stride_kl * ALIGN, Lk - start_n, D0, D1, D2, K)
-    v0, v1, v2 = load_row_block(v_base, local_n, stride_vl * ALIGN, Lk - start_n, E0, E1, E2, KV)
-    dk0, dk1, dk2 = zero_row_block(BLOCK_N, D0, D1, D2)
-    dv0, dv1, dv2 = zero_row_block(BLOCK_N, E0, E1, E2)
+    k_rows = rows_from(head_rows(k_ptr, (stride_kb, stride_kl, stride_kh), bk, g, ALIGN), start_n)
+    v_rows = rows_from(head_rows(v_ptr, (stride_vb, stride_vl, stride_vh), bk, g, ALIGN), start_n)
+    k = load_rows(k_rows, local_n, Lk - start_n, D, K)
+    v = load_rows(v_rows, local_n, Lk - start_n, E, KV)
+    dk = zero_rows(BLOCK_N, D)
+    dv = zero_rows(BLOCK_N, E)
     column_c = offs_n
     if DROPOUT:
         column_c = tl.load(ckeys_ptr + offs_n)
@@ -228,112 +524,67 @@ def _attention_bwd_dkdv_kernel(
     for pair in range(lo_pair, hi_pair):
         b = bk + pair // GROUP
         h = g * GROUP + pair % GROUP
-        b64 = b.to(tl.int64)
-        key_end = key_end_of(lengths_ptr, b, Lk, HAS_LENGTHS)
+        key_end = key_end_of(lengths_ptr, b, Lk)
         if SHARED:
-            real = real_keys(lengths_ptr, mask_ptr, stride_mb, b, offs_n, Lk, HAS_LENGTHS, HAS_MASK)
+            real = real_keys(lengths_ptr, mask_ptr, stride_mb, b, offs_n, Lk)
         # a block without real keys has nothing to do: its range of queries is empty
         end = tl.where(start_n < key_end, Lq, 0)
-        q_base = q_ptr + (b64 * stride_qb + h * stride_qh) * ALIGN
-        do_base = do_ptr + (b64 * stride_dob + h * stride_doh) * ALIGN
-        rows = rows_ptr + (b64 * H + h) * Lpad
+        queries = head_rows(q_ptr, (stride_qb, stride_ql, stride_qh), b, h, ALIGN)
+        d_out = head_rows(do_ptr, (stride_dob, stride_dol, stride_doh), b, h, ALIGN)
+        rows = rows_ptr + (b.to(tl.int64) * H + h) * Lpad
         lo = 0
         if CAUSAL:
             # queries before the block see none of it, those from its end on see all
             edge = tl.minimum(start_n // BLOCK_M * BLOCK_M, end)
             lo = tl.minimum(tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M) * BLOCK_M, end)
-            dk0, dk1, dk2, dv0, dv1, dv2 = dkdv_queries(
-                dk0, dk1, dk2, dv0, dv1, dv2, k0, k1, k2, v0, v1, v2, real, column_c,
-                q_base, do_base, rows, stride_ql * ALIGN, stride_dol * ALIGN, plane, threshold, scale_log2, offs_n,
-                edge, lo, Lq,
-                True, SHARED and PADDED, DROPOUT, NEGATIVE, PRECISION, WANT_DK, WANT_DV,
-                K, D0, D1, D2, KV, E0, E1, E2, BLOCK_M,
+            dk, dv = dkdv_queries(
+                dk, dv, k, v, real, column_c, queries, d_out, rows, plane, threshold, scale_log2, offs_n, edge, lo, Lq,
+                True, SHARED and PADDED, DROPOUT, NEGATIVE, PRECISION, WANT_DK, WANT_DV, D, K, E, KV, BLOCK_M,
             )  # fmt: skip
-        dk0, dk1, dk2, dv0, dv1, dv2 = dkdv_queries(
-            dk0, dk1, dk2, dv0, dv1, dv2, k0, k1, k2, v0, v1, v2, real, column_c,
-            q_base, do_base, rows, stride_ql * ALIGN, stride_dol * ALIGN, plane, threshold, scale_log2, offs_n,
-            lo, end, Lq,
-            False, SHARED and PADDED, DROPOUT, NEGATIVE, PRECISION, WANT_DK, WANT_DV,
-            K, D0, D1, D2, KV, E0, E1, E2, BLOCK_M,
+        dk, dv = dkdv_queries(
+            dk, dv, k, v, real, column_c, queries, d_out, rows, plane, threshold, scale_log2, offs_n, lo, end, Lq,
+            False, SHARED and PADDED, DROPOUT, NEGATIVE, PRECISION, WANT_DK, WANT_DV, D, K, E, KV, BLOCK_M,
         )  # fmt: skip
     # only now: alive through the loop it spills two or three registers
     if not SHARED:
-        real = real_keys(lengths_ptr, mask_ptr, stride_mb, bk, offs_n, Lk, HAS_LENGTHS, HAS_MASK)
+        real = real_keys(lengths_ptr, mask_ptr, stride_mb, bk, offs_n, Lk)
     elif PADDED:
         real = offs_n < 0
         for pair in range(lo_pair, hi_pair):
-            b = bk + pair // GROUP
-            real |= real_keys(lengths_ptr, mask_ptr, stride_mb, b, offs_n, Lk, HAS_LENGTHS, HAS_MASK)
-    row, left = PARTS * heads, Lk - start_n
-    if HANDED or PRECISION == "tf32x3":
+            real |= real_keys(lengths_ptr, mask_ptr, stride_mb, bk + pair // GROUP, offs_n, Lk)
+    if handed_ptr is not None or PRECISION == "tf32x3":
         # adds 0, which the compiler does not know: it otherwise keeps addresses from before the loop, and with those of
         # the loads spills 6 registers at K 128 (254 are used now, 190 instead of 193 at 64), in float32 one
         local_n += tl.program_id(1)
+    row, left = PARTS * heads, Lk - start_n
     out_row = ((tl.cast(split, tl.int64) * Bk + bk) * Lk + start_n) * row + g
     handed_row = (bk64 * Lk + start_n) * 2 * heads + g
     if WANT_DK:
         if PADDED or not SHARED:
             # rows of padding keys hold what their scores gave, infinities included: replaced, not multiplied
-            dk0, dk1, dk2 = zero_unless(dk0, dk1, dk2, real, D1, D2)
-        if HANDED:
-            handed = handed_ptr + handed_row * K
-            dk0, dk1, dk2 = add_rows(dk0, dk1, dk2, factor_k, handed, local_n, 2 * heads * K, left, D0, D1, D2, K)
+            dk = zero_unless(dk, real)
+        if handed_ptr is not None:
+            handed = load_rows((handed_ptr + handed_row * K, 2 * heads * K), local_n, left, D, K)
+            dk = multiplied_and_added(dk, factor_k, handed)
             factor_k = 1.0
-        store_row_block(dk_ptr + out_row * K, dk0, dk1, dk2, factor_k, local_n, row * K, left, D0, D1, D2, K)
+        store_rows((dk_ptr + out_row * K, row * K), dk, factor_k, local_n, left, D, K)
     if WANT_DV:
         if PADDED or not SHARED:
-            dv0, dv1, dv2 = zero_unless(dv0, dv1, dv2, real, E1, E2)
-        if HANDED:
+            dv = zero_unless(dv, real)
+        if handed_ptr is not None:
             if WANT_DK:
                 handed_row += heads
-            handed = handed_ptr + handed_row * KV
-            dv0, dv1, dv2 = add_rows(dv0, dv1, dv2, factor_v, handed, local_n, 2 * heads * KV, left, E0, E1, E2, KV)
+            handed = load_rows((handed_ptr + handed_row * KV, 2 * heads * KV), local_n, left, E, KV)
+            dv = multiplied_and_added(dv, factor_v, handed)
             factor_v = 1.0
-        store_row_block(dv_ptr + out_row * KV, dv0, dv1, dv2, factor_v, local_n, row * KV, left, E0, E1, E2, KV)
+        store_rows((dv_ptr + out_row * KV, row * KV), dv, factor_v, local_n, left, E, KV)
 
 
-@triton.jit
-def zero_unless(x0, x1, x2, real, D1: tl.constexpr, D2: tl.constexpr):
-    """The parts of a block of rows, 0 in rows that are not `real`."""
-    x0 = tl.where(real[:, None], x0, 0.0)
-    if D1 > 0:
-        x1 = tl.where(real[:, None], x1, 0.0)
-    if D2 > 0:
-        x2 = tl.where(real[:, None], x2, 0.0)
-    return x0, x1, x2
+# ---------------------------------------------------------------- beside the products
 
 
-@triton.jit
-def add_rows(
-    x0, x1, x2, factor, ptr, offs, stride, end,
-    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """The parts of a block of rows, multiplied by `factor`, plus the block at `ptr`."""
-    y0, y1, y2 = load_row_block(ptr, offs, stride, end, D0, D1, D2, WIDTH)
-    x0 = x0 * factor + y0.to(tl.float32)
-    if D1 > 0:
-        x1 = x1 * factor + y1.to(tl.float32)
-    if D2 > 0:
-        x2 = x2 * factor + y2.to(tl.float32)
-    return x0, x1, x2
-
-
-@triton.jit
-def real_keys(lengths_ptr, mask_ptr, stride_mb, b, offs_n, Lk, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr):
-    """bool [N]: whether keys offs_n of sequence b may be attended to."""
-    if HAS_MASK:
-        return tl.load(mask_ptr + b.to(tl.int64) * stride_mb + offs_n) == 0.0
-    else:
-        return offs_n < key_end_of(lengths_ptr, b, Lk, HAS_LENGTHS)
-
-
-@triton.jit(do_not_specialize=["n", "splits", "row", "out_row"])
-def _sum_partials_kernel(parts_ptr, out_ptr, n, splits, row, out_row, BLOCK: tl.constexpr):
-    """out[i] = parts[0, i] + parts[1, i] + ..., in this order; parts float32 [splits, n], n / row rows of `row`
-    elements, which begin `out_row` elements apart in out."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for split in range(splits):
-        total += tl.load(parts_ptr + tl.cast(split, tl.int64) * n + offs, mask=offs < n, other=0.0)
-    out = out_ptr + offs // row * out_row + offs % row
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=offs < n)
+@triton.jit(do_not_specialize=RUNTIME)
+def _column_keys_kernel(ckeys_ptr, rng_ptr, site, first, gap, BLOCK: tl.constexpr):
+    """Dropout keys of columns 0 ... first - 1, then of columns first + gap ...: one program BLOCK of them."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(ckeys_ptr + i, column_keys(rng_ptr, site, tl.where(i < first, i, i + gap)))

@@ -20,7 +20,6 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels.dropout import Dropout, keep_scale
 from kernels.fused import tiles_glu as tiles
 from kernels.fused.activation_code import activation_key
-from kernels.fused.attention_kernels import _sum_partials_kernel
 from kernels.fused.glu_gradients import _glu_dw_kernel, _glu_dx_kernel
 from kernels.fused.glu_kernels import _glu_backward_kernel, _glu_forward_kernel, _glu_recompute_kernel
 from kernels.fused.launch import (
@@ -35,7 +34,7 @@ from kernels.fused.launch import (
     needs_backward,
     operator,
 )
-from kernels.fused.primitives import signed_threshold
+from kernels.fused.primitives import _sum_partials_kernel, signed_threshold
 
 COLUMN_UNIT = 16
 SUM_BLOCK = 1024

@@ -1,4 +1,4 @@
-"""Device helpers that two or more fused kernels share: the dropout contract of kernels.dropout.
+"""What two or more operators share on the device: the dropout contract of kernels.dropout, the sum of partial sums.
 
 Words are int32 whose bits are the contract's 32-bit words, products and sums wrap. The contract's unsigned comparison
 word >= T becomes a signed one by flipping the sign bit of both sides; adding 2^31 flips it, so `row_keys` adds it to
@@ -65,3 +65,15 @@ def column_keys(rng_ptr, site, column):
 def keep(a, b, c, threshold):
     """True where the element is kept; a, b from `row_keys`, c from `column_keys`, broadcast against each other."""
     return a * c + b >= threshold
+
+
+@triton.jit(do_not_specialize=["n", "splits", "row", "out_row"])
+def _sum_partials_kernel(parts_ptr, out_ptr, n, splits, row, out_row, BLOCK: tl.constexpr):
+    """out[i] = parts[0, i] + parts[1, i] + ..., in this order; parts float32 [splits, n], n / row rows of `row`
+    elements, which begin `out_row` elements apart in out."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(splits):
+        total += tl.load(parts_ptr + tl.cast(split, tl.int64) * n + offs, mask=offs < n, other=0.0)
+    out = out_ptr + offs // row * out_row + offs % row
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=offs < n)

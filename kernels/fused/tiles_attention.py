@@ -24,8 +24,8 @@ class Tile:
         return options | ({"maxnreg": self.registers} if self.registers else {})
 
 
-def head_dim_class(width: int) -> tuple[int, int, int]:
-    """Parts of a head width: at most three powers of two from 16 on, none larger than the one before, 0 where absent.
+def head_dim_class(width: int) -> tuple[int, ...]:
+    """Parts of a head width: at most three powers of two from 16 on, none larger than the one before.
 
     The sum is the least such sum that is at least `width`, above 256 in steps of 64: 112 = 64 + 32 + 16,
     190 -> 128 + 64, 380 -> 256 + 128. Tiles of wide heads have few rows, and warps that find no columns in a part of
@@ -39,12 +39,11 @@ def head_dim_class(width: int) -> tuple[int, int, int]:
     while units.bit_count() > 3:
         units += units & -units
     if units == 16:
-        return 128, 128, 0
-    parts = [16 << bit for bit in range(units.bit_length() - 1, -1, -1) if units >> bit & 1]
-    return tuple(parts + [0] * (3 - len(parts)))  # type: ignore[return-value]
+        return 128, 128
+    return tuple(16 << bit for bit in range(units.bit_length() - 1, -1, -1) if units >> bit & 1)
 
 
-def parts_of(direction: str, width: int, bits: int) -> tuple[int, int, int]:
+def parts_of(direction: str, width: int, bits: int) -> tuple[int, ...]:
     """Parts of a head width in one kernel, of elements of `bits`: `head_dim_class`, with three exceptions.
 
     float32 takes up to 128 as one part: in tiles of 16 or 32 rows a part of 16 is computed by several warps (K 112 as
@@ -54,9 +53,9 @@ def parts_of(direction: str, width: int, bits: int) -> tuple[int, int, int]:
     Above 128 backward has steps of 64, for the reason given there (dK at 224 as 128 + 64 + 32: 11.9 slots).
     """
     if direction in ("dq", "dq_extra", "dk", "dv") and 128 < width <= 256:
-        return (128, 64, 0) if width <= 192 else (128, 128, 0)
+        return (128, 64) if width <= 192 else (128, 128)
     if width <= 128 and (bits == 32 or (direction == "dkdv" and width > 32)):
-        return max(16, 1 << (width - 1).bit_length()), 0, 0
+        return (max(16, 1 << (width - 1).bit_length()),)
     return head_dim_class(width)
 
 

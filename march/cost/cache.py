@@ -107,33 +107,29 @@ def _heads(kernel: Kernel, *names: str) -> Callable[[Tile], int]:
     return lambda tile: shapes[tile[0]]
 
 
-def _attention(*segments: tuple[str, str, str]) -> Callable[[Kernel], dict[str, int]]:
+def _attention(kernel: Kernel) -> dict[str, int]:
     """Programs of a block of queries of one head; all blocks of a head, neighbours, read its keys and values."""
+    heads = kernel["H"]
+    # dQ has programs for padding queries too, which read no key
+    padded = kernel["Lpad"] if "Lpad" in kernel.arguments else kernel["Lq"]
+    blocks = cdiv(padded, kernel["BLOCK_M"])
+    reading = cdiv(kernel["Lq"], kernel["BLOCK_M"])
+    segments = [("k_ptr", "v_ptr", "GROUP"), ("k2_ptr", "v2_ptr", "GROUP2")]
+    segments = [one for one in segments if kernel.arguments[one[0]].is_tensor]
 
-    def access(kernel: Kernel) -> dict[str, int]:
-        heads = kernel["H"]
-        # dQ has programs for padding queries too, which read no key
-        padded = kernel["Lpad"] if "Lpad" in kernel.arguments else kernel["Lq"]
-        blocks = cdiv(padded, kernel["BLOCK_M"])
-        reading = cdiv(kernel["Lq"], kernel["BLOCK_M"])
-        reverse = "other_k_ptr" in kernel.arguments or kernel["CAUSAL"]
+    def programs() -> Iterator[Program]:
+        for pid in range(kernel.launch.programs):
+            block = blocks - 1 - pid % blocks if kernel["CAUSAL"] else pid % blocks
+            if block >= reading:
+                yield []
+                continue
+            b, h = divmod(pid // blocks, heads)
+            yield [
+                [(name, (b if kernel.shape(name)[0] > 1 else 0) * heads + h // kernel[group]) for name in (k, v)]
+                for k, v, group in segments
+            ]
 
-        def programs() -> Iterator[Program]:
-            for pid in range(kernel.launch.programs):
-                block = blocks - 1 - pid % blocks if reverse else pid % blocks
-                if block >= reading:
-                    yield []
-                    continue
-                b, h = divmod(pid // blocks, heads)
-                yield [
-                    [(name, (b if kernel.shape(name)[0] > 1 else 0) * heads + h // kernel[group]) for name in (k, v)]
-                    for k, v, group in segments
-                ]
-
-        names = [name for k, v, _ in segments for name in (k, v)]
-        return reads(programs(), _heads(kernel, *names))
-
-    return access
+    return reads(programs(), _heads(kernel, *(name for k, v, _ in segments for name in (k, v))))
 
 
 def _dkdv(kernel: Kernel) -> dict[str, int]:
@@ -291,17 +287,14 @@ def _embedding(kernel: Kernel) -> dict[str, int]:
 
 Access = Callable[[Kernel], dict[str, int]]
 _MASKS = " lengths_ptr mask_ptr ckeys_ptr"
-_QUERIES, _ROWS = "q_ptr rng_ptr" + _MASKS, " o_ptr rest_ptr lse_ptr do_ptr"
-_OWN, _OTHER = ("k_ptr", "v_ptr", "GROUP"), ("other_k_ptr", "other_v_ptr", "OTHER_GROUP")
+_QUERIES, _ROWS = "q_ptr rng_ptr" + _MASKS, " o_ptr lse_ptr do_ptr"
 # kernel -> pointers that it reads once, the access of the others that it reads, those that it writes
 ACCESS: dict[str, tuple[str, Access | None, str]] = {
     "_column_keys_kernel": ("rng_ptr", None, "ckeys_ptr"),
-    "_attention_fwd_kernel": (_QUERIES, _attention(_OWN), "o_ptr rest_ptr lse_ptr"),
-    "_attention_bwd_dq_kernel": (_QUERIES + _ROWS, _attention(_OWN), "dq_ptr rows_ptr"),
+    "_attention_fwd_kernel": (_QUERIES, _attention, "o_ptr lse_ptr"),
+    "_attention_bwd_dq_kernel": (_QUERIES + _ROWS, _attention, "dq_ptr rows_ptr"),
     "_attention_bwd_dkdv_kernel": ("k_ptr v_ptr handed_ptr" + _MASKS, _dkdv, "dk_ptr dv_ptr"),
     "_sum_partials_kernel": ("parts_ptr", None, "out_ptr"),
-    "_unified_attention_fwd_kernel": (_QUERIES, _attention(_OWN, _OTHER), "o_ptr rest_ptr lse_ptr"),
-    "_unified_attention_bwd_dq_kernel": (_QUERIES + _ROWS, _attention(_OWN, _OTHER), "dq_ptr rows_ptr"),
     "_glu_forward_kernel": ("rng_ptr gate_rng_ptr", _glu, "hidden_ptr saved_ptr"),
     "_glu_backward_kernel": ("saved_ptr d_hidden_ptr rng_ptr gate_rng_ptr", None, "d_product_ptr"),
     "_glu_recompute_kernel": ("d_hidden_ptr rng_ptr gate_rng_ptr", _glu, "d_product_ptr"),
@@ -335,7 +328,7 @@ ACCESS: dict[str, tuple[str, Access | None, str]] = {
 }
 # kernel, pointer -> when a launch is given what it does not read
 UNREAD: dict[tuple[str, str], Callable[[Kernel], bool]] = {
-    ("_attention_bwd_dkdv_kernel", "v_ptr"): lambda kernel: not kernel["WANT_DK"],
+    ("_attention_bwd_dkdv_kernel", "v_ptr"): lambda kernel: not kernel.arguments["dk_ptr"].is_tensor,
     ("_linear_cross_entropy_gradient_kernel", "labels_ptr"): lambda kernel: kernel["TOKENS"],
 }
 

@@ -40,16 +40,17 @@ class Kernel:
 def _scores(kernel: Kernel, query: str = "q_ptr") -> int:
     """Scores of a launch, [B, H, Lq, Lk] with all key segments."""
     batch, queries, heads, _ = kernel.shape(query)
-    keys = kernel["Lk"] + (kernel["Lo"] if "Lo" in kernel.arguments else 0)
+    # dK, dV: of one segment; the others read a second one, or None
+    keys = kernel["Lk"] + (("k2_ptr" in kernel.arguments and kernel["Lk2"]) or 0)
     return batch * heads * queries * keys
 
 
 def _dkdv(kernel: Kernel) -> int:
     """Scores again; dV where wanted; dP again and dK where wanted."""
     width = kernel["K"]
-    if kernel["WANT_DV"]:
+    if kernel.arguments["dv_ptr"].is_tensor:
         width += kernel["KV"]
-    if kernel["WANT_DK"]:
+    if kernel.arguments["dk_ptr"].is_tensor:
         width += kernel["KV"] + kernel["K"]
     return 2 * _scores(kernel) * width
 
@@ -62,10 +63,8 @@ def _glu(kernel: Kernel) -> int:
 # kernel -> FLOPs; K, KV: widths of queries and values
 FORMULAS: dict[str, Callable[[Kernel], int]] = {
     "_attention_fwd_kernel": lambda k: 2 * _scores(k) * (k["K"] + k["KV"]),
-    "_unified_attention_fwd_kernel": lambda k: 2 * _scores(k) * (k["K"] + k["KV"]),
     # scores again, dP, dQ
     "_attention_bwd_dq_kernel": lambda k: 2 * _scores(k) * (2 * k["K"] + k["KV"]),
-    "_unified_attention_bwd_dq_kernel": lambda k: 2 * _scores(k) * (2 * k["K"] + k["KV"]),
     "_attention_bwd_dkdv_kernel": _dkdv,
     "_glu_forward_kernel": _glu,
     "_glu_recompute_kernel": _glu,

@@ -12,7 +12,7 @@ import torch
 
 import kernels
 import march
-from kernels.fused import attention, linear_cross_entropy, unified_attention
+from kernels.fused import attention, linear_cross_entropy
 from march import experiments
 
 SIZES = {"dim_model": 24, "dim_feedforward": 20, "vocab_size": 41, "max_length": 8}
@@ -104,8 +104,7 @@ def test_heads_that_are_filled_up(name, monkeypatch):
         assert all(x.shape[-1] == 80 for x in tensors), "an activation would be padded"
         return tensors
 
-    for module in (attention, unified_attention):
-        monkeypatch.setattr(module, "padded_heads", unpadded)
+    monkeypatch.setattr(attention, "padded_heads", unpadded)
     assert kernels.head_width(70, torch.device("cpu"), impl="triton") == 80
     compare(name, 1, num_heads=1, dim_qkv=70, num_layers=4)
 

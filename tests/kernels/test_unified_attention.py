@@ -79,8 +79,8 @@ def test_two_attentions_merged_through_their_log_sum_exps_give_the_same(small_ti
     inputs = {n: x.float().to(DEVICE) for n, x in case(2, 40, 50).items()}
     lengths = torch.tensor([50, 0], device=DEVICE)
     q, k1, v1, k2, v2 = inputs.values()
-    o1, lse1, _ = attention_op(q, k1, v1, None, None, None, 1.0, True, 0.0, 0, False)
-    o2, lse2, _ = attention_op(q, k2, v2, lengths, None, None, 1.0, False, 0.0, 0, False)
+    o1, lse1 = attention_op([q, k1, v1], None, None, None, 1.0, True, 0.0, 0)
+    o2, lse2 = attention_op([q, k2, v2], lengths, None, None, 1.0, False, 0.0, 0)
     # a query without keys has an lse of +inf, which stands for an empty sum
     lse2 = torch.where(lse2 == torch.inf, -torch.inf, lse2)
     lse = torch.logaddexp2(lse1, lse2)

@@ -13,7 +13,6 @@ from torch import Tensor
 import kernels
 from kernels.dropout import Dropout, dropout_state
 from kernels.fused import attention as fused_attention
-from kernels.fused import unified_attention as fused_unified
 
 IMPLS = ("triton", "torch", "reference")
 RNG = dropout_state(42, 7, 3)
@@ -43,8 +42,8 @@ def test_lengths_and_mask_together_are_refused_below_the_api_too(function):
         "attention": (fused_attention.attention, (q, q, q), {"causal": False}),
         "self_attention": (fused_attention.self_attention, (qkv,), {"causal": False}),
         "cross_attention": (fused_attention.cross_attention, (q, kv), {"causal": False}),
-        "unified": (fused_unified.unified_attention, (q, q, q, q, q), {}),
-        "packed unified": (fused_unified.packed_unified_attention, (qkv, kv), {}),
+        "unified": (fused_attention.unified_attention, (q, q, q, q, q), {}),
+        "packed unified": (fused_attention.packed_unified_attention, (qkv, kv), {}),
     }[function]
     both = {"key_lengths": LENGTHS.to(DEVICE), "key_mask": MASK.to(DEVICE)}
     with pytest.raises(ValueError, match="expected key_lengths or key_mask, got both"):

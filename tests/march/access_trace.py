@@ -25,7 +25,6 @@ from kernels.fused import (
     linear_cross_entropy,
     residual_norm,
     tiles_attention,
-    unified_attention,
 )
 from march.cost import cache
 
@@ -182,7 +181,7 @@ def run(name: str) -> None:
         # five blocks of queries a head, as many as programs in a wave: the declaration does not know that early queries
         # of a causal head read fewer keys, which shows where a wave splits a head
         with mock.patch.object(tiles_attention, "tile", return_value=tiles_attention.Tile(32, 32, 4, 1)):
-            differentiate(unified_attention.unified_attention(*tensors, key_mask=None, **common))
+            differentiate(attention.unified_attention(*tensors, key_mask=None, **common))
     elif name == "glu":
         x, weight = torch.randn(2, 130, 128, requires_grad=True), torch.randn(400, 128, requires_grad=True)
         for recompute in (False, True):

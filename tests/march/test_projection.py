@@ -230,7 +230,7 @@ def test_tiles_of_a_launch_are_whole_and_causal_blocks_skipped():
     assert share("_attention_fwd_kernel", {"Lq": 65, "Lk": 33}, CAUSAL=False) == 128 * 64 / (65 * 33)
     # rows of queries 0..63 reach two of four blocks of keys, 64..127 all
     assert share("_attention_fwd_kernel", {"Lq": 128, "Lk": 128}, CAUSAL=True) == 6 / 8
-    assert share("_unified_attention_fwd_kernel", {"Lq": 128, "Lk": 128, "Lo": 64}) == (6 + 4) / (8 + 4)
+    assert share("_attention_fwd_kernel", {"Lq": 128, "Lk": 128, "Lk2": 64}, CAUSAL=True) == (6 + 4) / (8 + 4)
     assert share("_glu_forward_kernel", {"M": 64, "F": 40, "D": 32}) == 64 / 40
     assert share("_glu_dw_kernel", {"M": 40, "F": 40, "D": 32}) == pytest.approx(64 / 40 * 48 / 40)
     assert share("_linear_cross_entropy_fwd_kernel", {"tokens": 60, "vocabulary": 32}) == 64 / 60
