@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-LOADED = ("kernels.fused.launch", "march.model", "march.cost.size", "march.cost.step", "march.training.arguments")
+LOADED = ("kernels.fused.launch", "march.model", "march.cost.size", "march.cost.step")
 
 REGISTRIES = ("PARTS", "SPECS", "_OWN", "_SAID", "_LOADED")  # grow by what is asked, and are looked up by its name
 
