@@ -8,6 +8,7 @@ from march.console import quiet_pipe
 
 # name: (module:function of an argument list, arguments before the user's, help)
 COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "check": ("march.check:main", (), "FILE.py:NAME: what can be known of an idea before it is trained"),
     "list": ("march.training.main:main", ("--list",), "the experiments: what changes, parameters, control, claim"),
     "show": ("march.training.main:main", ("--show",), "NAME: one experiment, its configuration, parameters and cost"),
     "data": ("march.data.__main__:main", (), "prepare, describe and verify the text to train on"),

@@ -18,6 +18,15 @@ ALLOWED = {
     "march/model": {"kernels", "march.config", "march.experiments", "march.model"},
     "march/data": {"march.data", "march.console"},
     "march/cost": {"kernels", "march.config", "march.experiments", "march.model", "march.cost"},
+    "march/check": {
+        "kernels",
+        "march.config",
+        "march.console",
+        "march.experiments",
+        "march.model",
+        "march.cost",
+        "march.check",
+    },
     "march/report": {
         "kernels",
         "march.config",

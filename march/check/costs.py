@@ -1,0 +1,34 @@
+"""What an idea adds to its control: parameters, FLOPs, memory; counted on meta tensors, at the experiment's widths."""
+
+from march import cost, experiments
+from march.experiments import Experiment
+from march.model import Transformer
+
+PAPER = (921, 206)  # positions of the paper's sequences
+
+
+def compared(experiment: Experiment) -> list[tuple[str, str, str]]:
+    """(what, how much, beside the control)."""
+    control = experiments.get(experiment.control or experiment.base or "Baseline")
+    ours, theirs = (experiments.configuration(one) for one in (experiment, control))
+    counts = [cost.total_parameters(config) for config in (ours, theirs)]
+    steps = [cost.step_cost(config, *PAPER) for config in (ours, theirs)]
+    rows = [("parameters", f"{counts[0]:,}", f"{counts[0] - counts[1]:+,}")]
+    for name, unit, scale, of in (
+        ("FLOPs a sequence", "G", 1e9, lambda step: step.flops),
+        ("kept for backward", "MiB a sequence", 2**20, lambda step: step.saved_bytes),
+        ("bytes moved", "MiB a sequence", 2**20, lambda step: step.bytes_read + step.bytes_written),
+    ):
+        a, b = (of(step) / scale for step in steps)
+        rows.append((name, f"{a:,.1f} {unit}", f"{a / b - 1:+.1%}"))
+    return [(what, much, f"{more} to {control.name}") for what, much, more in rows]
+
+
+def shared(ours: Transformer, theirs: Transformer) -> str:
+    """How much of the control the idea begins as: parameters of the same name and values, places that drop alike."""
+    values = ours.state_dict()
+    others = theirs.state_dict()
+    same = [n for n, x in others.items() if n in values and x.shape == values[n].shape and bool((x == values[n]).all())]
+    return (
+        f"{len(same)} of the control's {len(others)} parameters begin the same, {len(values) - len(same)} are its own"
+    )

@@ -1,0 +1,133 @@
+"""`march check`: each fault of an idea is found by the question it belongs to, and the worked ideas have none."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import broken_ideas
+import pytest
+import torch
+from training_support import ROOT, process_environment
+
+from march import experiments
+from march.check import costs, effects, training
+from march.check.probes import PROBES, Fault
+from march.check.subject import Subject
+
+BROKEN = Path(broken_ideas.__file__)
+EXAMPLES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "examples").glob("*.py"))
+QUESTIONS = {**PROBES, "20 steps": training.twenty_steps}
+SEVEN = [
+    "StandardCrossAttention",
+    "SquaredReLU",
+    "QKNorm",
+    "RotaryPositions",
+    "NoPositions",
+    "GroupedKeysValues",
+    "SandwichNorm",
+]
+
+
+def subject(name):
+    return Subject.of(experiments.get(name))
+
+
+def page(*words, **environment):
+    command = [sys.executable, "-m", "march.cli", "check", *words]
+    return subprocess.run(
+        command, cwd=ROOT, env=process_environment(**environment), capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.mark.parametrize("name", [n for n, q in broken_ideas.FAULTS.items() if q in QUESTIONS])
+def test_each_fault_is_found(name):
+    with pytest.raises(Fault) as found:
+        QUESTIONS[broken_ideas.FAULTS[name]](subject(f"{BROKEN}:{name}"))
+    assert found.value.fix
+
+
+@pytest.mark.parametrize("name", [n for n, q in broken_ideas.FAULTS.items() if q == "fused kernels"])
+def test_an_activation_whose_device_code_differs_is_found(name):
+    found = page("--fused", f"{BROKEN}:{name}", TRITON_INTERPRET="1")
+    assert found.returncode == 1, found.stderr
+    assert "activation" in found.stdout.splitlines()[-1]
+
+
+def test_a_parameter_without_a_rule_does_not_build():
+    with pytest.raises(RuntimeError, match="got no rule"):
+        subject(f"{BROKEN}:OwnNoRule")
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("question", [q for q in QUESTIONS if q != "20 steps"])
+def test_the_worked_ideas_have_no_fault(name, question, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert QUESTIONS[question](subject(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*EXAMPLES, *SEVEN, "Database", "UnifiedAttention", "MixedActSOMDropout", "Best"])
+def test_the_page_of_a_sound_idea(name):
+    done = page(name)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 FAIL" in done.stdout
+
+
+def test_the_page_of_a_broken_idea():
+    """80 columns, what fails and what to do, exit code 1; what fails does not end the rest."""
+    done = page(f"{BROKEN}:OwnNoRule")
+    assert done.returncode == 1, done.stderr
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("FAIL build") for line in lines)
+    assert any(line.strip().startswith("->") for line in lines)
+    assert "1 FAIL" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("Bseline", "Baseline"), ("nowhere.py:X", "nowhere.py"), ("--fats", "--fused")]
+)
+def test_what_cannot_be_checked_is_one_line(name, said):
+    done = page(name)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "march.model.FeedForward.forward = lambda self, z, ctx: z",
+        "kernels.activations.ACTIVATIONS['mine'] = kernels.activations.ACTIVATIONS['relu']",
+        "torch.set_default_dtype(torch.float64)",
+        "torch.manual_seed(5)",
+        "torch.nn.functional.gelu = torch.relu",
+        "march.model.Norm.formula = lambda self, x: x",
+    ],
+)
+def test_what_a_file_changes_beside_itself_is_found(line, tmp_path):
+    path = tmp_path / "rude.py"
+    path.write_text(
+        "import torch, kernels, march.model\nfrom march.experiments import Experiment\n"
+        f"{line}\nRude = Experiment('Rude', 'Baseline', {{}}, 'Baseline', '')\n"
+    )
+    code = (
+        "from march.check import effects; from march import experiments; before = effects.snapshot(); "
+        f"assert not effects.changed(before); experiments.get({str(path)!r}); print(effects.changed(before))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=process_environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() != "[]"
+
+
+def test_costs_are_beside_the_controls():
+    rows = {what: rest for what, *rest in costs.compared(experiments.get("SandwichNorm"))}
+    assert rows["parameters"] == ["36,347,904", "+7,680 to Baseline"]
+    assert rows["FLOPs a sequence"][1] == "+0.0% to Baseline"
+
+
+def test_a_snapshot_is_the_same_twice():
+    before = effects.snapshot()
+    torch.rand(1)
+    assert effects.changed(before) == ["torch's generator"]
