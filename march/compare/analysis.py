@@ -190,13 +190,10 @@ def commits(variants: Sequence[Variant], parent: Path) -> set[str]:
     return found
 
 
-def to_table(found: Sequence[Row]) -> pd.DataFrame:
-    """The rows as plain values, for JSON and CSV."""
-    return pd.DataFrame([_values(row) for row in found])
-
-
-def _values(row: Row) -> dict[str, Any]:
+def values(row: Row) -> dict[str, Any]:
+    """The row as plain values, for JSON and CSV; None for what is not known."""
     d, v = row.difference, row.verdict
+    evaluations = [loss for loss in row.evaluations.values() if math.isfinite(loss)]
     return {
         "experiment": row.name,
         "control": row.variant.control,
@@ -210,9 +207,7 @@ def _values(row: Row) -> dict[str, Any]:
         "seeds": len(row.finite),
         "loss": row.loss,
         "bits_per_byte": row.bits_per_byte,
-        "validation_loss": plain.fmean(kept)
-        if (kept := [x for x in row.evaluations.values() if math.isfinite(x)])
-        else None,
+        "validation_loss": plain.fmean(evaluations) if evaluations else None,
         "difference": d.mean if d else None,
         "low": d.low if d else None,
         "high": d.high if d else None,

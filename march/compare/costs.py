@@ -97,7 +97,7 @@ def setting_of(cell: Cell, cuda: bool) -> Setting:
 def tokens_per_byte(store: Any) -> float | None:
     """Tokens for each byte of UTF-8, over the test split's first 100,000 tokens; None without any."""
     tokens = store.split("test")[:100_000]
-    size = len(store.tokenizer.decode(tokens.tolist()).encode()) if len(tokens) else 0
+    size = len(store.tokenizer().decode(tokens.tolist()).encode()) if len(tokens) else 0
     return len(tokens) / size if size else None
 
 
