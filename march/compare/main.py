@@ -86,7 +86,7 @@ def say(text: str) -> None:
 
 
 def _compare(given: argparse.Namespace, more: list[str]) -> int:
-    from march.compare import analysis, costs, report
+    from march.compare import analysis, costs, plots, report
     from march.compare.cell import FINISHED
 
     if given.device and not given.dry_run:
@@ -96,6 +96,7 @@ def _compare(given: argparse.Namespace, more: list[str]) -> int:
     options, width = _options(given, more)
     compared = plan.variants(given.names, seeds=given.seeds, options=options, control=given.control, width=width)
     points = plan.grid(given.grid or ())
+    published = plots.published_curves(given.published) if given.published else {}
     cuda = _cuda()
     chosen = []
     choosing = (
@@ -126,7 +127,7 @@ def _compare(given: argparse.Namespace, more: list[str]) -> int:
         margin=given.margin,
         grid={v.name: choosing[v.name] for v in final if v.name in choosing},
         commits=analysis.commits(final, given.runs),
-        published=given.published,
+        published=published,
         command=["march", "compare", *given.names],
     )
     report.print_rows(rows)

@@ -52,32 +52,36 @@ def variants(
     Raises:
         UsageError, march.config.ConfigError: a name, a seed or a width that cannot be.
     """
-    found = [_name(name) for name in names]
-    if len(set(found)) < len(found):
-        raise UsageError(f"expected each experiment once, got {' '.join(found)}; leave the second out")
-    counts = _counts(seeds, found)
-    if control is not None and _name(control) not in found:
+    found = {_spec(name): experiments.get(name) for name in names}
+    if len(found) < len(names):
+        raise UsageError(f"expected each experiment once, got {' '.join(names)}; leave the second out")
+    counts = _counts(seeds, list(found))
+    if control is not None and _spec(control) not in found:
         raise UsageError(f"expected --control among {', '.join(found)}, got {control!r}; add it to the experiments")
     result = []
-    for name in found:
-        own = experiments.get(name).control
-        judge = _name(control) if control else own if own in found else found[0]
+    for spec, experiment in found.items():
+        # a file's experiment may have a control of that file
+        own = next(
+            (s for s, e in found.items() if e.name == experiment.control and e.file in (None, experiment.file)), None
+        )
+        judge = _spec(control) if control else own or next(iter(found))
+        missing = experiment.control if judge != own and experiment.control != judge else None
         result.append(
             Variant(
-                name,
-                None if judge == name else judge,
-                own if own not in (judge, None) else None,
-                (*options, *_set(_widths(name, width))),
-                tuple(range(1, counts[name] + 1)),
+                spec,
+                None if judge == spec else judge,
+                missing,
+                (*options, *_set(_widths(spec, width))),
+                tuple(range(1, counts[spec] + 1)),
             )
         )
     return result
 
 
-def _name(text: str) -> str:
-    """The experiment's name; a file's stays as it was given."""
+def _spec(text: str) -> str:
+    """The experiment's name; a file's as it was given, and with the name."""
     experiment = experiments.get(text)
-    return text if ":" in text else experiment.name
+    return experiment.name if experiment.file is None else f"{text.partition('.py')[0]}.py:{experiment.name}"
 
 
 def _counts(text: str, names: Sequence[str]) -> dict[str, int]:
@@ -89,7 +93,7 @@ def _counts(text: str, names: Sequence[str]) -> dict[str, int]:
             raise UsageError(f"expected a number of seeds such as 5 or 5,Baseline=8, got {text[:60]!r}; 5 is usual")
         if not equals:
             counts = dict.fromkeys(names, int(number)) | counts
-        elif (known := _name(name)) in names:
+        elif (known := _spec(name)) in names:
             counts[known] = int(number)
         else:
             hint = ", ".join(nearest(name, list(names))) or "add it"

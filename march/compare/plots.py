@@ -13,6 +13,7 @@ from scipy import special
 
 from march.compare.analysis import Row
 from march.compare.statistics import ALPHA, BETTER, WORSE
+from march.console import UsageError
 
 GREY, INK = "#9aa0a6", "#3c4043"
 COLOURS = {BETTER: "#1a7f5a", WORSE: "#c5442f"}
@@ -227,3 +228,23 @@ def _label(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
         if all(abs(place[1] - y) > 0.045 or abs(place[0] - z) > 0.35 for z, y in taken):
             taken.append(place)
             axes.annotate(name, (x, loss), xytext=(6, 3), textcoords="offset points", fontsize=7.5, color=INK)
+
+
+def published_curves(folder: Path) -> dict[str, pd.DataFrame]:
+    """Curves of other runs by experiment: NAME.csv with the columns step and loss.
+
+    Raises:
+        UsageError: no folder, none in it, or other columns.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.csv")):
+        try:
+            frame = pd.read_csv(path)
+            found[path.stem] = frame[["step", "loss"]].astype(float).dropna()
+        except (OSError, KeyError, ValueError) as error:
+            raise UsageError(
+                f"expected columns step and loss in {path}, got {str(error)[:80]}; mend the file"
+            ) from error
+    if not found:
+        raise UsageError(f"expected curves as NAME.csv in {folder}, got none; give their folder")
+    return found

@@ -96,21 +96,20 @@ def write(
     margin: float,
     grid: Mapping[str, Mapping[tuple[str, ...], Sequence[Cell]]],
     commits: set[str],
-    published: Path | None,
+    published: Mapping[str, pd.DataFrame],
     command: Sequence[str],
 ) -> Path:
     """Write everything into `folder`; returns the page's path.
 
     Raises:
-        UsageError: the folder cannot be written to, or `published` read.
+        UsageError: the folder cannot be written to.
     """
-    theirs = read_published(published) if published else {}
     records = [values(row) for row in rows]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for old in PICTURES:
             (folder / old).unlink(missing_ok=True)
-        pictures = plots.draw(rows, folder, margin, theirs)
+        pictures = plots.draw(rows, folder, margin, published)
         content = {
             "title": f"{rows[0].name} and {len(rows) - 1} others"
             if len(rows) > 2
@@ -206,26 +205,6 @@ def _notes(rows: Sequence[Row], commits: set[str]) -> list[str]:
     if least < 2:
         notes.append("An experiment with fewer than two finished seeds gets no verdict: one seed shows no spread.")
     return notes
-
-
-def read_published(folder: Path) -> dict[str, pd.DataFrame]:
-    """Curves of other runs by experiment: NAME.csv with the columns step and loss.
-
-    Raises:
-        UsageError: no folder, none in it, or other columns.
-    """
-    found = {}
-    for path in sorted(folder.glob("*.csv")):
-        try:
-            frame = pd.read_csv(path)
-            found[path.stem] = frame[["step", "loss"]].astype(float).dropna()
-        except (OSError, KeyError, ValueError) as error:
-            raise UsageError(
-                f"expected columns step and loss in {path}, got {str(error)[:80]}; mend the file"
-            ) from error
-    if not found:
-        raise UsageError(f"expected curves as NAME.csv in {folder}, got none; give their folder")
-    return found
 
 
 def markdown(content: Mapping[str, Any]) -> str:

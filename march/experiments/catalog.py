@@ -8,7 +8,7 @@ from typing import Any
 from march.experiments.claims import BETTER, NOT_BETTER, SAME, WORSE, Claim
 from march.experiments.experiment import Experiment
 
-# Where the published text's claims are; what its runs show is computed from them, see march.training.published.
+# Where the published text's claims are; what its runs show is computed from them, see march.experiments.published.
 PUBLISHED = "published runs on 8 RTX A5000, see docs/deviations.md"
 
 UNIT_POSITIONS = {"position_init": "unit"}

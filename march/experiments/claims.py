@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from march.training.published import PUBLISHED
+from march.experiments.published import PUBLISHED
 
 BETTER, WORSE, SAME, NOT_BETTER = "better", "worse", "same", "not better"
 HOLDS, REFUTED, UNDECIDED = "holds", "refuted", "undecided here"
