@@ -133,7 +133,7 @@ def curves(rows: Sequence[Row], by_name: Mapping[str, Row], published: Mapping[s
             frame = _finite(who.curves)
             if frame.empty:
                 continue
-            _band(axes, frame, shade, who.name)
+            _band(axes, frame, shade, who.name if who is not row else "_")
             tail = frame[frame.index >= LATE * frame.index.max()].to_numpy().ravel()
             late += [value for value in tail if math.isfinite(value)]
             if who.name in published:
@@ -142,7 +142,9 @@ def curves(rows: Sequence[Row], by_name: Mapping[str, Row], published: Mapping[s
                     theirs["step"], theirs["loss"], ":", color=shade, linewidth=1.3, label=f"{who.name}, published"
                 )
                 late += theirs["loss"][theirs["step"] >= LATE * theirs["step"].max()].tolist()
-        axes.legend(frameon=False, fontsize=8, loc="upper right")
+        axes.set_title(row.name, fontsize=9, color=colour(row))
+        if len(drawn) > 1 or row.name in published:
+            axes.legend(frameon=False, fontsize=8, loc="upper right")
     room = 0.06 * (max(late) - min(late)) or 0.01
     grid[0].set_ylim(min(late) - room, max(late) + room)
     figure.supxlabel("step")
@@ -189,45 +191,57 @@ def over_steps(rows: Sequence[Row], by_name: Mapping[str, Row], margin: float) -
 
 
 def pareto(rows: Sequence[Row]) -> Any:
-    """Loss against what it cost; the line joins what nothing cheaper beats."""
+    """Loss against what it cost, where costs differ; the line joins what nothing cheaper beats."""
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
 
     known = [row for row in rows if row.loss is not None]
-    axes_of: list[tuple[str, Callable[[Row], float | None]]] = [
-        ("parameters", lambda row: row.setting.parameters),
-        ("FLOPs of a run", lambda row: row.setting.flops),
-        ("corpus tokens of a run", lambda row: row.setting.tokens),
-        ("seconds a step", lambda row: row.seconds),
-    ]
-    if len(known) < 2:
+    prices: dict[str, list[float]] = {
+        "parameters": [row.setting.parameters for row in known],
+        "FLOPs of a run": [row.setting.flops for row in known],
+        "corpus tokens of a run": [row.setting.tokens for row in known],
+        "seconds a step": [math.nan if row.seconds is None else row.seconds for row in known],
+    }
+    prices = {what: found for what, found in prices.items() if len({x for x in found if math.isfinite(x)}) > 1}
+    if not prices:
         return None
-    figure, grid = pyplot.subplots(2, 2, figsize=(10.5, 8), layout="constrained", sharey=True)
-    for axes, (what, cost) in zip(grid.flat, axes_of, strict=True):
-        points = sorted((x, row.loss, row) for row in known if (x := cost(row)) is not None and row.loss is not None)
-        best = math.inf
-        front = [(x, loss) for x, loss, _ in points if loss < best and (best := min(best, loss)) == loss]
-        axes.step(*zip(*front, strict=True), where="post", color=GREY, linewidth=1, zorder=1) if front else None
+    figure, grid = pyplot.subplots(
+        1, len(prices), figsize=(5.2 * len(prices), 4.6), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, (what, found) in zip(grid.flat, prices.items(), strict=True):
+        points = sorted(
+            ((x, row.loss or 0.0, row) for x, row in zip(found, known, strict=True) if math.isfinite(x)),
+            key=lambda point: point[:2],
+        )
+        front: list[tuple[float, float]] = []
         for x, loss, row in points:
+            if not front or loss < front[-1][1]:
+                front.append((x, loss))
             axes.plot(x, loss, "o", color=colour(row), markersize=6, zorder=2)
-        _label(axes, [(x, loss, row.name) for x, loss, row in points])
+        axes.step(*zip(*front, strict=True), where="post", color=GREY, linewidth=1, zorder=1)
         axes.set_xlabel(what)
-        axes.margins(x=0.2, y=0.1)
-    figure.supylabel("test loss, nats")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.margins(x=0.1, y=0.1)
+        _label(axes, [(x, loss, row.name) for x, loss, row in points])
+    grid[0][0].set_ylabel("test loss, nats")
     return figure
 
 
 def _label(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Names beside points; of those that would overlap only the best and the worst keep theirs."""
+    """Names beside points, towards the middle; of those that would overlap the best and the worst come first."""
     axes.autoscale_view()
-    low, high = axes.get_ylim()
-    taken: list[tuple[float, float]] = []
-    left, right = axes.get_xlim()
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    taken: list[tuple[float, float, float]] = []
     ordered = sorted(points, key=lambda point: point[1])
     for x, loss, name in [*ordered[:1], *ordered[:0:-1]]:
-        place = ((x - left) / (right - left), (loss - low) / (high - low))
-        if all(abs(place[1] - y) > 0.045 or abs(place[0] - z) > 0.35 for z, y in taken):
-            taken.append(place)
-            axes.annotate(name, (x, loss), xytext=(6, 3), textcoords="offset points", fontsize=7.5, color=INK)
+        across, up = (x - left) / (right - left), (loss - low) / (high - low)
+        wide = 0.017 * len(name) * (1 if across < 0.5 else -1)
+        span = (min(across, across + wide), max(across, across + wide))
+        if any(abs(up - y) < 0.045 and span[0] < b and span[1] > a for a, b, y in taken):
+            continue
+        taken.append((*span, up))
+        place = {"xytext": (6 if wide > 0 else -6, 3), "ha": "left" if wide > 0 else "right"}
+        axes.annotate(name, (x, loss), textcoords="offset points", fontsize=7.5, color=INK, **place)
 
 
 def published_curves(folder: Path) -> dict[str, pd.DataFrame]:

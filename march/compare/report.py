@@ -27,18 +27,18 @@ from march.training.metrics import short_number
 COLUMNS = (
     ("experiment", "", False),
     ("control", "", False),
+    ("verdict", "", False),
+    ("difference", "loss minus the control's, with its interval; p: paired by seed, u: not paired; and seeds", True),
+    ("loss", "nats per label token of the test split, mean over seeds; read once, when a run has finished", True),
+    ("bits/byte", "of label text, as if its tokens were as long as the test split's", True),
+    ("shows", "the smallest true difference that this many seeds show", True),
+    ("seeds needed", "more than there are, to show a difference of the margin", True),
+    ("spread", "standard deviation of the loss over seeds", True),
+    ("roughness", "of the training loss around its trend in the second half (second differences), median", True),
     ("change", "what differs from Baseline, or from the experiment named first", False),
     ("parameters", "", True),
     ("FLOPs", "of the forward and backward passes of a run", True),
     ("s/step", "median over steps of all runs; of this machine as it was", True),
-    ("loss", "nats per label token of the test split, mean over seeds; read once, when a run has finished", True),
-    ("bits/byte", "of label text, as if its tokens were as long as the test split's", True),
-    ("difference", "loss minus the control's, with its interval; p: paired by seed, u: not paired; and seeds", True),
-    ("spread", "standard deviation of the loss over seeds", True),
-    ("roughness", "of the training loss around its trend in the second half (second differences), median", True),
-    ("shows", "the smallest true difference that this many seeds show", True),
-    ("seeds needed", "more than there are, to show a difference of the margin", True),
-    ("verdict", "", False),
     ("claim", "what the verdict says about the published sentence", False),
     ("beware", "budgets that do not match, runs that are missing", False),
 )
@@ -53,25 +53,24 @@ PICTURES = {
 def cells(row: Row) -> list[str]:
     """A row of the table as text, in the order of COLUMNS."""
     d, v = row.difference, row.verdict
+    needed = _number(row.seeds_needed, "d")
+    if d and d.spread is not None and row.seeds_needed is None:
+        needed = f"over {statistics.MOST_SEEDS}"
     return [
         row.name,
         row.variant.control or "",
+        "" if v is None else v.name + (f" ({v.why})" if v.why else ""),
+        _difference(row),
+        _number(row.loss, ".4f"),
+        _number(row.bits_per_byte, ".3f"),
+        _number(row.detectable, ".4f"),
+        needed,
+        _number(row.spread, ".4f"),
+        _number(row.roughness, ".4f"),
         row.change,
         f"{row.setting.parameters:,}",
         short_number(row.setting.flops / 1e12) + " T",
         _number(row.seconds, ".3g"),
-        _number(row.loss, ".4f"),
-        _number(row.bits_per_byte, ".3f"),
-        _difference(row),
-        _number(row.spread, ".4f"),
-        _number(row.roughness, ".4f"),
-        _number(row.detectable, ".4f"),
-        ""
-        if d is None
-        else f"over {statistics.MOST_SEEDS}"
-        if row.seeds_needed is None and d.spread is not None
-        else _number(row.seeds_needed, "d"),
-        "" if v is None else v.name + (f" ({v.why})" if v.why else ""),
         row.claim,
         "; ".join(row.flags),
     ]
