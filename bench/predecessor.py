@@ -5,7 +5,7 @@ probabilities materialised, every encoder block run to its end, logits in full; 
 one dropout draw of the position table for the whole micro-batch, no mask on the bank. Benchmarks time it as the
 baseline, after `load` has copied a march model's parameters and the losses agree; the projection counts it.
 
-Seconds come from march.training.published (the original experiments' logs, 8 RTX A5000, 1000 steps, one seed each).
+Seconds come from march.experiments.published (the original experiments' logs, 8 RTX A5000, 1000 steps, one seed each).
 """
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kernels.activations import activation_of
 from march import experiments
 from march.config import BlockConfig, ModelConfig, resolve, unpublished
-from march.training.published import PUBLISHED
+from march.experiments.published import PUBLISHED
 
 SEQUENCES, GPUS = 1024, 8
 # micro-batches were halved by hand where memory ran out

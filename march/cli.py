@@ -11,6 +11,8 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "check": ("march.check:main", (), "FILE.py:NAME: what can be known of an idea before it is trained"),
     "list": ("march.training.main:main", ("--list",), "the experiments: what changes, parameters, control, claim"),
     "show": ("march.training.main:main", ("--show",), "NAME: one experiment, its configuration, parameters and cost"),
+    "compare": ("march.compare.main:main", (), "EXPERIMENT ...: train several over seeds, say which is better"),
+    "runs": ("march.compare.runs:main", (), "the runs that are there: filter, sort, CSV, JSON"),
     "data": ("march.data.__main__:main", (), "prepare, describe and verify the text to train on"),
 }
 

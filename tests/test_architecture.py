@@ -35,7 +35,15 @@ ALLOWED = {
         "march.data",
         "march.report",
         "march.training.budget",
-        "march.training.published",
+    },
+    "march/compare": {
+        "march.config",
+        "march.console",
+        "march.experiments",
+        "march.data",
+        "march.cost",
+        "march.compare",
+        "march.training",
     },
     "march/training": {
         "kernels",

@@ -6,6 +6,7 @@ Nothing is kept beside the cells' folders and the locks: any number of compariso
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import signal
@@ -80,12 +81,11 @@ class Progress:
             if self._statuses.get(cell) != FINISHED:
                 self._statuses[cell] = cell.status()
         news = [c for c in self._cells if self._statuses[c] in ENDED and before and before[c] not in ENDED]
-        for cell in news:
-            self._say(f"{self._counts()} | {cell.experiment} seed {cell.seed}: {outcome(cell)}")
-        if news or time.monotonic() - self._last > SAID_EVERY:
+        parts = [f"{cell.experiment} seed {cell.seed}: {outcome(cell)}" for cell in news]
+        if parts or time.monotonic() - self._last > SAID_EVERY:
             left = self._left()
-            if left is not None and (not news or left > 0):
-                self._say(f"{self._counts()} | {clock(left)} left")
+            for part in parts or ["running"]:
+                self._say(f"{self._counts()} | {part}" + (f" | {clock(left)} left" if left else ""))
             self._last = time.monotonic()
         return dict(self._statuses)
 
@@ -115,7 +115,7 @@ def outcome(cell: Cell) -> str:
     summary = cell.summary()
     if cell.ended() != FINISHED:
         return f"{cell.ended()}: {cell.why()[:160]}; {cell.folder / 'log.txt'}"
-    return f"test loss {summary.get('test_loss')}, {summary.get('process_seconds')} s"
+    return f"test loss {summary.get('test_loss', math.nan):.4f}, {summary.get('process_seconds', math.nan):.0f} s"
 
 
 def run_here(cells: Sequence[Cell], slots: Sequence[Slot], *, retry: bool, say: Say) -> dict[Cell, str]:

@@ -5,9 +5,10 @@ To add one, add an entry: two changed fields are two lines.
 
 from typing import Any
 
+from march.experiments.claims import BETTER, NOT_BETTER, SAME, WORSE, Claim
 from march.experiments.experiment import Experiment
 
-# Where the published text's claims are; loss differences are at step 1000, one seed, undecided below 0.015.
+# Where the published text's claims are; what its runs show is computed from them, see march.experiments.published.
 PUBLISHED = "published runs on 8 RTX A5000, see docs/deviations.md"
 
 UNIT_POSITIONS = {"position_init": "unit"}
@@ -15,9 +16,14 @@ FEW_LAYERS = {"num_layers": 4}
 GATED = {"feedforward": "gated", "dim_feedforward": 1365}
 MIXED = {"feedforward": "mixed", "dim_feedforward": 1365}
 
+NO_MATTER_WHICH_LAYER = Claim("no matter which layer", SAME)
+GATES_WIN = Claim("slightly better, slightly more expensive", BETTER)
+MIXED_LOSES = Claim("slightly worse", WORSE)
+NO_BETTER_WITH_A_BANK = Claim("not better", NOT_BETTER)
+
 
 def _published(
-    name: str, base: str, changes: dict[str, Any], control: str, hypothesis: str, claim: str | None = None
+    name: str, base: str, changes: dict[str, Any], control: str, hypothesis: str, claim: Claim | None = None
 ) -> Experiment:
     return Experiment(name, base, changes, control, hypothesis, claim, PUBLISHED)
 
@@ -44,7 +50,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {"num_heads": 16, **FEW_LAYERS},
         "Baseline",
         "Heads are worth more than depth.",
-        "slightly better, slightly faster: -0.024, 1.5% faster, holds",
+        Claim("slightly better, slightly faster", BETTER),
     ),
     _published(
         "MoreHeadsLessQKVDim",
@@ -52,7 +58,6 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {"dim_qkv": 32, "num_heads": 16},
         "Baseline",
         "More, narrower heads at equal parameters.",
-        "-0.006, undecided",
     ),
     _published(
         "MoreHeadsLessQKVDimLessLayers",
@@ -60,7 +65,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {"dim_qkv": 32, "num_heads": 24, **FEW_LAYERS, **UNIT_POSITIONS},
         "APEUnitVariance",
         "Narrow heads pay for fewer blocks.",
-        "on par with 4M fewer parameters: +0.004 against Baseline, holds",
+        Claim("on par with 4M fewer parameters", SAME),
     ),
     _published(
         "LessHeadsMoreQKVDim",
@@ -68,7 +73,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {"dim_qkv": 128, "num_heads": 4},
         "Baseline",
         "Fewer, wider heads at equal parameters.",
-        "slightly worse, faster: +0.051, 10% faster, holds",
+        Claim("slightly worse, faster", WORSE),
     ),
     _published(
         "ScalingHeads",
@@ -76,7 +81,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {"num_heads": (12, 8, 4)},
         "Baseline",
         "Heads belong in the early blocks.",
-        "no matter which layer: -0.012 to +0.019 over the four variants, undecided",
+        NO_MATTER_WHICH_LAYER,
     ),
     _published(
         "InverseScalingHeads",
@@ -84,7 +89,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {"num_heads": (4, 8, 12)},
         "Baseline",
         "Heads belong in the late blocks.",
-        "no matter which layer: -0.012 to +0.019 over the four variants, undecided",
+        NO_MATTER_WHICH_LAYER,
     ),
     _published(
         "ScalingHeadsConstant",
@@ -92,7 +97,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {"num_heads": (16, 8, 4), "dim_qkv": (32, 64, 128)},
         "Baseline",
         "Many narrow heads early, few wide ones late, equal parameters a block.",
-        "no matter which layer: -0.012 to +0.019 over the four variants, undecided",
+        NO_MATTER_WHICH_LAYER,
     ),
     _published(
         "InverseScalingHeadsConstant",
@@ -100,7 +105,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {"num_heads": (4, 8, 16), "dim_qkv": (128, 64, 32)},
         "Baseline",
         "Few wide heads early, many narrow ones late, equal parameters a block.",
-        "no matter which layer: -0.012 to +0.019 over the four variants, undecided",
+        NO_MATTER_WHICH_LAYER,
     ),
     _published(
         "APESumOverAverage",
@@ -108,7 +113,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {"embedding_combine": "sum"},
         "Baseline",
         "Token and position are summed, not averaged.",
-        "worse: +0.063, holds",
+        Claim("worse", WORSE),
     ),
     _published(
         "APEUnitVariance",
@@ -116,7 +121,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         UNIT_POSITIONS,
         "Baseline",
         "Positions start with the variance of tokens.",
-        "worse: +0.027, holds",
+        Claim("worse", WORSE),
     ),
     _published(
         "ReLUGatedLinearUnit",
@@ -124,7 +129,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {**GATED, **UNIT_POSITIONS},
         "APEUnitVariance",
         "A ReLU gate is worth its third matrix (Shazeer, 2020).",
-        "slightly better, slightly more expensive: +0.007 against Baseline, -0.020 against its control",
+        GATES_WIN,
     ),
     _published(
         "GELUGatedLinearUnit",
@@ -132,7 +137,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {**GATED, "activation": "gelu", **UNIT_POSITIONS},
         "APEUnitVariance",
         "A GELU gate is worth its third matrix (Shazeer, 2020).",
-        "slightly better, slightly more expensive: +0.007 against Baseline, -0.020 against its control",
+        GATES_WIN,
     ),
     _published(
         "SiLUGatedLinearUnit",
@@ -140,7 +145,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {**GATED, "activation": "silu", **UNIT_POSITIONS},
         "APEUnitVariance",
         "A SiLU gate is worth its third matrix (Shazeer, 2020).",
-        "slightly better, slightly more expensive: +0.011 against Baseline, -0.016 against its control",
+        GATES_WIN,
     ),
     _published(
         "MixedAct",
@@ -148,7 +153,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {**MIXED, **UNIT_POSITIONS},
         "APEUnitVariance",
         "A slow sigmoid and a fast ReLU branch, averaged.",
-        "slightly worse: +0.070, against its control +0.043",
+        MIXED_LOSES,
     ),
     _published(
         "MixedActSumOverMean",
@@ -156,7 +161,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {**MIXED, "mixed_factor": 1.0, **UNIT_POSITIONS},
         "APEUnitVariance",
         "A slow sigmoid and a fast ReLU branch, summed.",
-        "slightly worse: +0.043, against its control +0.015",
+        MIXED_LOSES,
     ),
     _published(
         "MixedActSOMDropout",
@@ -164,7 +169,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {**MIXED, "mixed_factor": 1.0, "slow_dropout": 0.5, **UNIT_POSITIONS},
         "APEUnitVariance",
         "Summed, the sigmoid branch dropped half of the time in training.",
-        "slightly worse: +0.047, against its control +0.019",
+        MIXED_LOSES,
     ),
     _published(
         "NoSelfAttentionResidual",
@@ -172,7 +177,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {"self_attention_residual": False, **UNIT_POSITIONS},
         "APEUnitVariance",
         "Self-attention carries what it needs itself.",
-        "significantly worse: +0.144, holds",
+        Claim("significantly worse", WORSE),
     ),
     _published(
         "Database",
@@ -180,7 +185,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {"database_states": 512},
         "Baseline",
         "A learned bank of keys and values, shared by all heads and blocks.",
-        "not better: +0.008 to +0.074 over the five variants, holds",
+        NO_BETTER_WITH_A_BANK,
     ),
     _published(
         "DatabaseFromHeads",
@@ -188,7 +193,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {"database_states": 1536, "num_heads": 4},
         "Baseline",
         "The bank replaces half of the heads.",
-        "not better: +0.008 to +0.074 over the five variants, holds",
+        NO_BETTER_WITH_A_BANK,
     ),
     _published(
         "DatabaseFromHeads2",
@@ -196,7 +201,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {"num_heads": 7},
         "Baseline",
         "The bank replaces one head.",
-        "not better: +0.008 to +0.074 over the five variants, holds",
+        NO_BETTER_WITH_A_BANK,
     ),
     _published(
         "DatabaseFromLayers",
@@ -204,7 +209,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {"database_states": 1024, **FEW_LAYERS},
         "Baseline",
         "The bank replaces a block of each stack.",
-        "not better: +0.008 to +0.074 over the five variants, holds",
+        NO_BETTER_WITH_A_BANK,
     ),
     _published(
         "DatabaseFromDim",
@@ -212,7 +217,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {"database_states": 1344, "dim_model": 448, "num_heads": 7, "dim_feedforward": 1792},
         "Baseline",
         "The bank replaces an eighth of the width.",
-        "not better: +0.008 to +0.074 over the five variants, holds",
+        NO_BETTER_WITH_A_BANK,
     ),
     _published(
         "UnifiedAttention",
@@ -220,7 +225,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {"num_heads": 12, "unified_attention": True},
         "Baseline",
         "One softmax over the decoder's own keys and the encoder's.",
-        "not very good, much less capacity: +0.328, but measured under a faulty mask, open",
+        Claim("not very good, much less capacity", WORSE, "measured under the published mask, which is faulty"),
     ),
     _published(
         "UnifiedAttentionAsPublished",
@@ -228,7 +233,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {"unified_mask": "as_published"},
         "UnifiedAttention",
         "The published mask, under which the decoder sees later tokens: what did the fault do?",
-        "+0.328 against Baseline under this mask",
+        Claim("not very good, much less capacity", WORSE, "under this mask", measured="UnifiedAttention"),
     ),
     Experiment(
         "BigHeads",

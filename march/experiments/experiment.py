@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from march.experiments.claims import Claim
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -12,9 +14,9 @@ class Experiment:
 
     base: the experiment it starts from (None: the defaults of ModelConfig). changes: the fields that differ from the
     base, no others. control: the experiment that differs in what is tested alone, to compare the loss with.
-    hypothesis: what the change tests. claim: what the published text says and its own curves show, as differences in
-    evaluation loss to Baseline. source: where the claim is from. parts: code of a file's own, by the place where it
-    stands in the model (march.experiments.own). file, sha256: of an experiment of such a file.
+    hypothesis: what the change tests. claim: what the published text says. source: where the claim is from. parts: code
+    of a file's own, by the place where it stands in the model (march.experiments.own). file, sha256: of an experiment
+    of such a file.
     """
 
     name: str
@@ -22,7 +24,7 @@ class Experiment:
     changes: Mapping[str, Any] = field(hash=False)
     control: str | None
     hypothesis: str
-    claim: str | None = None
+    claim: Claim | None = None
     source: str | None = None
     parts: Mapping[str, Any] = field(default_factory=dict, hash=False)
     file: Path | None = None

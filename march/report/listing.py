@@ -23,6 +23,7 @@ from march.config import (
 from march.cost import DEVICES, parameters, total_parameters
 from march.data import SpanCorruption
 from march.data.corpora import SOURCES
+from march.experiments import claims
 from march.training.budget import get_budget
 
 REFERENCE_DEVICE, PROCESSES = "a5000", 8
@@ -57,7 +58,9 @@ def describe(name: str) -> dict[str, Any]:
         "parameters": total_parameters(experiments.configuration(name)),
         "control": experiment.control,
         "hypothesis": experiment.hypothesis,
-        "claim": experiment.claim,
+        "claim": experiment.claim.text if experiment.claim else None,
+        "evidence": experiment.claim.evidence(name, experiment.control) if experiment.claim else None,
+        "here": claims.here(name),
         "source": experiment.source,
     }
 
@@ -75,7 +78,7 @@ def _console() -> Console:
 def print_list(rows: list[dict[str, Any]]) -> None:
     """The list as a table."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("name", "what changes", "parameters", "control", "published claim"):
+    for heading in ("name", "what changes", "parameters", "control", "published claim", "its runs", "our runs"):
         table.add_column(
             heading, justify="right" if heading == "parameters" else "left", no_wrap=heading in ("name", "parameters")
         )
@@ -84,7 +87,10 @@ def print_list(rows: list[dict[str, Any]]) -> None:
         if row["base"] not in (None, "Baseline"):
             changes = f"{row['base']}: {changes}"
         table.add_row(
-            row["name"], changes or "the reference", f"{row['parameters']:,}", row["control"] or "", row["claim"] or ""
+            row["name"],
+            changes or "the reference",
+            f"{row['parameters']:,}",
+            *(row[field] or "" for field in ("control", "claim", "evidence", "here")),
         )
     _console().print(table)
 
@@ -171,7 +177,7 @@ def print_show(shown: dict[str, Any]) -> None:
     console = _console()
     console.print(f"[bold]{shown['name']}[/bold]  {shown['hypothesis']}", highlight=False)
     if shown["claim"]:
-        console.print(f"published: {shown['claim']}", highlight=False)
+        console.print(f"published: {shown['claim']} ({shown['evidence']}); our runs: {shown['here']}", highlight=False)
     if shown["control"]:
         console.print(f"compare with: {shown['control']}", highlight=False)
 

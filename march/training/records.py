@@ -14,7 +14,7 @@ from march import config as configuration
 from march import experiments
 from march.config import ModelConfig
 from march.data import Store
-from march.training import published
+from march.experiments import published
 from march.training.arguments import Request
 from march.training.distributed import World, largest, say
 from march.training.errors import RunError

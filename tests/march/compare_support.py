@@ -1,7 +1,8 @@
 """A stand-in for train.py that the tests of comparisons start: the run folder and behaviour of a run, in milliseconds.
 
-Options that it knows: --exp, --seed, --run-dir, --resume, --steps N, --pause SECONDS (a step), and in --exp a name:
-Fails and Diverges end so, Refused leaves no folder. Each start is a line of starts.txt beside the cells' folders.
+Options that it knows: --exp, --seed, --run-dir, --resume, --steps N, --pause SECONDS (a step), --set dropout=D (adds to
+the loss), and in --exp a name: Fails and Diverges end so, Refused leaves no folder. Each start is a line of starts.txt
+beside the cells' folders.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-OFFSETS = {"Baseline": 0.0, "Better": -0.1, "Worse": 0.1}
+OFFSETS = {"SquaredReLU": -0.1, "NoPositions": 0.1}
 
 
 def write(path: Path, content) -> None:
@@ -31,8 +32,8 @@ def main() -> int:
     for name, default in (("seed", 42), ("steps", 6)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--pause", type=float, default=0.0)
-    parser.add_argument("--shift", type=float, default=0.0)
-    given = parser.parse_args()
+    parser.add_argument("--set", action="append", default=[])
+    given, _ = parser.parse_known_args()
     folder = Path(given.resume or given.run_dir)
     if given.resume:
         given = argparse.Namespace(**json.loads((folder / "config.json").read_text())["given"])
@@ -51,6 +52,7 @@ def main() -> int:
     saved = sorted(folder.glob("checkpoints/*/manifest.json"))
     done = json.loads(saved[-1].read_text()) if saved else []
     draw = random.Random(given.seed)
+    shift = sum(float(value.partition("=")[2]) for value in given.set if value.startswith("dropout="))
     noise = [draw.gauss(0, 0.02) for _ in range(given.steps)]
     for step in range(len(done) + 1, given.steps + 1):
         if stopped:
@@ -58,7 +60,7 @@ def main() -> int:
             return 128 + signal.SIGTERM
         time.sleep(given.pause)
         own = random.Random(f"{given.exp} {given.seed} {step}").gauss(0, 0.002)
-        loss = 4 + 8 / step + OFFSETS.get(given.exp, 0.0) + given.shift + noise[step - 1] + own
+        loss = 4 + 8 / step + OFFSETS.get(given.exp, 0.0) + shift + noise[step - 1] + own
         done.append({"step": step, "loss": loss, "eval_loss": loss, "seconds": 0.1, "elapsed": 0.1 * step})
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in done))
         (folder / f"checkpoints/step-{step:03}").mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from march.training.microbatch import (
     share_of_process,
 )
 from march.training.plot import plot_curve
-from march.training.published import PUBLISHED, comparison
+from march.experiments.published import PUBLISHED, comparison
 from march.training.runfolder import RunFolder, environment, refuse_other_identity
 
 TENSORS = {"model": {"w": torch.arange(600.0).reshape(20, 30)}, "exp_avg": {"w": torch.ones(20, 30)}}

@@ -1,0 +1,244 @@
+"""The report of a comparison: one page (HTML, Markdown), its pictures (PNG), and its numbers (JSON, CSV)."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from march.compare import plots, statistics
+from march.compare.analysis import Row, values
+from march.compare.cell import Cell
+from march.compare.plan import mean_loss
+from march.console import UsageError
+from march.training.files import write_text
+from march.training.metrics import short_number
+
+# heading, what it says, numeric
+COLUMNS = (
+    ("experiment", "", False),
+    ("control", "", False),
+    ("verdict", "", False),
+    ("difference", "loss minus the control's, with its interval; p: paired by seed, u: not paired; and seeds", True),
+    ("loss", "nats per label token of the test split, mean over seeds; read once, when a run has finished", True),
+    ("bits/byte", "of label text, as if its tokens were as long as the test split's", True),
+    ("shows", "the smallest true difference that this many seeds show", True),
+    ("seeds needed", "more than there are, to show a difference of the margin", True),
+    ("spread", "standard deviation of the loss over seeds", True),
+    ("roughness", "of the training loss around its trend in the second half (second differences), median", True),
+    ("change", "what differs from Baseline, or from the experiment named first", False),
+    ("parameters", "", True),
+    ("FLOPs", "of the forward and backward passes of a run", True),
+    ("s/step", "median over steps of all runs; of this machine as it was", True),
+    ("claim", "what the verdict says about the published sentence", False),
+    ("beware", "budgets that do not match, runs that are missing", False),
+)
+PICTURES = {
+    "differences.png": "Difference of the test loss to the control",
+    "curves.png": "Validation loss over steps, each beside its control (grey); the axis is that of the later steps",
+    "over_steps.png": "Difference to the control over steps",
+    "pareto.png": "Loss against what it cost; the line joins what nothing cheaper beats",
+}
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the table as text, in the order of COLUMNS."""
+    d, v = row.difference, row.verdict
+    needed = _number(row.seeds_needed, "d")
+    if d and d.spread is not None and row.seeds_needed is None:
+        needed = f"over {statistics.MOST_SEEDS}"
+    return [
+        row.name,
+        row.variant.control or "",
+        "" if v is None else v.name + (f" ({v.why})" if v.why else ""),
+        _difference(row),
+        _number(row.loss, ".4f"),
+        _number(row.bits_per_byte, ".3f"),
+        _number(row.detectable, ".4f"),
+        needed,
+        _number(row.spread, ".4f"),
+        _number(row.roughness, ".4f"),
+        row.change,
+        f"{row.setting.parameters:,}",
+        short_number(row.setting.flops / 1e12) + " T",
+        _number(row.seconds, ".3g"),
+        row.claim,
+        "; ".join(row.flags),
+    ]
+
+
+def _number(value: float | None, style: str) -> str:
+    return "" if value is None or not math.isfinite(value) else format(value, style)
+
+
+def _difference(row: Row) -> str:
+    d = row.difference
+    if d is None or d.mean is None:
+        return ""
+    interval = f" [{d.low:+.4f}, {d.high:+.4f}]" if d.low is not None else ""
+    return f"{d.mean:+.4f}{interval} {'p' if d.paired else 'u'}{d.pairs}"
+
+
+def write(
+    rows: Sequence[Row],
+    folder: Path,
+    *,
+    margin: float,
+    grid: Mapping[str, Mapping[tuple[str, ...], Sequence[Cell]]],
+    commits: set[str],
+    published: Mapping[str, pd.DataFrame],
+    command: Sequence[str],
+) -> Path:
+    """Write everything into `folder`; returns the page's path.
+
+    Raises:
+        UsageError: the folder cannot be written to.
+    """
+    records = [values(row) for row in rows]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in PICTURES:
+            (folder / old).unlink(missing_ok=True)
+        pictures = plots.draw(rows, folder, margin, published)
+        content = {
+            "title": f"{rows[0].name} and {len(rows) - 1} others"
+            if len(rows) > 2
+            else " and ".join(r.name for r in rows),
+            "when": datetime.now(UTC).isoformat(timespec="minutes"),
+            "command": " ".join(command),
+            "setting": _setting(rows),
+            "rule": rule(margin),
+            "columns": COLUMNS,
+            "rows": [cells(row) for row in rows],
+            "kinds": [_kind(row) for row in rows],
+            "counts": _counts(rows),
+            "grid": _grid(grid, rows),
+            "notes": _notes(rows, commits),
+            "pictures": [(name, PICTURES[name]) for name in pictures],
+        }
+        numbers = {"when": content["when"], "margin": margin, "alpha": statistics.ALPHA, "rows": records}
+        write_text(folder / "report.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+        pd.DataFrame(records).drop(columns="losses").to_csv(folder / "rows.csv", index=False)
+        write_text(folder / "report.md", markdown(content))
+        data = {name: base64.b64encode((folder / name).read_bytes()).decode() for name in pictures}
+        template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+        page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
+        write_text(folder / "report.html", page.render(**content, data=data))
+    except OSError as error:
+        raise UsageError(
+            f"expected to write a report into {folder}, got {error.strerror}; give another --out"
+        ) from error
+    return folder / "report.html"
+
+
+def rule(margin: float) -> list[str]:
+    """The rule of the verdicts, in sentences."""
+    same = statistics.no_difference(margin)
+    return [
+        f"A difference of {margin:g} nats or more matters. “Better” and “worse”: a two-sided t-test rejects equal "
+        f"means. “{same[0].upper()}{same[1:]}”: two one-sided tests reject a difference of that size, and the first "
+        "does not. Else “undecided”.",
+        f"Both are corrected over the table by Holm's step-down at {statistics.ALPHA:.0%}; the intervals are "
+        f"{1 - statistics.ALPHA:.0%} each, not corrected. Runs of one seed have the same text, initial values and "
+        "masks wherever two experiments agree, and are compared in pairs; where seeds do not pair, Welch's test is "
+        "used.",
+        f"“Shows” and “seeds needed” are for a chance of {statistics.POWER:.0%} at the correction's first step.",
+    ]
+
+
+def _setting(rows: Sequence[Row]) -> str:
+    kinds = {
+        f"{r.setting.steps} steps of {r.setting.sequences} sequences of {r.setting.length} tokens "
+        f"({short_number(r.setting.tokens)} in all), learning rate {r.setting.learning_rate:g}, {r.setting.precision}, "
+        f"text: {r.setting.text}"
+        for r in rows
+    }
+    return " | ".join(sorted(kinds))
+
+
+def _kind(row: Row) -> str:
+    if row.verdict is None:
+        return "control"
+    name = row.verdict.name
+    return name if name in (statistics.BETTER, statistics.WORSE, statistics.UNDECIDED) else "same"
+
+
+def _counts(rows: Sequence[Row]) -> list[tuple[str, str, int]]:
+    judged = [row for row in rows if row.verdict]
+    names = {_kind(row): row.verdict.name for row in judged if row.verdict}
+    order = [kind for kind in ("better", "worse", "same", "undecided") if kind in names]
+    return [(kind, names[kind], sum(_kind(row) == kind for row in judged)) for kind in order]
+
+
+def _grid(
+    grid: Mapping[str, Mapping[tuple[str, ...], Sequence[Cell]]], rows: Sequence[Row]
+) -> list[tuple[str, list[tuple[str, str, bool]]]]:
+    """Each experiment's values and the mean validation loss over the seeds that chose."""
+    chosen = {row.name: row.variant.chosen for row in rows}
+    return [
+        (
+            name,
+            [
+                (" ".join(point), _number(mean_loss(runs), ".4f") or "not finished", point == chosen[name])
+                for point, runs in points.items()
+            ],
+        )
+        for name, points in grid.items()
+    ]
+
+
+def _notes(rows: Sequence[Row], commits: set[str]) -> list[str]:
+    notes = []
+    if len(commits) > 1:
+        notes.append(f"The runs come from different commits: {', '.join(sorted(commits))}.")
+    least = min(len(row.finite) for row in rows)
+    if least < 2:
+        notes.append("An experiment with fewer than two finished seeds gets no verdict: one seed shows no spread.")
+    return notes
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """The page as Markdown, pictures beside it."""
+
+    def line(values: Sequence[str]) -> str:
+        return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
+
+    parts = [f"# {content['title']}", content["setting"]]
+    parts.append(", ".join(f"{number} {name}" for _, name, number in content["counts"]))
+    parts += [f"**{note}**" for note in content["notes"]]
+    columns = content["columns"]
+    rule_line = "|" + "|".join("---:" if numeric else "---" for _, _, numeric in columns) + "|"
+    table = [line([name for name, _, _ in columns]), rule_line, *(line(row) for row in content["rows"])]
+    parts.append("\n".join(table))
+    for name, points in content["grid"]:
+        values = [f"{'**' * best}{point}: {loss}{'**' * best}" for point, loss, best in points]
+        parts.append(f"{name}: validation loss of the seeds that chose: {', '.join(values)}")
+    parts += [f"![{text}]({name})" for name, text in content["pictures"]]
+    parts += content["rule"]
+    parts.append("\n".join(f"- {name}: {text}" for name, text, _ in columns if text))
+    parts.append(f"{content['command']}, {content['when']}")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """The verdicts on stdout."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    shown = ("experiment", "control", "loss", "difference", "shows", "verdict", "beware")
+    places = [index for index, (name, _, _) in enumerate(COLUMNS) if name in shown]
+    for place in places:
+        name, _, numeric = COLUMNS[place]
+        table.add_column(name, justify="right" if numeric else "left")
+    for row in rows:
+        texts = cells(row)
+        table.add_row(*(texts[place] for place in places))
+    console = Console()
+    (console if console.is_terminal else Console(width=220)).print(table)
