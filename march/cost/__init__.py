@@ -19,6 +19,7 @@ _LAZY = {
     "counted_as": "fitting",
     "memory": "fitting",
     "fitting_micro_batch": "fitting",
+    "room": "fitting",
     "state_bytes": "fitting",
 }
 

@@ -81,7 +81,8 @@ def tensor_bytes(x: Tensor) -> int:
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+    """Those that have a storage; a sparse one is made of two that do."""
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.layout is torch.strided]
 
 
 def total_bytes(many: Iterable[Tensor]) -> int:
@@ -125,6 +126,11 @@ class Counter(TorchDispatchMode):
         self._launches = launches if launches is not None else []
         self._noted = len(self._launches)
         self._numbers = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: to keep torch.compile out of a mode, where nobody calls it, torch imports it, 1.5 s."""
+        return False
 
     def ignore(self, x: Tensor) -> None:
         """Takes the storage of `x` as one that is there anyhow, a parameter's."""
