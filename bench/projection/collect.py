@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from pydantic import TypeAdapter
 
 from bench.cache import LENGTHS, ROOT, sources_hash, write
-from bench.predecessor import Eager
 from bench.projection import executed
 from kernels.compile_only import ARCHITECTURES, Launch
 from kernels.compile_only.report import report
@@ -29,11 +28,15 @@ from march.cost.flops import FORMULAS
 from march.cost.ledger import entry
 from march.cost.measure import DTYPES, measure
 from march.cost.size import total_parameters
+from march.predecessor.eager import Eager
 
 IMPLEMENTATIONS = ("eager", "triton")
 _SHARED = ("march/config.py", "march/experiments", "march/cost", "bench/projection/collect.py")
 _EXECUTED = ("bench/projection/executed.py", str(executed.FILE.relative_to(ROOT)))
-SOURCES = {"eager": (*_SHARED, "bench/predecessor.py"), "triton": (*_SHARED, *_EXECUTED, "kernels", "march/model")}
+SOURCES = {
+    "eager": (*_SHARED, "march/predecessor/eager.py"),
+    "triton": (*_SHARED, *_EXECUTED, "kernels", "march/model"),
+}
 
 
 def versions(impl: str) -> str:

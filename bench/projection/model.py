@@ -25,10 +25,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from bench.predecessor import EVALUATION_SECONDS, SEQUENCES
 from bench.projection.collect import Call, Compiled, Counts, cdiv
 from march.cost.devices import Device
 from march.cost.ledger import optimizer_row
+from march.predecessor.published import EVALUATION_SECONDS, SEQUENCES
 
 # between two kernels of one stream on a full queue, start and drain included; the host runs ahead
 LAUNCH_SECONDS = 4e-6

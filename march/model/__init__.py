@@ -1,4 +1,4 @@
-"""The model: `build_model`, and the predecessor's checkpoints."""
+"""The model, and `build_model`."""
 
 from typing import Any
 
@@ -6,10 +6,9 @@ import kernels
 from march import experiments
 from march.config import resolve
 from march.model.layers import Block
-from march.model.predecessor import load_predecessor, to_predecessor
 from march.model.transformer import Output, Transformer
 
-__all__ = ["Block", "Output", "Transformer", "build_model", "load_predecessor", "to_predecessor"]
+__all__ = ["Block", "Output", "Transformer", "build_model"]
 
 
 def build_model(
