@@ -25,8 +25,8 @@ from kernels.compile_only.report import report
 from march import experiments
 from march.cost.counter import Counter, Event, Product
 from march.cost.flops import FORMULAS
-from march.cost.ledger import entry
 from march.cost.measure import DTYPES, measure
+from march.cost.op_costs import event_cost
 from march.cost.size import total_parameters
 from march.predecessor.eager import Eager
 
@@ -122,7 +122,7 @@ def group(calls: Iterable[Call]) -> tuple[Call, ...]:
 
 
 def _call(event: Event, operator: str, compiled: Compiled | None = None) -> Call:
-    cost = entry(event)
+    cost = event_cost(event)
     executed = round(cost.flops * executed_share(event.launch)) if event.launch and compiled else 0
     traffic = cost.dram_read, cost.dram_written
     return Call(event.phase, operator, event.name, 1, cost.flops, *traffic, event.product, compiled, executed)
