@@ -16,7 +16,10 @@ setup(
     packages=find_packages(include=["kernels", "kernels.*", "march", "march.*"]),
     entry_points={"console_scripts": ["march = march.cli:main"]},
     # tiles that `python -m kernels.tune` measured are part of the kernels
-    package_data={"march": ["py.typed", "compare/*.html", "experiments/*.json"], "kernels": ["py.typed", "fused/measured/*.json"]},
+    package_data={
+        "march": ["py.typed", "compare/*.html", "experiments/*.json"],
+        "kernels": ["py.typed", "fused/measured/*.json"],
+    },
     install_requires=[
         # older: memory corruption in torch.load(weights_only=True), GHSA-63cw-57p8-fm3p
         "torch>=2.10",

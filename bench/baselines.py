@@ -1,5 +1,5 @@
-"""What training steps are measured against beside `bench.predecessor.Eager`: models of two libraries at the same widths
-and depths, and the settings of precision that they run in."""
+"""What training steps are measured against beside `march.predecessor.eager.Eager`: models of two libraries at the same
+widths and depths, and the settings of precision that they run in."""
 
 from collections.abc import Callable
 from typing import Any

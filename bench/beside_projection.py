@@ -10,10 +10,10 @@ import torch
 
 from bench import machine
 from bench.cache import LENGTHS, ROOT
-from bench.predecessor import SEQUENCES
 from bench.projection import Projection
 from bench.report.load import ReportError, benchmark, projections, read_projections
 from march.cost import DEVICES, find_device
+from march.predecessor.published import SEQUENCES
 
 
 def projected_here(paths: list[Path]) -> list[Projection]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels import cases
 from kernels.cases import Call
 from kernels.dropout import Dropout, dropout_state
-from march.cost.boundary import NEEDED
+from march.cost.compulsory import NEEDED
 
 DIRECTIONS = ("forward", "backward", "both")
 

@@ -22,27 +22,27 @@ import kernels
 from bench.cache import LENGTHS
 from bench.tables import markdown, table
 from march import cost, experiments
-from march.cost import Ledger
+from march.cost import OpCosts
 
 GB, GIB = 1e9, 2**30
 FITS = ("triton", "torch", "reference")
 
 
-def _excess(ledger: Ledger) -> str:
+def _excess(ledger: OpCosts) -> str:
     """Rows by the bytes that they move beyond the compulsory ones, those above 1% of the sum of these."""
-    least = ledger.total("forward", "backward").boundary / 100
-    rows = sorted((r for r in ledger.rows if r.dram - r.boundary > least), key=lambda r: r.boundary - r.dram)
-    return ", ".join(f"{r.operator} {r.phase} {(r.dram - r.boundary) / GB:.2f} GB" for r in rows) or "none"
+    least = ledger.total("forward", "backward").compulsory / 100
+    rows = sorted((r for r in ledger.rows if r.dram - r.compulsory > least), key=lambda r: r.compulsory - r.dram)
+    return ", ".join(f"{r.operator} {r.phase} {(r.dram - r.compulsory) / GB:.2f} GB" for r in rows) or "none"
 
 
-def report(name: str, impl: str, ledger: Ledger, names: bool) -> str:
+def report(name: str, impl: str, ledger: OpCosts, names: bool) -> str:
     """The ledger as text."""
     rows = table(
         "phase | operator | launches | calls | TFLOP | read | written | DRAM | compulsory | ratio | kept MiB",
         "{row.phase} | {row.operator} | {row.launches} | {row.calls} | {row.flops:.3TFLOP} | {row.bytes_read:.3GB} | "
-        "{row.bytes_written:.3GB} | {row.dram:.3GB} | {row.boundary:.3GB} | {ratio:.2f} | {row.saved:.0MiB}",
+        "{row.bytes_written:.3GB} | {row.dram:.3GB} | {row.compulsory:.3GB} | {ratio:.2f} | {row.saved:.0MiB}",
         [
-            {"row": row, "ratio": row.dram / row.boundary if row.boundary else None}
+            {"row": row, "ratio": row.dram / row.compulsory if row.compulsory else None}
             for row in (*ledger.rows, ledger.total("forward"), ledger.total("backward"), ledger.total())
         ],
     )
@@ -52,7 +52,8 @@ def report(name: str, impl: str, ledger: Ledger, names: bool) -> str:
         "",
         markdown(rows),
         "",
-        f"kept for backward {ledger.saved / GIB:.2f} GiB, at most alive beyond the weights {ledger.peak / GIB:.2f} GiB",
+        f"kept for backward {ledger.total().saved / GIB:.2f} GiB, "
+        f"at most alive beyond the weights {ledger.peak / GIB:.2f} GiB",
         f"DRAM bytes of forward and backward {ledger.ratio:.3f} times the compulsory; excess: {_excess(ledger)}",
     ]
     if names:
@@ -65,9 +66,8 @@ def report(name: str, impl: str, ledger: Ledger, names: bool) -> str:
         ]
     lines.append("forbidden tensors: " + ("none" if not ledger.forbidden else str(len(ledger.forbidden))))
     lines += [
-        f"  {one.reason}: {one.phase} {one.operator} {one.name} {one.dtype} {list(one.shape)} "
-        f"{one.bytes / 2**20:.0f} MiB"
-        for one in ledger.forbidden
+        f"  {reason}: {one.phase} {one.operator} {one.name} {one.dtype} {list(one.shape)} {one.bytes / 2**20:.0f} MiB"
+        for reason, one in ledger.forbidden
     ]
     return "\n".join(lines)
 
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--micro-batch: expected at least 1, got {given.micro_batch}; one sequence is the smallest")
     results = []
     for name in list(experiments.names()) if given.exp == "all" else given.exp.split(","):
-        ledger = cost.step_ledger(
+        ledger = cost.step_costs(
             experiments.configuration(name),
             *LENGTHS,
             micro_batch=given.micro_batch,

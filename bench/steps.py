@@ -12,10 +12,11 @@ import march
 from bench import baselines, machine, timing
 from bench.baselines import LIBRARIES
 from bench.kernel_calls import Sizes
-from bench.predecessor import Eager, known
 from march import experiments
 from march.config import ModelConfig
 from march.model import Transformer
+from march.predecessor.eager import Eager
+from march.predecessor.published import known
 
 EAGER = "eager PyTorch"
 OURS = ("triton", "torch")

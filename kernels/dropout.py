@@ -78,7 +78,8 @@ def philox(key: tuple[Tensor, Tensor], counter: tuple[Tensor | int, ...]) -> tup
     """First two words of Philox-4x32-10, in int64 tensors holding 32-bit values; counters broadcast."""
     k0, k1 = key
     counters = [torch.as_tensor(c, dtype=torch.int64, device=k0.device) for c in counter]
-    shape = torch.broadcast_shapes(k0.shape, k1.shape, *(c.shape for c in counters))
+    # torch.broadcast_shapes imports sympy, 0.5 s
+    shape = torch.broadcast_tensors(k0, k1, *counters)[0].shape
     if k0.device.type == "meta":
         # shapes alone: the rounds are 70 small operators a call, most of the time that counting a step took
         return k0.new_empty(shape), k0.new_empty(shape)

@@ -12,7 +12,8 @@ __all__ = ["build_model", "load_predecessor", "to_predecessor"]
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        import march.model
+        import importlib
 
-        return getattr(march.model, name)
+        module = "march.model" if name == "build_model" else "march.predecessor.weights"
+        return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module 'march' has no attribute {name!r}")

@@ -45,6 +45,7 @@ ALLOWED = {
         "march.compare",
         "march.training",
     },
+    "march/predecessor": {"kernels", "march.config", "march.experiments", "march.model", "march.predecessor"},
     "march/training": {
         "kernels",
         "march.config",

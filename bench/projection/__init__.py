@@ -1,6 +1,6 @@
 """Projected seconds of a training step, from counted work and fitted efficiencies. A projection, never a measurement.
 
-`collect` counts what a step dispatches and launches, the eager one of `bench.predecessor` and the fused one of march,
+`collect` counts what a step dispatches and launches, the eager one of `march.predecessor` and the fused one of march,
 and keeps the counts on disk; `model` gives each call its time; `fit` finds the efficiencies on the published seconds;
 `project` applies them; `tables` prints. `python -m bench.projection` is the command.
 """

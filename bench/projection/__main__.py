@@ -31,7 +31,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from bench.predecessor import GPUS, SEQUENCES, known
 from bench.projection import executed, tables
 from bench.projection.collect import IMPLEMENTATIONS, cache_folder, product_launches
 from bench.projection.model import EXCHANGE_BANDWIDTH
@@ -40,6 +39,7 @@ from kernels.emulator.session import EMULATED
 from march import experiments
 from march.config import ConfigError
 from march.cost.devices import DEVICES
+from march.predecessor.published import GPUS, SEQUENCES, known
 
 
 def _among(known: Iterable[str], several: bool = False) -> Callable[[str], str | list[str]]:

@@ -19,21 +19,24 @@ import torch.nn.functional as F
 from pydantic import TypeAdapter
 
 from bench.cache import LENGTHS, ROOT, sources_hash, write
-from bench.predecessor import Eager
 from bench.projection import executed
 from kernels.compile_only import ARCHITECTURES, Launch
 from kernels.compile_only.report import report
 from march import experiments
 from march.cost.counter import Counter, Event, Product
 from march.cost.flops import FORMULAS
-from march.cost.ledger import entry
 from march.cost.measure import DTYPES, measure
+from march.cost.op_costs import event_cost
 from march.cost.size import total_parameters
+from march.predecessor.eager import Eager
 
 IMPLEMENTATIONS = ("eager", "triton")
 _SHARED = ("march/config.py", "march/experiments", "march/cost", "bench/projection/collect.py")
 _EXECUTED = ("bench/projection/executed.py", str(executed.FILE.relative_to(ROOT)))
-SOURCES = {"eager": (*_SHARED, "bench/predecessor.py"), "triton": (*_SHARED, *_EXECUTED, "kernels", "march/model")}
+SOURCES = {
+    "eager": (*_SHARED, "march/predecessor/eager.py"),
+    "triton": (*_SHARED, *_EXECUTED, "kernels", "march/model"),
+}
 
 
 def versions(impl: str) -> str:
@@ -119,7 +122,7 @@ def group(calls: Iterable[Call]) -> tuple[Call, ...]:
 
 
 def _call(event: Event, operator: str, compiled: Compiled | None = None) -> Call:
-    cost = entry(event)
+    cost = event_cost(event)
     executed = round(cost.flops * executed_share(event.launch)) if event.launch and compiled else 0
     traffic = cost.dram_read, cost.dram_written
     return Call(event.phase, operator, event.name, 1, cost.flops, *traffic, event.product, compiled, executed)

@@ -9,7 +9,6 @@ import pandas as pd
 import torch
 
 from bench import pages
-from bench.predecessor import EVALUATION_SECONDS, HALVED, HALVED_EXPERIMENTS, MICRO_BATCH, known
 from bench.projection import executed
 from bench.projection.fit import NOISE, PRIORS, fit, mean_error, root_mean_square
 from bench.projection.model import EXCHANGE_BANDWIDTH, LAUNCH_SECONDS, work
@@ -25,6 +24,7 @@ from bench.projection.project import (
 )
 from kernels.emulator.session import EMULATED
 from march.cost.devices import DEVICES
+from march.predecessor.published import EVALUATION_SECONDS, HALVED, HALVED_EXPERIMENTS, MICRO_BATCH, known
 
 FOLDER = Path(__file__).parent
 ASKED, AIM = 0.21, 0.185

@@ -5,7 +5,6 @@ from typing import Any
 
 import pandas as pd
 
-from bench.predecessor import SEQUENCES, published_seconds
 from bench.projection import Projection
 from bench.report import figures
 from bench.report.counted import COUNTED, MICRO_BATCH, REFERENCE, floor
@@ -13,6 +12,7 @@ from bench.report.figures import Point
 from bench.report.load import Benchmark, Sources
 from bench.tables import joined
 from march.cost import find_device
+from march.predecessor.published import SEQUENCES, published_seconds
 
 GIB = 2**30
 Ratio = tuple[float, float, float]

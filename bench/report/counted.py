@@ -27,7 +27,7 @@ Counted = dict[str, Any]
 def count(name: str, micro_batch: int = MICRO_BATCH) -> Counted:
     """One experiment through the fused kernels at the paper's lengths: rows of the ledger, bytes, what fits."""
     config = experiments.configuration(name)
-    ledger = cost.step_ledger(config, *LENGTHS, micro_batch=micro_batch, impl="triton")
+    ledger = cost.step_costs(config, *LENGTHS, micro_batch=micro_batch, impl="triton")
     memory = cost.memory(config, *LENGTHS, impl="triton")
     return {
         "micro_batch": micro_batch,
@@ -36,7 +36,7 @@ def count(name: str, micro_batch: int = MICRO_BATCH) -> Counted:
             {key: value for key, value in asdict(row).items() if key not in ("names", "moved")} | {"dram": row.dram}
             for row in ledger.rows
         ],
-        "kept": ledger.saved,
+        "kept": ledger.total().saved,
         "states": memory.states,
         "fixed": memory.fixed,
         "per_sequence": memory.per_sequence,

@@ -21,7 +21,7 @@ COLOURS = {
     "linear_cross_entropy": "#54a24b",
     "residual_norm": "#72b7b2",
     "embedding": "#9d755d",
-    "between": "#bab0ac",
+    "other": "#bab0ac",
     "adamw": "#eeca3b",
     "rest": "#d6d6d6",
     # of memory

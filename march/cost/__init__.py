@@ -10,15 +10,14 @@ from march.cost.devices import DEVICES, Device, device_peak, find_device
 _LAZY = {
     "parameters": "size",
     "total_parameters": "size",
-    "StepCost": "step",
-    "step_cost": "step",
-    "training_flops": "step",
-    "Ledger": "ledger",
-    "step_ledger": "ledger",
+    "OpCosts": "op_costs",
+    "step_costs": "op_costs",
+    "training_flops": "op_costs",
     "Memory": "fitting",
     "counted_as": "fitting",
     "memory": "fitting",
     "fitting_micro_batch": "fitting",
+    "room": "fitting",
     "state_bytes": "fitting",
 }
 

@@ -24,7 +24,7 @@ from kernels.compile_only.record import Launch
 _FREE = ("aten::_unsafe_view", "aten::lift_fresh")
 _ALLOCATE = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided")
 # Labels of what no operator owns: products of linear layers, and the rest.
-LINEAR, BETWEEN = "linear", "between"
+LINEAR, OTHER = "linear", "other"
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
 
 
@@ -81,7 +81,8 @@ def tensor_bytes(x: Tensor) -> int:
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+    """Those that have a storage; a sparse one is made of two that do."""
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.layout is torch.strided]
 
 
 def total_bytes(many: Iterable[Tensor]) -> int:
@@ -126,6 +127,11 @@ class Counter(TorchDispatchMode):
         self._noted = len(self._launches)
         self._numbers = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: to keep torch.compile out of a mode, where nobody calls it, torch imports it, 1.5 s."""
+        return False
+
     def ignore(self, x: Tensor) -> None:
         """Takes the storage of `x` as one that is there anyhow, a parameter's."""
         self._numbers += 1
@@ -140,7 +146,7 @@ class Counter(TorchDispatchMode):
         self.ignore(x)
         self.live += size
         self.peak = max(self.peak, self.live)
-        self.allocations.append(Allocation(self.operator or BETWEEN, self.phase, name, x.dtype, tuple(x.shape), size))
+        self.allocations.append(Allocation(self.operator or OTHER, self.phase, name, x.dtype, tuple(x.shape), size))
         weakref.finalize(storage, self._release, key, size)
 
     def _release(self, key: int, size: int) -> None:
@@ -157,7 +163,7 @@ class Counter(TorchDispatchMode):
     def note_launches(self) -> None:
         """Takes up the launches since the last call, under the current labels."""
         for launch in self._launches[self._noted :]:
-            self.events.append(Event(self.operator or BETWEEN, self.phase, launch.kernel, launch=launch))
+            self.events.append(Event(self.operator or OTHER, self.phase, launch.kernel, launch=launch))
         self._noted = len(self._launches)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -185,7 +191,7 @@ class Counter(TorchDispatchMode):
         inputs = tensors((args, kwargs))
         self.events.append(
             Event(
-                self.operator or (LINEAR if product else BETWEEN),
+                self.operator or (LINEAR if product else OTHER),
                 self.phase,
                 name,
                 flops,

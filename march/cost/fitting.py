@@ -84,6 +84,11 @@ def memory(
     return Memory(states, max(0, low - small * per_sequence), per_sequence)
 
 
+def room(memory_bytes: float, fixed: int) -> float:
+    """Bytes that `memory_bytes` of a device leave to sequences beside `fixed`, the model's states for instance."""
+    return memory_bytes * HEADROOM - RESERVED_BYTES - fixed
+
+
 def fitting_micro_batch(
     config: ModelConfig,
     encoder_length: int,
@@ -108,5 +113,4 @@ def fitting_micro_batch(
         zero_world=zero_world,
         device_type=device_type,
     )
-    room = memory_bytes * HEADROOM - RESERVED_BYTES - estimate.total(0)
-    return int(min(LARGEST_MICRO_BATCH, max(1, room // estimate.per_sequence)))
+    return int(min(LARGEST_MICRO_BATCH, max(1, room(memory_bytes, estimate.total(0)) // estimate.per_sequence)))

@@ -11,7 +11,7 @@ import kernels
 from kernels.compile_only import Launch, recording
 from kernels.dispatch import OPERATORS, fused_available, observed, triton_interpreted
 from march.config import ModelConfig, resolve
-from march.cost.boundary import Boundary, Observer
+from march.cost.compulsory import Compulsory, Observer
 from march.cost.counter import LINEAR, Allocation, Counter, Event
 from march.model import Transformer
 
@@ -27,7 +27,7 @@ class Measured:
 
     events: list[Event]
     allocations: list[Allocation]
-    boundaries: list[Boundary]
+    compulsory: list[Compulsory]
     peak: int
     saved: dict[str, int] = field(default_factory=dict)
 
@@ -104,8 +104,8 @@ def measure(
     by_operator: dict[str, int] = {}
     for operator, size in saved.values():
         by_operator[operator] = by_operator.get(operator, 0) + size
-    boundaries = observer.boundaries + observer.linear_boundaries()
-    return Measured(counter.events, counter.allocations, boundaries, counter.peak, by_operator)
+    compulsory = observer.compulsory + observer.linear_traffic()
+    return Measured(counter.events, counter.allocations, compulsory, counter.peak, by_operator)
 
 
 def interpreted(impl: kernels.Impl) -> bool:

@@ -1,4 +1,4 @@
-"""The model: `build_model`, and the predecessor's checkpoints."""
+"""The model, and `build_model`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,6 @@ from march.config import resolve
 from march.experiments import own
 from march.model.layers import Attention, Block, CrossAttention, FeedForward, SelfAttention, Sublayer
 from march.model.modules import Dropout, ForwardContext, Linear, Norm, ResidualStream
-from march.model.predecessor import load_predecessor, to_predecessor
 from march.model.transformer import Output, Transformer
 
 __all__ = [
@@ -27,8 +26,6 @@ __all__ = [
     "Sublayer",
     "Transformer",
     "build_model",
-    "load_predecessor",
-    "to_predecessor",
 ]
 
 

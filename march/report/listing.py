@@ -111,7 +111,7 @@ def show(name: str, changes: dict[str, Any], budget_name: str = "paper", impl: s
     corruption = SpanCorruption(budget.raw_length)
     lengths = (min(corruption.input_length, config.max_length), min(corruption.label_length, config.max_length))
     counted = cost.counted_as(kernels.parse_impl(impl), "cuda")
-    step = cost.step_cost(config, *lengths, impl=counted)
+    step = cost.step_costs(config, *lengths, micro_batch=1, impl=kernels.parse_impl(counted)).step
     estimate = cost.memory(config, *lengths, impl=counted)
     device = DEVICES[REFERENCE_DEVICE]
     fits = cost.fitting_micro_batch(config, *lengths, memory_bytes=device.memory, impl=counted)
@@ -145,7 +145,7 @@ def show(name: str, changes: dict[str, Any], budget_name: str = "paper", impl: s
             "decoder_length": lengths[1],
             "training_flops_per_sequence": step.flops,
             "training_flops_per_raw_token": step.flops / budget.raw_length,
-            "saved_for_backward_bytes_per_sequence": step.saved_bytes,
+            "saved_for_backward_bytes_per_sequence": step.saved,
             "state_bytes": estimate.states,
             "fixed_bytes": estimate.fixed,
             "bytes_per_sequence": estimate.per_sequence,

@@ -7,11 +7,16 @@ the number of processes, the ZeRO stage or the micro-batch.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import inspect
 import logging
 import math
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +131,15 @@ def validate(config: Mapping[str, Any], schema: Mapping[str, Any] = SCHEMA, path
             )
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's, but for what keeps torch.compile out of these methods: it imports the compiler, 1.5 s, and nobody
+    compiles them here."""
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
 def build_optimizer(parameters: list[nn.Parameter], budget: Budget, world: World) -> torch.optim.Optimizer:
     """AdamW over every parameter in one group: DeepSpeed's FusedAdam on CUDA, torch's AdamW on a CPU.
 
@@ -153,7 +167,7 @@ def build_optimizer(parameters: list[nn.Parameter], budget: Budget, world: World
             return optimizer
         say(world, f"DeepSpeed's FusedAdam cannot be built ({missing or 'on another rank'}): using torch's fused AdamW")
     # fused: one pass over 36M parameters instead of one for each operation
-    return torch.optim.AdamW(parameters, fused=True, **settings)
+    return AdamW(parameters, fused=True, **settings)
 
 
 def _cannot_build_fused_adam() -> str | None:
@@ -169,6 +183,39 @@ def _cannot_build_fused_adam() -> str | None:
     return None if shutil.which("ninja") else "no ninja; pip install ninja"
 
 
+def compiled_at_first_call(function: Callable | None = None, **options: Any) -> Callable:
+    """torch.compile, whose compiler is imported when the compiled function is called first instead of at once."""
+    if function is None:
+        return functools.partial(compiled_at_first_call, **options)
+
+    @functools.cache
+    def compiled() -> Callable:
+        return torch.compile(function, **options)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # inside of another compiled function this one is a part of it
+        return (function if torch.compiler.is_compiling() else compiled())(*args, **kwargs)
+
+    return call
+
+
+def import_muon() -> None:
+    """Import DeepSpeed's Muon, as its engine does to see whether an optimiser is one, without torch's compiler.
+
+    Three of its functions are compiled by a decorator, which imports torch._dynamo and torch._inductor: 4 of the 9 s
+    of a run of 20 small steps. They are compiled when they are called.
+    """
+    name = "deepspeed.runtime.zero.muon.original_muon"
+    try:
+        known = importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # a DeepSpeed without Muon
+        return
+    if known and name not in sys.modules:
+        with mock.patch.object(torch, "compile", compiled_at_first_call):
+            importlib.import_module(name)
+
+
 def build_engine(model: nn.Module, config: dict[str, Any], budget: Budget, world: World):
     """The engine around `model` (which it casts and moves in place), checked against what was asked.
 
@@ -180,6 +227,7 @@ def build_engine(model: nn.Module, config: dict[str, Any], budget: Budget, world
     # DeepSpeed reports its memory, buckets and groups at INFO and WARNING, some 60 lines a process
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     validate(config)
+    import_muon()
     wrapped = LossOnly(model)
     parameters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     model.to(world.device)  # FusedAdam refuses parameters on another device

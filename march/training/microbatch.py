@@ -8,12 +8,14 @@ reduced gradients behind, and other ranks waiting.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from march.cost.counter import Counter
 from march.training.distributed import World, largest
 from march.training.engine import PRECISIONS
 from march.training.errors import RunError, UsageError
@@ -115,6 +117,22 @@ def choose_micro_batch(
         smaller = largest_divisor(share, size // 2)
         say(f"micro-batch {size} does not fit into memory: trying {smaller} (same global batch, more accumulation)")
         size = smaller
+
+
+def sequence_bytes(model: nn.Module, attempt: Callable[[int], None], world: World) -> float:
+    """The most bytes beyond the weights that live at one time while `attempt` runs one sequence, on any rank; infinite
+    where it does not fit. n sequences take at most n times as many: no tensor grows faster than the batch."""
+    try:
+        with Counter() as counter:
+            for parameter in model.parameters():
+                counter.ignore(parameter)
+            attempt(1)
+        peak = float(counter.peak)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        peak = math.inf
+    return largest(world, peak)
 
 
 def trial(model: nn.Module, lengths: tuple[int, int], vocab_size: int, precision: str, zero: int, world: World):

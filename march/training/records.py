@@ -14,7 +14,7 @@ from march import config as configuration
 from march import experiments
 from march.config import ModelConfig
 from march.data import Store
-from march.experiments import published
+from march.experiments.published import comparison
 from march.training.arguments import Request
 from march.training.distributed import World, largest, say
 from march.training.errors import RunError
@@ -171,9 +171,7 @@ def closing_lines(
     if not end["stopped_by"]:
         if request.comparable and end["eval_loss"] is not None:
             control = request.experiment.control or "Baseline"
-            lines.append(
-                published.comparison(request.experiment.name, control, end["mean_last_losses"], end["eval_loss"])
-            )
+            lines.append(comparison(request.experiment.name, control, end["mean_last_losses"], end["eval_loss"]))
         else:
             lines.append("these losses cannot be compared with the published ones, nor with another budget's")
     lines.append(f"{folder.path}: config.json, metrics.jsonl, summary.json, {folder.curve.name}")

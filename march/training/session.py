@@ -12,6 +12,7 @@ from torch import nn
 
 import kernels
 import march
+from kernels.dispatch import OPERATORS, choice
 from march import config as configuration
 from march import cost
 from march.config import ModelConfig
@@ -27,6 +28,7 @@ from march.training.microbatch import (
     available_memory,
     choose_micro_batch,
     largest_divisor,
+    sequence_bytes,
     share_of_process,
     total_memory,
     trial,
@@ -266,6 +268,8 @@ def fit_micro_batch(
     estimate allows; tried on the device, halved where it does not fit."""
     share = share_of_process(request.budget.global_batch, world.size)
     lengths = (corruption.input_length, corruption.label_length)
+    impl, precision = request.impl, request.precision
+    attempt = trial(model, lengths, config.vocab_size, precision, request.zero, world)
     if request.micro_batch is not None:
         start = request.micro_batch
         if share % start:
@@ -276,18 +280,19 @@ def fit_micro_batch(
     elif before is not None and share % before == 0:
         start = before
     else:
-        fits = cost.fitting_micro_batch(
-            config,
-            *lengths,
-            memory_bytes=-largest(world, -float(available_memory(world))),
-            impl=request.impl,
-            dtype=request.precision,
-            zero_world=world.size if request.zero else 1,
-        )
-        start = largest_divisor(share, fits)
-    impl, precision = request.impl, request.precision
+        memory = -largest(world, -float(available_memory(world)))
+        partitions = world.size if request.zero else 1
+        states = cost.state_bytes(cost.total_parameters(config), request.precision, partitions)
+        # plainly enough memory for the whole share needs no estimate: 2 s, in which torch imports its compiler
+        plain = world.device.type == "cpu" and all(choice(o, impl, world.device) != "triton" for o in OPERATORS)
+        if plain and share * sequence_bytes(model, attempt, world) <= cost.room(memory, states):
+            start = share
+        else:
+            fits = cost.fitting_micro_batch(
+                config, *lengths, memory_bytes=memory, impl=impl, dtype=precision, zero_world=partitions
+            )
+            start = largest_divisor(share, fits)
     selftest.check(config, lengths, start, impl, precision, world)
-    attempt = trial(model, lengths, config.vocab_size, request.precision, request.zero, world)
     try:
         size = choose_micro_batch(attempt, share, start, world, lambda text: say(world, text))
     except kernels.ImplementationError as error:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kernels.compile_only import Argument, Launch
 from march import experiments
-from march.cost import cache, ledger
-from march.cost.boundary import Observer
+from march.cost import cache, op_costs
+from march.cost.compulsory import Observer
 from march.cost.counter import Allocation, Counter, Product
 from march.cost.flops import FORMULAS
 
@@ -52,13 +52,13 @@ def test_baseline_keeps_at_most_2_6_gib(baseline):
     assert 0.5 * GIB < baseline["saved"] <= 2.6 * GIB
 
 
-def test_baseline_moves_at_most_1_3_times_the_boundary(baseline):
-    assert baseline["dram_over_boundary"] <= 1.3
+def test_baseline_moves_at_most_1_3_times_the_compulsory_traffic(baseline):
+    assert baseline["dram_over_compulsory"] <= 1.3
 
 
 def test_gradients_of_keys_and_values_are_neither_copied_nor_added_between_operators(baseline):
     """What is left there: E's and T's gradients of their several uses, and the last encoder block's unused Wq."""
-    (between,) = (row for row in baseline["rows"] if (row["operator"], row["phase"]) == ("between", "backward"))
+    (between,) = (row for row in baseline["rows"] if (row["operator"], row["phase"]) == ("other", "backward"))
     assert set(between["names"]) == {"aten::add", "aten::ones_like", "aten::slice_backward"}
     table, positions, weight = 30000 * 512 * 2, 1024 * 512 * 2, 3 * 512 * 512 * 2
     # E is read by two embeddings and the output layer, T by two embeddings; the loss is one float32
@@ -79,14 +79,14 @@ def test_baseline_makes_nothing_forbidden(baseline):
 def test_every_operator_of_baseline_is_fused(baseline):
     """No row of an operator but the linear layers and autograd's own is without launches."""
     without = {row["operator"] for row in baseline["rows"] if row["launches"] == 0}
-    assert without == {"linear", "between", "adamw"}
+    assert without == {"linear", "other", "adamw"}
     linear = [row for row in baseline["rows"] if row["operator"] == "linear"]
     assert all(set(row["names"]) == {"aten::mm"} for row in linear)
     assert sum(row["calls"] for row in linear) == 22 + 2 * 22
 
 
 def test_rows_add_up(baseline):
-    for name in ledger.NUMBERS:
+    for name in op_costs.NUMBERS:
         assert baseline["total"][name] == sum(row[name] for row in baseline["rows"])
     assert all(row["dram_read"] + row["dram_written"] > 0 for row in baseline["rows"])
 
@@ -94,7 +94,7 @@ def test_rows_add_up(baseline):
 def test_flops_agree_with_the_portable_path(baseline):
     """The same products in forward; the fused backward computes scores and dP twice, for dQ and for dK and dV."""
     config = experiments.configuration("Baseline")
-    portable = ledger.step_ledger(config, micro_batch=1, impl="torch")
+    portable = op_costs.step_costs(config, micro_batch=1, impl="torch")
 
     def flops(rows: list, operators: tuple, phase: str) -> int:
         return sum(r["flops"] for r in rows if r["operator"] in operators and r["phase"] == phase)
@@ -111,11 +111,11 @@ def test_flops_agree_with_the_portable_path(baseline):
     assert 3 * entropy == 4 * 64 * flops(theirs, ("linear_cross_entropy",), "forward")
 
 
-def test_the_boundary_by_hand(baseline):
+def test_the_compulsory_traffic_by_hand(baseline):
     """Attention and glu of Baseline with a pencil: bytes of bf16 tensors of 64 sequences."""
     encoder, decoder = 64 * 921 * 512 * 2, 64 * 206 * 512 * 2
     lse = 64 * 8 * 4
-    rows = {(row["operator"], row["phase"]): row["boundary"] for row in baseline["rows"]}
+    rows = {(row["operator"], row["phase"]): row["compulsory"] for row in baseline["rows"]}
     forward = 2 * (4 * encoder + lse * 921)  # the last encoder block's attention is dead
     forward += 3 * (4 * decoder + lse * 206) + 3 * (2 * decoder + 2 * encoder + lse * 206)
     assert rows["attention", "forward"] == forward
@@ -134,12 +134,12 @@ def test_the_boundary_by_hand(baseline):
 INSERTED = """
 import json, torch
 from march import experiments
-from march.cost import step_ledger
+from march.cost import step_costs
 from march.model import Transformer
 from models import small_overrides
 
 config = experiments.configuration("Baseline", **small_overrides("Baseline"))
-before = step_ledger(config, 17, 9, micro_batch=2, precision="bf16")
+before = step_costs(config, 17, 9, micro_batch=2, precision="bf16")
 forward = Transformer.forward
 
 def with_a_copy(self, *args, **kwargs):
@@ -147,13 +147,13 @@ def with_a_copy(self, *args, **kwargs):
     return forward(self, *args, **kwargs)
 
 Transformer.forward = with_a_copy
-after = step_ledger(config, 17, 9, micro_batch=2, precision="bf16")
+after = step_costs(config, 17, 9, micro_batch=2, precision="bf16")
 Transformer.forward = forward
 
 import kernels.fused.residual_norm as module
 inner = module._row_strides
 module._row_strides = lambda *streams: inner(*(x if x is None else x.clone() for x in streams))
-inside = step_ledger(config, 17, 9, micro_batch=2, precision="bf16")
+inside = step_costs(config, 17, 9, micro_batch=2, precision="bf16")
 module._row_strides = inner
 print(json.dumps([one.to_dict() for one in (before, after, inside)]))
 """
@@ -180,18 +180,18 @@ def test_an_inserted_copy_raises_the_bytes_by_exactly_that():
 EXPERIMENTS = """
 import json, sys
 from march import experiments
-from march.cost import step_ledger
+from march.cost import step_costs
 from models import small_overrides
 
 found = {}
 for name in experiments.names():
     config = experiments.configuration(name, **small_overrides(name))
-    one = step_ledger(config, 17, 9, micro_batch=2)
+    one = step_costs(config, 17, 9, micro_batch=2)
     found[name] = [one.to_dict(), one.ratio]
     if name in ("Baseline", "UnifiedAttention", "Database", "MixedActSOMDropout", "NoSelfAttentionResidual"):
         # heads of a width that the fused kernels do not fill up
         config = experiments.configuration(name, **small_overrides(name) | {"dim_qkv": 16, "dim_feedforward": 32})
-        found[name] += [step_ledger(config, 17, 9, micro_batch=2, impl=impl).to_dict() for impl in ("triton", "torch")]
+        found[name] += [step_costs(config, 17, 9, micro_batch=2, impl=impl).to_dict() for impl in ("triton", "torch")]
 print(json.dumps(found))
 """
 
@@ -202,8 +202,8 @@ def test_every_experiment_has_a_ledger():
     assert set(found) == set(experiments.names())
     for name, (one, ratio, *others) in found.items():
         assert ratio >= 1.0, name
-        # the boundary is the operators', whoever computes them
-        sides = [{(r["operator"], r["phase"]): r["boundary"] for r in other["rows"]} for other in others]
+        # the compulsory traffic is the operators', whoever computes them
+        sides = [{(r["operator"], r["phase"]): r["compulsory"] for r in other["rows"]} for other in others]
         assert len(sides) in (0, 2)
         assert sides[:1] == sides[1:], name
         # the faulty mask of the published run exists in the reference only, which makes its scores; dK and dV of heads
@@ -326,14 +326,14 @@ def allocation(shape: tuple, dtype: torch.dtype = torch.bfloat16, operator: str 
         (allocation((64, 1127, 8, 64)), "keys or values concatenated"),
         (allocation((64 * 206, 512), torch.float32), "float32 copy of an activation"),
         (allocation((64, 921, 2048), torch.float32), "float32 copy of an activation"),
-        (allocation((64 * 206, 30000), operator="between"), "logits over 200 MB"),
+        (allocation((64 * 206, 30000), operator="other"), "logits over 200 MB"),
         (allocation((64 * 206, 8192), operator="linear_cross_entropy"), "logits over 200 MB"),
     ],
 )
 def test_the_forbidden_is_found(one, reason):
     config = experiments.configuration("Baseline")
-    found = ledger.forbidden([one], config, (921, 206), 64)
-    assert reason in [x.reason for x in found]
+    found = op_costs.forbidden([one], config, (921, 206), 64)
+    assert reason in [why for why, _ in found]
 
 
 def test_what_a_step_makes_is_not_forbidden():
@@ -346,13 +346,13 @@ def test_what_a_step_makes_is_not_forbidden():
         allocation((64 * 206, 7552), operator="linear_cross_entropy"),
         allocation((64 * 206, 512), torch.float32, "linear_cross_entropy", "backward"),
     ]
-    assert ledger.forbidden(fine, config, (921, 206), 64) == []
+    assert op_costs.forbidden(fine, config, (921, 206), 64) == []
 
 
 def test_the_reference_makes_what_is_forbidden():
     config = experiments.configuration("Baseline")
-    found = ledger.step_ledger(config, 921, 206, micro_batch=1, impl="reference").forbidden
-    assert {"[L, L]", "float32 copy of an activation"} <= {one.reason for one in found}
+    found = op_costs.step_costs(config, 921, 206, micro_batch=1, impl="reference").forbidden
+    assert {"[L, L]", "float32 copy of an activation"} <= {why for why, _ in found}
 
 
 # ---------------------------------------------------------------- labels and memory
@@ -377,8 +377,8 @@ def test_backward_is_labelled_by_the_operator_that_it_belongs_to():
     assert ("backward", "glu", "aten::mul") in labels
     assert ("forward", "linear", "aten::mm") in labels
     assert ("backward", "linear", "aten::mm") in labels
-    assert ("forward", "between", "aten::exp") in labels
-    linear = observer.linear_boundaries()
+    assert ("forward", "other", "aten::exp") in labels
+    linear = observer.linear_traffic()
     # forward x, W, y; backward dy, x, W, dx, dW: each 64 bytes
     assert sorted((one.phase, one.bytes) for one in linear) == [("backward", 5 * 64), ("forward", 3 * 64)]
 
@@ -389,7 +389,7 @@ from march import cost, experiments
 config = experiments.configuration(sys.argv[1])
 fits = {i: cost.fitting_micro_batch(config, 921, 206, 24 * 2**30, i) for i in ("triton", "torch", "reference")}
 fits["auto"] = cost.fitting_micro_batch(config, 921, 206, 24 * 2**30, "auto", device_type="cuda")
-peak, estimate = cost.step_ledger(config, micro_batch=256).peak, cost.memory(config, impl="triton")
+peak, estimate = cost.step_costs(config, micro_batch=256).peak, cost.memory(config, impl="triton")
 print(json.dumps([fits, peak, estimate.total(256) - estimate.states]))
 """
 WIDER = ("UnifiedAttention", "Database", "SiLUGatedLinearUnit")

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bench.predecessor import HALVED_EXPERIMENTS, micro_batch, published_seconds
 from bench.projection import __main__ as command
 from bench.projection import collect, executed, tables
 from bench.projection.collect import Call, Compiled, Counts
@@ -24,6 +23,7 @@ from kernels.compile_only import Argument, Launch
 from march import experiments
 from march.cost.counter import Product
 from march.cost.devices import DEVICES
+from march.predecessor.published import HALVED_EXPERIMENTS, micro_batch, published_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 A5000 = DEVICES["a5000"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from training_support import process_world
 
+from march.experiments.published import PUBLISHED, comparison
 from march.training.arguments import NEWEST, build_parser, check, fill_from
 from march.training.budget import DEMO, PAPER, get_budget
 from march.training.checkpoint import Checkpoints, tag_of
@@ -25,7 +26,6 @@ from march.training.microbatch import (
     share_of_process,
 )
 from march.training.plot import plot_curve
-from march.experiments.published import PUBLISHED, comparison
 from march.training.runfolder import RunFolder, environment, refuse_other_identity
 
 TENSORS = {"model": {"w": torch.arange(600.0).reshape(20, 30)}, "exp_avg": {"w": torch.ones(20, 30)}}

@@ -1,51 +1,21 @@
-"""The predecessor: its model in eager PyTorch, and the micro-batches and seconds of its published runs.
+"""The predecessor's model in eager PyTorch.
 
 `Eager` computes the same function as `march.Transformer` without anything clever: one product a projection, masks and
 probabilities materialised, every encoder block run to its end, logits in full; norms with float32 statistics as T5's,
 one dropout draw of the position table for the whole micro-batch, no mask on the bank. Benchmarks time it as the
 baseline, after `load` has copied a march model's parameters and the losses agree; the projection counts it.
-
-Seconds come from march.experiments.published (the original experiments' logs, 8 RTX A5000, 1000 steps, one seed each).
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.activations import activation_of
-from march import experiments
 from march.config import BlockConfig, ModelConfig, resolve, unpublished
-from march.experiments.published import PUBLISHED
 
-SEQUENCES, GPUS = 1024, 8
-# micro-batches were halved by hand where memory ran out
-MICRO_BATCH, HALVED = 64, 32
-HALVED_EXPERIMENTS = {"MoreHeadsLessQKVDim", "MoreHeadsLessQKVDimLessLayers", "BaselineFP32"}
-HALVED_EXPERIMENTS |= {"Database", "DatabaseFromHeads2", "DatabaseFromDim"}
-# never published: what 24 GB hold (docs/ledger.md); the fused step of Best likewise
-UNPUBLISHED = {"Best": 1, "BigHeads3": 32}
-FUSED = {"Best": 8}
-# an evaluation of about 0.42 s every 20 steps is in the published seconds
-EVALUATION_SECONDS = 0.42 / 20
 KeysValues = tuple[Tensor, Tensor]
-
-
-def micro_batch(name: str, impl: str = "eager") -> int:
-    """Sequences of a micro-batch: of the eager run as it was published, a twin as its base; of the fused step 64."""
-    if impl == "triton":
-        return FUSED.get(name, MICRO_BATCH)
-    base = name.removesuffix("Controlled")
-    return HALVED if base in HALVED_EXPERIMENTS else UNPUBLISHED.get(name, MICRO_BATCH)
-
-
-def published_seconds() -> dict[str, float]:
-    """Seconds per step of the published runs, evaluation included, of those whose log has a clean figure."""
-    return {n: x.seconds_per_step for n, x in PUBLISHED.items() if x.seconds_per_step is not None and n in known()}
-
-
-def known() -> list[str]:
-    """Experiments of the published architecture: of the others there is no eager model to compare with."""
-    return [name for name in experiments.names() if not unpublished(experiments.configuration(name))]
 
 
 class Dropout(nn.Dropout):
@@ -199,8 +169,8 @@ class Eager(nn.Module):
         return F.cross_entropy(self.logits(input_ids, decoder_input_ids, attention_mask).float(), labels.flatten())
 
     @torch.no_grad()
-    def load(self, model: nn.Module) -> "Eager":
-        """Copies the parameters of the march model of the same configuration."""
+    def load(self, model: Any) -> "Eager":
+        """Copies the parameters of `model`, the march.model.Transformer of the same configuration."""
         self.embedding.weight.copy_(model.embedding)
         self.positions.copy_(model.positions)
         if self.config.database_states:
@@ -209,7 +179,7 @@ class Eager(nn.Module):
         for ours, theirs in ((self.encoder, model.encoder), (self.decoder, model.decoder)):
             sources = [source for block in theirs.blocks for source in block.layers]
             for module, norm, source in zip(ours.blocks, ours.norms, sources, strict=True):
-                norm.weight.copy_(source.norm.gain)
+                norm.get_parameter("weight").copy_(source.norm.gain)
                 for linear in source.children():
                     rows = getattr(linear, "rows", {})  # of a march Linear: its parts, named as the layers here
                     for name, part in zip(rows, linear.weight.split(list(rows.values())) if rows else (), strict=True):

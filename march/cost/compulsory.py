@@ -1,10 +1,10 @@
-"""Who does what in a step: labels by operator, and the bytes that must cross the boundary of each operator.
+"""Who does what in a step: labels by operator, and its compulsory traffic, the bytes that must cross its boundary.
 
 The seam reports every operator call (`kernels.dispatch.observed`); a call's share of backward is found by walking the
 autograd graph from its outputs to its inputs. What is left are the products of the linear layers ("linear"), and what
-autograd does between operators ("between"): sums of gradients, copies that a layout asks for.
+autograd does between operators ("other"): sums of gradients, copies that a layout asks for.
 
-The boundary of a call is the least that any implementation moves, each tensor read or written once:
+The compulsory traffic of a call is the least that any implementation moves, each tensor read or written once:
     forward   its inputs and outputs (attention: the log-sum-exp too, which backward cannot do without);
     backward  incoming gradients, what the formula needs (NEEDED), gradients of the inputs.
 Keys and values that self-attention hands on are no output, they stay where they are; what comes back to them is an
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from kernels.packed import operator_of
-from march.cost.counter import BETWEEN, LINEAR, Counter, tensor_bytes, tensors, total_bytes
+from march.cost.counter import LINEAR, OTHER, Counter, tensor_bytes, tensors, total_bytes
 
 # Inputs and outputs that an operator's backward must see again; "lse": the log-sum-exp of attention.
 NEEDED: dict[str, tuple[str, ...]] = {
@@ -47,7 +47,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 
 
 @dataclass
-class Boundary:
+class Compulsory:
     """Bytes of one call that cross its boundary."""
 
     operator: str
@@ -56,11 +56,11 @@ class Boundary:
 
 
 class Observer:
-    """Labels a counter by operator and collects boundaries; `wrap` is for kernels.dispatch.observed."""
+    """Labels a counter by operator and collects compulsory traffic; `wrap` is for kernels.dispatch.observed."""
 
     def __init__(self, counter: Counter):
         self.counter = counter
-        self.boundaries: list[Boundary] = []
+        self.compulsory: list[Compulsory] = []
         self._hooked: set[Any] = set()
 
     def wrap(self, name: str, function: Callable) -> Callable:
@@ -77,13 +77,13 @@ class Observer:
                 self.counter.operator = before
             # views of its own: what arrives at them comes from outside the operator
             out = tree_map(lambda x: x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x, out)
-            self._boundaries(name, args, kwargs, out)
+            self._note(name, args, kwargs, out)
             self._label_backward(operator, tensors((args, kwargs)), tensors(out))
             return out
 
         return call
 
-    def _boundaries(self, name: str, args: tuple, kwargs: Mapping[str, Any], out: Any) -> None:
+    def _note(self, name: str, args: tuple, kwargs: Mapping[str, Any], out: Any) -> None:
         operator, needs = operator_of(name), NEEDED[name]
         named = dict(zip(NAMES[name], args, strict=False))
         given = tensors((args, kwargs))
@@ -94,7 +94,7 @@ class Observer:
             outputs = outputs[:1]  # keys and values are handed on where they are
         batch, length, heads = tensors(out)[0].shape[:3] if "lse" in needs else (0, 0, 0)
         lse = batch * length * heads * 4
-        self.boundaries.append(Boundary(operator, "forward", total_bytes(given) + total_bytes(outputs) + lse))
+        self.compulsory.append(Compulsory(operator, "forward", total_bytes(given) + total_bytes(outputs) + lse))
         wanted = [x for x in named.values() if isinstance(x, Tensor) and x.requires_grad]
         if not wanted:
             return
@@ -102,8 +102,8 @@ class Observer:
             wanted = wanted[1:]  # one gradient serves x and s
         needed = [named[one] for one in needs if one in named]
         needed += tensors(out)[:1] if "out" in needs else []
-        backward = Boundary(operator, "backward", total_bytes(needed) + total_bytes(wanted) + lse)
-        self.boundaries.append(backward)
+        backward = Compulsory(operator, "backward", total_bytes(needed) + total_bytes(wanted) + lse)
+        self.compulsory.append(backward)
 
         def incoming(gradient: Tensor | None) -> None:
             backward.bytes += 0 if gradient is None else tensor_bytes(gradient)
@@ -118,7 +118,7 @@ class Observer:
 
     def label_rest(self, loss: Tensor) -> None:
         """Labels what no operator owns, from the whole step's loss."""
-        self._walk([loss.grad_fn], set(), lambda node: LINEAR if "mm" in node.name().lower() else BETWEEN)
+        self._walk([loss.grad_fn], set(), lambda node: LINEAR if "mm" in node.name().lower() else OTHER)
 
     def _walk(self, start: list, ends: set, label: Callable[[Any], str]) -> None:
         stack, visited = list(start), set()
@@ -127,7 +127,7 @@ class Observer:
             if node is None or node in ends or node in visited:
                 continue
             visited.add(node)
-            if node not in self._hooked and (label(node) == BETWEEN or "AccumulateGrad" not in node.name()):
+            if node not in self._hooked and (label(node) == OTHER or "AccumulateGrad" not in node.name()):
                 self._hooked.add(node)
                 node.register_prehook(self._enter(label(node)))
                 node.register_hook(self._leave)
@@ -144,14 +144,14 @@ class Observer:
         self.counter.note_launches()
         self.counter.operator = ""
 
-    def linear_boundaries(self) -> list[Boundary]:
+    def linear_traffic(self) -> list[Compulsory]:
         """Of the products outside the operators: each layer's tensors once, forward and backward apart."""
-        calls: dict[int, tuple[Boundary, set[int]]] = {}
+        calls: dict[int, tuple[Compulsory, set[int]]] = {}
         for event in self.counter.events:
             if event.operator == LINEAR:
                 # backward is two products that share the incoming gradient, of one node of the graph
                 boundary, storages = calls.setdefault(
-                    event.node or -len(calls) - 1, (Boundary(LINEAR, event.phase, 0), set())
+                    event.node or -len(calls) - 1, (Compulsory(LINEAR, event.phase, 0), set())
                 )
                 for number, size in event.touched:
                     if number not in storages:
