@@ -1,5 +1,6 @@
 """The operator calls that `pytest bench/` times: what they compute, what they move at least, how they are named."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 from kernels import cases
 from kernels.cases import Call
 from kernels.dropout import Dropout, dropout_state
-from march.cost.compulsory import NEEDED
+from kernels.operators import OPERATORS
 
 DIRECTIONS = ("forward", "backward", "both")
 
@@ -89,53 +90,28 @@ def arguments(call: Call, device: torch.device, dropout: bool = True) -> dict[st
 # ---------------------------------------------------------------- what a call computes and moves
 
 
+def _sizes(call: Call) -> dict[str, int]:
+    """Of the axes of the operator's contract."""
+    return OPERATORS[call.operator].sizes(**call.dims)
+
+
 def flops(call: Call, direction: str) -> int:
     """FLOPs of the products that the formula needs, two for each multiply-add. Scores that a causal mask hides are
     left out; so is whatever an implementation computes again, but for attention's scores in backward."""
-    d = call.dims
-    if call.operator in ("attention", "unified_attention"):
-        own = d["queries"] * (d["queries"] + 1) // 2
-        pairs = own + d["queries"] * d["other"] if "other" in d else d["queries"] * d["keys"]
-        if call.kwargs.get("causal"):
-            pairs = own
-        scores, value = d["batch"] * d["heads"] * pairs, d.get("value_width") or d["width"]
-        forward, backward = 2 * scores * (d["width"] + value), 2 * scores * (3 * d["width"] + 2 * value)
-    elif call.operator == "glu":
-        rows = d["hidden"] * (1 if call.kwargs["kind"] == "plain" else 2)
-        forward = 2 * d["batch"] * d["length"] * d["width"] * rows
-        backward = 2 * forward
-    elif call.operator == "linear_cross_entropy":
-        forward = 2 * d["batch"] * d["length"] * d["width"] * d["vocabulary"]
-        backward = 2 * forward
-    else:
-        forward = backward = 0
+    forward, backward = OPERATORS[call.operator].flops(_sizes(call), call.kwargs)
     return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
-
-
-def _outputs(call: Call) -> list[int]:
-    """Elements of each output that is new memory."""
-    d = call.dims
-    if call.operator in ("attention", "unified_attention"):
-        return [d["batch"] * d["queries"] * d["heads"] * (d.get("value_width") or d["width"])]
-    if call.operator == "linear_cross_entropy":
-        return [1]
-    stream = d["batch"] * d["length"] * (d["hidden"] if call.operator == "glu" else d["width"])
-    return [stream, stream] if call.operator == "residual_norm" and call.form != "norm alone" else [stream]
 
 
 def least_bytes(call: Call, direction: str, dtype: torch.dtype) -> int:
     """Bytes at the operator's boundary, each tensor read or written once: the ledger's definition (docs/ledger.md)."""
     inputs = call.inputs(dtype=dtype, device="meta")
     given: dict[str, Tensor] = {n: x for n, x in inputs.items() if x is not None}
-    outputs = sum(_outputs(call)) * dtype.itemsize
-    statistics = 0
-    if call.operator in ("attention", "unified_attention"):
-        statistics = 4 * call.dims["batch"] * call.dims["queries"] * call.dims["heads"]
+    record = OPERATORS[call.operator]
+    made = [math.prod(shape) * dtype.itemsize for shape in record.outputs(_sizes(call), given, call.kwargs)]
+    outputs, needed = sum(made), record.saved
+    statistics = 4 * call.dims["batch"] * call.dims["queries"] * call.dims["heads"] if "lse" in needed else 0
     forward = sum(x.nbytes for x in given.values()) + outputs + statistics
-    needed = NEEDED[call.operator]
-    again = (
-        sum(x.nbytes for n, x in given.items() if n in needed) + ("out" in needed) * _outputs(call)[0] * dtype.itemsize
-    )
+    again = sum(x.nbytes for n, x in given.items() if n in needed) + ("out" in needed) * made[0]
     gradients = sum(x.nbytes for x in given.values() if x.dtype.is_floating_point)
     backward = again + outputs + gradients + statistics
     return {"forward": forward, "backward": backward, "both": forward + backward}[direction]

@@ -19,18 +19,10 @@ from kernels import packed, reference
 from kernels.activations import activation_of
 from kernels.dispatch import Impl, ImplementationError, choice, implementation, transformed
 from kernels.dropout import Dropout
+from kernels.operators import CONTRACTS
 from kernels.portable.products import linear as portable_linear
 from kernels.portable.token_embedding import tied_table as portable_tied_table
-from kernels.validation import (
-    check,
-    check_dense,
-    check_indices,
-    check_keys_values,
-    check_packed,
-    check_padding,
-    check_same,
-    shape_of,
-)
+from kernels.validation import check, check_dense, check_heads, check_indices
 
 LOGITS = ("auto", "recompute", "chunks")
 
@@ -69,12 +61,39 @@ def _operator(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def _scale(scale: float | None, q: Tensor) -> float:
-    return q.shape[3] ** -0.5 if scale is None else float(scale)
-
-
 def _active(dropout: Dropout | None) -> Dropout | None:
     return dropout if dropout is not None and dropout.p > 0 else None
+
+
+def _attend(
+    form: str,
+    tensors: dict[str, Tensor],
+    impl: Impl,
+    scale: float | None,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+    dropout: Dropout | None,
+    as_published: bool = False,
+    **causal: bool,
+) -> Any:
+    """Validation and dispatch of attention, over one segment of keys or two, plain or packed."""
+    contract, padding = CONTRACTS[form], {"key_lengths": key_lengths, "key_mask": key_mask}
+    sizes = contract.check((dropout,), **tensors, **padding)
+    fix = "give the mask alone, it can express the lengths"
+    check(key_lengths is None or key_mask is None, form, "key_lengths or key_mask", "both", fix)
+    check_heads(contract, sizes)
+    first = next(iter(tensors.values()))
+    arguments = {"scale": sizes["K"] ** -0.5 if scale is None else float(scale), **causal, **padding}
+    arguments["dropout"] = _active(dropout)
+    if not as_published:
+        return implementation(form, impl, first.device, first.dtype)(*tensors.values(), **arguments)
+    name = choice(form, impl, first.device)
+    if name != "reference":
+        raise ImplementationError(
+            f"{form}: the published mask exists in impl='reference' only, got {name!r} on {first.device}; "
+            "pass impl={'unified_attention': 'reference'}"
+        )
+    return packed.resolve(form, reference)(*tensors.values(), as_published=True, **arguments)
 
 
 @_operator
@@ -103,22 +122,8 @@ def attention(
     future under causal is data like any.
     dropout: on the probabilities, rows (sequence, head, query), columns keys.
     """
-    op = "attention"
-    check(q.dim() == 4, op, "q as [B, Lq, H, K]", shape_of(q), "lay heads out as [B, L, H, K]")
-    check_same(op, (dropout,), q=q, k=k, v=v)
-    check_keys_values(op, q, k, v, ("k", "v"))
-    check_padding(op, q.shape[0], k.shape[1], key_lengths, key_mask, q.device)
-    function = implementation(op, impl, q.device, q.dtype)
-    return function(
-        q,
-        k,
-        v,
-        scale=_scale(scale, q),
-        causal=causal,
-        key_lengths=key_lengths,
-        key_mask=key_mask,
-        dropout=_active(dropout),
-    )
+    tensors = {"q": q, "k": k, "v": v}
+    return _attend("attention", tensors, impl, scale, key_lengths, key_mask, dropout, causal=causal)
 
 
 @_operator
@@ -137,20 +142,7 @@ def self_attention(
     kv is a view of the keys and values in qkv, to be handed on to `cross_attention` and its like: what comes back to
     it in backward is part of qkv's gradient, which the fused kernels write in one go.
     """
-    op = "self_attention"
-    check_packed(op, "qkv", qkv, 3)
-    check_same(op, (dropout,), qkv=qkv)
-    q, k, v = qkv.unbind(2)
-    check_keys_values(op, q, k, v, ("k", "v"))
-    check_padding(op, q.shape[0], k.shape[1], key_lengths, key_mask, q.device)
-    return implementation(op, impl, q.device, q.dtype)(
-        qkv,
-        scale=_scale(scale, q),
-        causal=causal,
-        key_lengths=key_lengths,
-        key_mask=key_mask,
-        dropout=_active(dropout),
-    )
+    return _attend("self_attention", {"qkv": qkv}, impl, scale, key_lengths, key_mask, dropout, causal=causal)
 
 
 @_operator
@@ -165,22 +157,7 @@ def cross_attention(
     impl: Impl = "auto",
 ) -> Tensor:
     """`attention` of q [B, Lq, H, K] to keys and values packed in kv [B or 1, Lk, 2, G, K]; no causal mask."""
-    op = "cross_attention"
-    check(q.dim() == 4, op, "q as [B, Lq, H, K]", shape_of(q), "lay heads out as [B, L, H, K]")
-    check_packed(op, "kv", kv, 2)
-    check_same(op, (dropout,), q=q, kv=kv)
-    k, v = kv.unbind(2)
-    check_keys_values(op, q, k, v, ("kv", "kv"))
-    check_padding(op, q.shape[0], k.shape[1], key_lengths, key_mask, q.device)
-    return implementation(op, impl, q.device, q.dtype)(
-        q,
-        kv,
-        scale=_scale(scale, q),
-        causal=False,
-        key_lengths=key_lengths,
-        key_mask=key_mask,
-        dropout=_active(dropout),
-    )
+    return _attend("cross_attention", {"q": q, "kv": kv}, impl, scale, key_lengths, key_mask, dropout, causal=False)
 
 
 def head_width(width: int, device: torch.device, *, impl: Impl = "auto") -> int:
@@ -249,10 +226,8 @@ def unified_attention(
     as_published: the mask of the published runs, whose segments were in the other order than the keys, so that a
     query saw later positions. `reference` only; any other explicit choice raises ImplementationError.
     """
-    op = "unified_attention"
-    check(q.dim() == 4, op, "q as [B, L, H, K]", shape_of(q), "lay heads out as [B, L, H, K]")
-    sources = {"q": q, "k_own": k_own, "v_own": v_own, "k_other": k_other, "v_other": v_other}
-    return _unified(op, sources, scale, key_lengths, key_mask, dropout, as_published, impl)
+    tensors = {"q": q, "k_own": k_own, "v_own": v_own, "k_other": k_other, "v_other": v_other}
+    return _attend("unified_attention", tensors, impl, scale, key_lengths, key_mask, dropout, as_published)
 
 
 @_operator
@@ -269,58 +244,8 @@ def packed_unified_attention(
 ) -> Tensor:
     """`unified_attention` of own queries, keys and values packed in qkv [B, L, 3, H, K] to themselves and to those
     packed in kv_other [B or 1, Lo, 2, G', K]."""
-    op = "packed_unified_attention"
-    check_packed(op, "qkv", qkv, 3)
-    check_packed(op, "kv_other", kv_other, 2)
-    sources = {"qkv": qkv, "kv_other": kv_other}
-    return _unified(op, sources, scale, key_lengths, key_mask, dropout, as_published, impl)
-
-
-def _unified(
-    op: str,
-    sources: dict[str, Tensor],
-    scale: float | None,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    dropout: Dropout | None,
-    as_published: bool,
-    impl: Impl,
-) -> Tensor:
-    """Validation and dispatch of `unified_attention` and its packed form, whose tensors are `sources`."""
-    check_same(op, (dropout,), **sources)
-    q, k_own, v_own, k_other, v_other = packed.unpack(*sources.values()) if "qkv" in sources else sources.values()
-    check_keys_values(op, q, k_own, v_own, ("k_own", "v_own"))
-    check_keys_values(op, q, k_other, v_other, ("k_other", "v_other"))
-    check(
-        k_own.shape[1] == q.shape[1],
-        op,
-        f"{q.shape[1]} own keys, one a query",
-        k_own.shape[1],
-        "own keys come from the queries' positions",
-    )
-    check(
-        v_own.shape[3] == v_other.shape[3],
-        op,
-        "one width of v_own and v_other",
-        f"{v_own.shape[3]} and {v_other.shape[3]}",
-        "project both to one width",
-    )
-    check_padding(op, q.shape[0], k_other.shape[1], key_lengths, key_mask, q.device)
-    arguments: dict[str, Any] = {
-        "scale": _scale(scale, q),
-        "key_lengths": key_lengths,
-        "key_mask": key_mask,
-        "dropout": _active(dropout),
-    }
-    if as_published:
-        name = choice(op, impl, q.device)
-        if name != "reference":
-            raise ImplementationError(
-                f"{op}: the published mask exists in impl='reference' only, got {name!r} on {q.device}; "
-                "pass impl={'unified_attention': 'reference'}"
-            )
-        return packed.resolve(op, reference)(*sources.values(), as_published=True, **arguments)
-    return implementation(op, impl, q.device, q.dtype)(*sources.values(), **arguments)
+    tensors = {"qkv": qkv, "kv_other": kv_other}
+    return _attend("packed_unified_attention", tensors, impl, scale, key_lengths, key_mask, dropout, as_published)
 
 
 @_operator
@@ -345,34 +270,15 @@ def glu(
     recompute: the fused kernels keep no products for backward but compute them again; the others always keep them.
     """
     op = "glu"
-    check(x.dim() == 3, op, "x as [B, L, D]", shape_of(x), "reshape it")
-    check(
-        weight.dim() == 2 and weight.shape[1] == x.shape[2],
-        op,
-        f"weight as [rows, {x.shape[2]}]",
-        shape_of(weight),
-        "weights are [out, in]",
-    )
+    rows = CONTRACTS[op].check((dropout, gate_dropout), x=x, weight=weight)["rows"]
     check(kind in ("plain", "gated", "mixed"), op, "kind plain, gated or mixed", repr(kind), "name one of them")
     activation_of(activation)
-    check(
-        kind == "plain" or weight.shape[0] % 2 == 0,
-        op,
-        "an even number of rows, two halves",
-        weight.shape[0],
-        "stack gate and up",
-    )
-    check(
-        kind == "mixed" or (factor == 1.0 and gate_dropout is None),
-        op,
-        "factor and gate_dropout with kind 'mixed' only",
-        kind,
-        "leave them out",
-    )
-    check_same(op, (dropout, gate_dropout), x=x, weight=weight)
-    function = implementation(op, impl, x.device, x.dtype)
+    even = kind == "plain" or rows % 2 == 0
+    check(even, op, "an even number of rows, two halves", rows, "stack gate and up")
+    mixed = kind == "mixed" or (factor == 1.0 and gate_dropout is None)
+    check(mixed, op, "factor and gate_dropout with kind 'mixed' only", kind, "leave them out")
     extra = {"recompute": True} if recompute and choice(op, impl, x.device) == "triton" else {}
-    return function(
+    return implementation(op, impl, x.device, x.dtype)(
         x,
         weight,
         kind=kind,
@@ -405,22 +311,12 @@ def residual_norm(
     stream = x if x is not None else s
     if stream is None:
         raise ValueError(f"{op}: expected x or s, got neither; give the tensor to normalise")
-    check(stream.dim() == 3, op, "x and s as [B, L, D]", shape_of(stream), "reshape it")
-    if x is not None and s is not None:
-        check(x.shape == s.shape, op, f"s as {shape_of(x)} like x", shape_of(s), "a sublayer keeps its shape")
-    check(gain.shape == stream.shape[2:], op, f"gain as [{stream.shape[2]}]", shape_of(gain), "one gain a feature")
+    width = CONTRACTS[op].check((dropout,), x=x, s=s, gain=gain)["D"]
     check(s is not None or dropout is None, op, "no dropout without s", "one", "leave it out")
-    width = stream.shape[2]
     check(features is None or 1 <= features <= width, op, f"features from 1 to {width}", features, "leave it out")
-    check_same(op, (dropout,), x=x, s=s, gain=gain)
-    return implementation(op, impl, stream.device, stream.dtype)(
-        x,
-        s,
-        gain,
-        dropout=_active(dropout),
-        eps=float(eps),
-        **({} if features in (None, width) else {"features": features}),
-    )
+    more = {} if features in (None, width) else {"features": features}
+    function = implementation(op, impl, stream.device, stream.dtype)
+    return function(x, s, gain, dropout=_active(dropout), eps=float(eps), **more)
 
 
 @_operator
@@ -445,27 +341,11 @@ def linear_cross_entropy(
     "auto" (the first for 16 bits and D up to 512, else the second); the other implementations have one way.
     """
     op = "linear_cross_entropy"
-    check(h.dim() == 3, op, "h as [B, L, D]", shape_of(h), "reshape it")
-    check(
-        weight.dim() == 2 and weight.shape[1] == h.shape[2],
-        op,
-        f"weight as [V, {h.shape[2]}]",
-        shape_of(weight),
-        "weights are [out, in]",
-    )
-    check(
-        labels.shape == h.shape[:2] and labels.dtype == torch.int64,
-        op,
-        f"labels as int64 {shape_of(h)[:2]}",
-        f"{labels.dtype} {shape_of(labels)}",
-        "one label a position",
-    )
-    check(labels.device == h.device, op, f"labels on {h.device}", labels.device, "move them there")
-    check_same(op, h=h, weight=weight)
+    words = CONTRACTS[op].check(h=h, weight=weight, labels=labels)["V"]
     whole = isinstance(ignore_index, int) and -(1 << 63) <= ignore_index < 1 << 63
     check(whole, op, "ignore_index as an int of 64 bits", repr(ignore_index), "-1 or -100 stands for no token")
     check(logits in LOGITS, op, f"logits among {', '.join(LOGITS)}", repr(logits), "auto takes the faster")
-    check_indices(op, "labels", labels, weight.shape[0], ignore_index)
+    check_indices(op, "labels", labels, words, ignore_index)
     function = implementation(op, impl, h.device, h.dtype)
     extra = {"logits": logits} if logits != "auto" and choice(op, impl, h.device) == "triton" else {}
     loss, per_token = function(h, weight, labels, scale=float(scale), ignore_index=ignore_index, **extra)
@@ -490,37 +370,10 @@ def embedding(
     does); the device is not waited for. KERNELS_DEBUG=1 in the environment names it instead (ValueError), and waits.
     """
     op = "embedding"
-    check(
-        ids.dim() == 2 and ids.dtype == torch.int64,
-        op,
-        "ids as int64 [B, L]",
-        f"{ids.dtype} {shape_of(ids)}",
-        "reshape or convert them",
-    )
-    for name, x in (("table", table), ("positions", positions)):
-        check(
-            x.dim() == 2 and x.shape[1] == table.shape[1],
-            op,
-            f"{name} as [rows, {table.shape[-1]}]",
-            shape_of(x),
-            "both tables have one width",
-        )
-    check(
-        ids.shape[1] <= positions.shape[0],
-        op,
-        f"at most {positions.shape[0]} positions",
-        ids.shape[1],
-        "shorten the sequences or enlarge max_length",
-    )
+    sizes = CONTRACTS[op].check((dropout, position_dropout), ids=ids, table=table, positions=positions)
+    length, places = sizes["L"], sizes["P"]
+    check(length <= places, op, f"at most {places} positions", length, "shorten the sequences or enlarge max_length")
     check(combine in ("average", "sum"), op, "combine average or sum", repr(combine), "name one of them")
-    check(ids.device == table.device, op, f"ids on {table.device}", ids.device, "move them there")
-    check_same(op, (dropout, position_dropout), table=table, positions=positions)
-    check_indices(op, "ids", ids, table.shape[0])
-    return implementation(op, impl, table.device, table.dtype)(
-        ids,
-        table,
-        positions,
-        combine=combine,
-        dropout=_active(dropout),
-        position_dropout=_active(position_dropout),
-    )
+    check_indices(op, "ids", ids, sizes["V"])
+    drops = {"dropout": _active(dropout), "position_dropout": _active(position_dropout)}
+    return implementation(op, impl, table.device, table.dtype)(ids, table, positions, combine=combine, **drops)

@@ -4,7 +4,6 @@ Recorded on meta tensors, a call keeps what decides its programs: layouts, dtype
 layouts the gradients of its outputs come. Its batch, lengths and vocabulary are cut as far as the programs stay.
 """
 
-import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,23 +14,14 @@ from torch import Tensor
 
 from kernels import packed
 from kernels.dropout import Dropout, dropout_state
+from kernels.operators import CONTRACTS, OPERATORS
+from kernels.operators.record import Draw
 
-# Axes of every tensor argument. Of these B batch (b: B or 1), L and S positions, V words and P rows of the positions'
-# table may be cut; heads, widths and parts are constants of the programs.
-AXES: dict[str, dict[str, str]] = {
-    "attention": {"q": "BLHK", "k": "bSGK", "v": "bSGW"},
-    "self_attention": {"qkv": "BLnHK"},
-    "cross_attention": {"q": "BLHK", "kv": "bSnGK"},
-    "unified_attention": {"q": "BLHK", "k_own": "BLGK", "v_own": "BLGW", "k_other": "bSgK", "v_other": "bSgW"},
-    "packed_unified_attention": {"qkv": "BLnHK", "kv_other": "bSnHK"},
-    "glu": {"x": "BLD", "weight": "FD"},
-    "residual_norm": {"x": "BLD", "s": "BLD", "gain": "D"},
-    "linear_cross_entropy": {"h": "BLD", "weight": "VD", "labels": "BL"},
-    "embedding": {"ids": "BL", "table": "VD", "positions": "PD"},
-}
 # (sequences, positions, words), the smallest first; the first that launches the same programs is taken. Positions and
 # words keep their remainder by 16, which Triton specialises on, and are more than the widest tile has.
 CUTS: tuple[tuple[float, float, float], ...] = ((2, 144, 304), (math.inf, 144, 304), (math.inf,) * 3)
+# sizes at which an operator is checked where no step was recorded, by axis or its first letter
+GENERIC = {"B": 2, "L": 40, "H": 2, "G": 2, "K": 64, "D": 96, "rows": 192, "V": 300, "P": 48}
 
 
 @dataclass(frozen=True)
@@ -86,69 +76,49 @@ class Call:
     def dtype(self) -> torch.dtype:
         return next(x.dtype for x in self.tensors.values() if x is not None and x.dtype.is_floating_point)
 
-    def _axes(self) -> dict[str, str]:
-        keys = "BS" if any("S" in axes for axes in AXES[self.operator].values()) else "BL"
-        return AXES[self.operator] | {"key_lengths": "B", "key_mask": keys}
-
     def cut(self, sequences: float, positions: float, words: float) -> "Call":
         """The call with at most about so many of each; see CUTS."""
-        limits = dict.fromkeys("LS", positions) | {"P": positions + 16, "V": words}
 
-        def size(letter: str, n: int) -> int:
-            if letter in "Bb":
-                return int(min(n, sequences))
-            limit = limits.get(letter, n)
-            return n if n <= limit else int(limit + (n - limit) % 16)
+        def size(axis: str, n: int) -> int:
+            limit = {"B": sequences, "L": positions, "P": positions + 16, "V": words}.get(axis[0], n)
+            if n <= limit or axis[0] == "B":
+                return int(min(n, limit))
+            return int(limit + (n - limit) % 16)
 
         return self.resized(size)
 
     def resized(self, size: Callable[[str, int], int]) -> "Call":
-        """The call with size(axis, n) in place of n, for each axis of AXES."""
+        """The call with size(axis, n) in place of n, for each named axis of the operator's contract."""
 
         def changed(name: str, x: Any) -> Any:
             if not isinstance(x, Layout):
                 return x
-            return x.cut(tuple(size(letter, n) for letter, n in zip(self._axes()[name], x.shape, strict=True)))
+            axes = CONTRACTS[self.operator].arguments[name].axes
+            return x.cut(tuple(n if a.isdigit() else size(a, n) for a, n in zip(axes, x.shape, strict=True)))
 
         tensors = {name: changed(name, x) for name, x in self.tensors.items()}
         return replace(self, tensors=tensors, kwargs={name: changed(name, x) for name, x in self.kwargs.items()})
 
     def draw(self, device: torch.device) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
-        """(tensors, other arguments) with values of variance 1 where the operator's scores and products have it."""
-        generator = torch.Generator().manual_seed(0)
-        rng = dropout_state(42, 1, 5, device)
-        sizes = {
-            letter: n
-            for name, x in self.tensors.items()
-            if x is not None
-            for letter, n in zip(AXES[self.operator][name], x.shape, strict=True)
-        }
-
-        def integers(high: int, shape: tuple[int, ...]) -> Tensor:
-            return torch.randint(0, max(high, 1), shape, generator=generator)
+        """(tensors, other arguments) with the values of the operator's record."""
+        draw, arguments = Draw(0, torch.float64, "cpu"), CONTRACTS[self.operator].arguments
+        record, rng = OPERATORS[packed.operator_of(self.operator)], dropout_state(42, 1, 5, device)
+        given = {n: x for n, x in {**self.tensors, **self.kwargs}.items() if isinstance(x, Layout)}
+        sizes = {a: n for name, x in given.items() for a, n in zip(arguments[name].axes, x.shape, strict=True)}
+        sizes |= {"ignore_index": self.kwargs.get("ignore_index", -100)}
 
         def drawn(name: str, layout: Layout) -> Tensor:
             shape = layout.shape
             if device.type == "meta":
                 return layout.place(torch.empty(shape, dtype=layout.dtype, device=device))
-            if name in ("ids", "labels"):
-                x = integers(sizes["V"], shape)
-                if name == "ids":  # half of them frequent words
-                    x = torch.where(integers(2, shape) == 0, x, x % max(1, sizes["V"] // 10))
-                else:
-                    x = x.masked_fill(integers(10, shape) == 0, self.kwargs.get("ignore_index", -100))
-            elif name == "key_lengths":
-                x = sizes.get("S", sizes["L"]) - integers(sizes.get("S", sizes["L"]), shape)
+            if name == "key_lengths":
+                x = sizes["Lk"] - draw.integers(sizes["Lk"], shape)
             elif name == "key_mask":
-                x = integers(4, shape) > 0
+                x = draw.integers(4, shape) > 0
             else:
-                x = torch.randn(shape, generator=generator, dtype=torch.float64)
-                if name == "gain":
-                    x = 1 + 0.1 * x
-                elif name == "q" or (name == "weight" and self.operator == "glu"):
-                    x *= shape[-1] ** -0.5
-                elif name == "qkv":
-                    x[:, :, 0] *= shape[-1] ** -0.5
+                x = record.draw(name, draw, sizes, shape)
+            if name == "qkv":  # its queries are drawn as q is
+                x[:, :, 0] *= shape[-1] ** -0.5
             return layout.place(x.to(device, layout.dtype))
 
         tensors = {name: None if x is None else drawn(name, x) for name, x in self.tensors.items()}
@@ -173,7 +143,7 @@ def call_of(operator: str, tensors: Iterable[Tensor | None], kwargs: Mapping[str
     def plain(x: Any) -> Any:
         return Drop(x.p) if isinstance(x, Dropout) else Layout.of(x) if isinstance(x, Tensor) else x
 
-    named = zip(AXES[operator], (plain(x) for x in tensors), strict=True)
+    named = zip(CONTRACTS[operator].tensors, (plain(x) for x in tensors), strict=True)
     return Call(operator, dict(named), {name: plain(x) for name, x in kwargs.items()})
 
 
@@ -182,33 +152,19 @@ def generic_call(operator: str, dtype: torch.dtype, contract_dropout: bool = Tru
 
     contract_dropout: False for a library that draws its own masks or has no padding; it is checked without either.
     """
-    sizes = {"B": 2, "b": 2, "L": 40, "S": 40, "n": 3, "H": 2, "G": 2, "g": 2, "K": 64, "W": 64, "D": 96, "F": 192}
-    sizes |= {"V": 300, "P": 48} | ({"n": 2} if operator == "cross_attention" else {})
-    drop = Drop(0.25) if contract_dropout else None
-    kwargs: dict[str, Any]
-    match packed.operator_of(operator):
-        case "attention" | "unified_attention" as plain:
-            lengths = Layout((2,), (1,), 0, torch.int64) if contract_dropout else None
-            kwargs = {"scale": 0.5, "key_lengths": lengths, "key_mask": None, "dropout": drop}
-            kwargs |= {"causal": operator != "cross_attention"} if plain == "attention" else {}
-        case "glu":
-            kwargs = {"kind": "gated", "activation": "gelu", "factor": 1.0, "dropout": drop, "gate_dropout": None}
-        case "residual_norm":
-            kwargs = {"dropout": drop, "eps": 1e-6}
-        case "linear_cross_entropy":
-            kwargs = {"scale": 0.125, "ignore_index": -100}
-        case "embedding":
-            kwargs = {"combine": "average", "dropout": drop, "position_dropout": drop}
+    record, contract = OPERATORS[packed.operator_of(operator)], CONTRACTS[operator]
 
-    def layout(name: str, axes: str) -> Layout:
-        shape = [sizes[letter] for letter in axes]
-        if name == "kv_other":
-            shape[2] = 2
-        integers = name in ("ids", "labels")
-        x = torch.empty(shape, dtype=torch.int64 if integers else dtype, device="meta")
-        return replace(Layout.of(x), differentiable=not integers)
+    def layout(name: str) -> Layout:
+        argument = contract.arguments[name]
+        shape = [int(axis) if axis.isdigit() else GENERIC.get(axis) or GENERIC[axis[0]] for axis in argument.axes]
+        x = torch.empty(shape, dtype=torch.int64 if argument.type else dtype, device="meta")
+        return replace(Layout.of(x), differentiable=not argument.type)
 
-    return Call(operator, {name: layout(name, axes) for name, axes in AXES[operator].items()}, kwargs)
+    drop, lengths = (Drop(0.25), "key_lengths" in contract.arguments) if contract_dropout else (None, False)
+    kwargs: dict[str, Any] = record.checked | dict.fromkeys(record.drops, drop)
+    kwargs |= {"key_lengths": layout("key_lengths")} if lengths else {}
+    kwargs |= {"causal": False} if operator == "cross_attention" else {}
+    return Call(operator, {name: layout(name) for name in contract.tensors}, kwargs)
 
 
 def results(
@@ -220,8 +176,7 @@ def results(
         outputs = function(**leaves, **kwargs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         named: dict[str, Tensor] = {f"output {i}": x for i, x in enumerate(outputs)}
-        # the loss of each token is not differentiable by contract, though it is in the formula
-        used = outputs[:1] if operator == "linear_cross_entropy" else outputs
+        used = outputs[: OPERATORS[packed.operator_of(operator)].differentiable]
         given = []
         for x, layout in zip(used, upstream or (...,) * len(used), strict=False):
             if layout is None:
@@ -244,9 +199,7 @@ def results(
 
 def fused_function(operator: str) -> Callable:
     """The fused kernels' function, past the dispatch, whose own check would come first."""
-    from kernels.dispatch import FUSED
-
-    return packed.resolve(operator, importlib.import_module(FUSED[packed.operator_of(operator)]))
+    return packed.resolve(operator, OPERATORS[packed.operator_of(operator)].module("triton"))
 
 
 def record(call: Call, arch: str) -> frozenset[str]:

@@ -1,168 +1,22 @@
-"""Input factories and shapes of the operators, shared by tests and bench.
+"""Inputs and shapes of the operators, shared by tests and bench.
 
-A factory gives an operator's tensors by argument name, drawn from a seed on the CPU and then moved: the same numbers
-on every device. `calls(experiment)` lists the operator calls of one forward pass of an experiment, with the dead work
-of the last encoder block left out; a test of march compares it with the experiments themselves.
-
-B batch, L positions (Lq queries, Lk keys), H heads, G key/value heads, K head width, D stream width, F hidden width,
-V vocabulary, S states.
+`calls(experiment)` lists the operator calls of one forward pass of an experiment, with the dead work of the last
+encoder block left out; a test of march compares it with the experiments themselves.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ENCODER_LENGTH, DECODER_LENGTH, MICRO_BATCH, VOCABULARY, POSITIONS = 921, 206, 64, 30_000, 1024
+from kernels.operators import OPERATORS
+from kernels.operators.record import DECODER_LENGTH, ENCODER_LENGTH, MICRO_BATCH, POSITIONS, VOCABULARY
 
-
-class _Draw:
-    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device | str):
-        self.generator = torch.Generator().manual_seed(seed)
-        self.dtype, self.device = dtype, device
-
-    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        if torch.device(self.device).type == "meta":
-            return torch.empty(shape, dtype=self.dtype, device="meta")
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return (torch.randn(shape, generator=self.generator, dtype=wide) * scale).to(self.device, self.dtype)
-
-    def integers(self, high: int, *shape: int, low: int = 0) -> Tensor:
-        if torch.device(self.device).type == "meta":
-            return torch.empty(shape, dtype=torch.int64, device="meta")
-        return torch.randint(low, max(high, low + 1), shape, generator=self.generator).to(self.device)
-
-
-def attention_inputs(
-    batch: int,
-    queries: int,
-    keys: int,
-    heads: int,
-    width: int,
-    *,
-    value_width: int | None = None,
-    key_heads: int | None = None,
-    key_batch: int | None = None,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-    device: torch.device | str = "cpu",
-) -> dict[str, Tensor | None]:
-    """q [B, Lq, H, K], k [B or 1, Lk, G, K], v [B or 1, Lk, G, Kv]; scores of variance 1 at scale 1."""
-    draw = _Draw(seed, dtype, device)
-    shared, groups = batch if key_batch is None else key_batch, heads if key_heads is None else key_heads
-    return {
-        "q": draw.normal(batch, queries, heads, width, scale=width**-0.5),
-        "k": draw.normal(shared, keys, groups, width),
-        "v": draw.normal(shared, keys, groups, width if value_width is None else value_width),
-    }
-
-
-def unified_attention_inputs(
-    batch: int,
-    queries: int,
-    other: int,
-    heads: int,
-    width: int,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-    device: torch.device | str = "cpu",
-) -> dict[str, Tensor | None]:
-    """q, k_own, v_own [B, L, H, K]; k_other, v_other [B, Lo, H, K]."""
-    draw = _Draw(seed, dtype, device)
-    return {
-        "q": draw.normal(batch, queries, heads, width, scale=width**-0.5),
-        "k_own": draw.normal(batch, queries, heads, width),
-        "v_own": draw.normal(batch, queries, heads, width),
-        "k_other": draw.normal(batch, other, heads, width),
-        "v_other": draw.normal(batch, other, heads, width),
-    }
-
-
-def glu_inputs(
-    batch: int,
-    length: int,
-    width: int,
-    hidden: int,
-    *,
-    kind: str = "gated",
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-    device: torch.device | str = "cpu",
-) -> dict[str, Tensor | None]:
-    """x [B, L, D], weight [F or 2 F, D]; products of variance 1."""
-    draw = _Draw(seed, dtype, device)
-    rows = hidden if kind == "plain" else 2 * hidden
-    return {"x": draw.normal(batch, length, width), "weight": draw.normal(rows, width, scale=width**-0.5)}
-
-
-def residual_norm_inputs(
-    batch: int,
-    length: int,
-    width: int,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-    device: torch.device | str = "cpu",
-) -> dict[str, Tensor | None]:
-    """x, s [B, L, D], gain [D] near 1."""
-    draw = _Draw(seed, dtype, device)
-    stream, sublayer = draw.normal(batch, length, width), draw.normal(batch, length, width)
-    return {"x": stream, "s": sublayer, "gain": 1 + draw.normal(width, scale=0.1)}
-
-
-def linear_cross_entropy_inputs(
-    batch: int,
-    length: int,
-    width: int,
-    vocabulary: int,
-    *,
-    ignored: float = 0.1,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-    device: torch.device | str = "cpu",
-) -> dict[str, Tensor | None]:
-    """h [B, L, D], weight [V, D], labels [B, L] of which about the share `ignored` is -100."""
-    draw = _Draw(seed, dtype, device)
-    labels = draw.integers(vocabulary, batch, length)
-    if labels.device.type != "meta":
-        labels = labels.masked_fill(draw.integers(1000, batch, length) < 1000 * ignored, -100)
-    return {"h": draw.normal(batch, length, width), "weight": draw.normal(vocabulary, width), "labels": labels}
-
-
-def embedding_inputs(
-    batch: int,
-    length: int,
-    width: int,
-    vocabulary: int,
-    *,
-    positions: int | None = None,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-    device: torch.device | str = "cpu",
-) -> dict[str, Tensor | None]:
-    """ids [B, L], half of them among the first tenth of the vocabulary; table [V, D]; positions [P, D]."""
-    draw = _Draw(seed, dtype, device)
-    ids, common = draw.integers(vocabulary, batch, length), draw.integers(max(1, vocabulary // 10), batch, length)
-    if ids.device.type != "meta":
-        ids = torch.where(draw.integers(2, batch, length) == 0, ids, common)
-    return {
-        "ids": ids,
-        "table": draw.normal(vocabulary, width),
-        "positions": draw.normal(length if positions is None else positions, width),
-    }
-
-
-FACTORIES: dict[str, Callable[..., dict[str, Tensor | None]]] = {
-    "attention": attention_inputs,
-    "unified_attention": unified_attention_inputs,
-    "glu": glu_inputs,
-    "residual_norm": residual_norm_inputs,
-    "linear_cross_entropy": linear_cross_entropy_inputs,
-    "embedding": embedding_inputs,
-}
+FACTORIES = {name: record.inputs for name, record in OPERATORS.items()}
+attention_inputs, unified_attention_inputs = FACTORIES["attention"], FACTORIES["unified_attention"]
+glu_inputs, residual_norm_inputs = FACTORIES["glu"], FACTORIES["residual_norm"]
+linear_cross_entropy_inputs, embedding_inputs = FACTORIES["linear_cross_entropy"], FACTORIES["embedding"]
 
 
 # ---------------------------------------------------------------- the experiments' shapes

@@ -6,7 +6,6 @@ in silence: a choice that cannot run raises `ImplementationError` and says what 
 """
 
 import contextlib
-import importlib
 import importlib.util
 import logging
 import os
@@ -16,16 +15,15 @@ from functools import cache
 
 import torch
 
-from kernels import packed, portable, reference
+from kernels import packed
+from kernels.operators import OPERATORS as RECORDS
 
 log = logging.getLogger("kernels")
 
 Impl = str | Mapping[str, str]
 
-OPERATORS = ("attention", "unified_attention", "glu", "residual_norm", "linear_cross_entropy", "embedding")
+OPERATORS = tuple(RECORDS)
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
-LIBRARIES = {"attention": ("flash_attn",), "residual_norm": ("apex",)}
-FUSED = {name: f"kernels.fused.{name}" for name in OPERATORS} | {"unified_attention": "kernels.fused.attention"}
 
 
 class ImplementationError(RuntimeError):
@@ -38,11 +36,11 @@ def validate(impl: Impl) -> Impl:
     for operator, name in chosen.items():
         if operator not in OPERATORS:
             raise ValueError(f"impl: expected an operator among {', '.join(OPERATORS)}, got {operator!r}")
-        choices = IMPLEMENTATIONS if isinstance(impl, str) else IMPLEMENTATIONS + LIBRARIES.get(operator, ())
+        choices = IMPLEMENTATIONS if isinstance(impl, str) else IMPLEMENTATIONS + RECORDS[operator].libraries
         if name not in choices:
             hint = ""
-            for library_operator, libraries in LIBRARIES.items():
-                if name in libraries:
+            for library_operator, record in RECORDS.items():
+                if name in record.libraries:
                     hint = f"; {name} applies to one operator: use {library_operator}={name}"
             raise ValueError(f"impl: expected one of {', '.join(choices)} for {operator}, got {name!r}{hint}")
     return impl
@@ -86,7 +84,7 @@ def _automatic(operator: str, device_type: str) -> str:
     if device_type not in _SAID:
         _SAID.add(device_type)
         log.warning("kernels: impl='auto' on %s takes %s", device_type, describe("auto", torch.device(device_type)))
-    return "triton" if device_type == "cuda" and operator in FUSED and fused_available(operator) else "torch"
+    return "triton" if device_type == "cuda" and fused_available(operator) else "torch"
 
 
 def choice(operator: str, impl: Impl, device: torch.device) -> str:
@@ -99,15 +97,15 @@ def choice(operator: str, impl: Impl, device: torch.device) -> str:
 @cache
 def fused_available(operator: str) -> bool:
     """True where the fused kernel of `operator` is part of this installation."""
-    return importlib.util.find_spec("triton") is not None and importlib.util.find_spec(FUSED[operator]) is not None
+    return all(importlib.util.find_spec(name) is not None for name in ("triton", RECORDS[operator].fused_module))
 
 
 # by (name, operator or form): nothing of these has to be loaded or checked, so torch.compile may meet them first
 _PLAIN: dict[tuple[str, str], Callable] = {
-    (name, called): packed.resolve(called, module)
-    for name, module in (("torch", portable), ("reference", reference))
-    for operator in OPERATORS
-    for called in (operator, *packed.FORMS.get(operator, ()))
+    (name, called): packed.resolve(called, record.module(name))
+    for name in ("torch", "reference")
+    for operator, record in RECORDS.items()
+    for called in (operator, *record.forms)
 }
 # the others: filled by `_load`, read by `implementation`: a plain dictionary, which torch.compile can trace
 _LOADED: dict[tuple[str, str, torch.device, torch.dtype], Callable] = {}
@@ -118,7 +116,6 @@ def _function(called: str, name: str, device_type: str) -> Callable:
     if (name, called) in _PLAIN:
         return _PLAIN[name, called]
     if name == "triton":
-        module = FUSED[operator]
         if not fused_available(operator):
             raise ImplementationError(
                 f"{operator}: impl='triton' has no fused kernel here (triton installed: "
@@ -129,13 +126,11 @@ def _function(called: str, name: str, device_type: str) -> Callable:
                 f"{operator}: impl='triton' needs a CUDA device, got tensors on {device_type}; use impl='torch' or "
                 "'auto', or set TRITON_INTERPRET=1 before starting Python to run the kernels in Triton's interpreter"
             )
-    else:
-        if device_type != "cuda":
-            raise ImplementationError(
-                f"{operator}: impl={name!r} needs a CUDA device, got tensors on {device_type}; use impl='torch'"
-            )
-        module = f"kernels.libraries.{name}"
-    return packed.resolve(called, importlib.import_module(module))
+    elif device_type != "cuda":
+        raise ImplementationError(
+            f"{operator}: impl={name!r} needs a CUDA device, got tensors on {device_type}; use impl='torch'"
+        )
+    return packed.resolve(called, RECORDS[operator].module(name))
 
 
 def _is_checked(name: str, device: torch.device) -> bool:
@@ -241,7 +236,7 @@ def self_test(
     for operator, name in chosen.items():
         before = time.perf_counter()
         if operator not in report:
-            for form in (operator, *packed.FORMS.get(operator, ())):
+            for form in (operator, *RECORDS[operator].forms):
                 implementation(form, impl, device, dtype)
             report[operator] = f"{name}, {time.perf_counter() - before:.1f} s"
     return report

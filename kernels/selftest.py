@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kernels import packed, reference
 from kernels.calls import Call, cases_of, fused_function, generic_call, results, uncovered
+from kernels.operators import OPERATORS
 
 T = TypeVar("T")
 
@@ -192,9 +193,7 @@ def verify(operator: str, name: str, function: Callable, device: torch.device, d
     Returns "remembered" or "passed in N s"; raises ImplementationError on disagreement, and where torch.compile or a
     CUDA graph's capture surrounds the first use.
     """
-    from kernels.dispatch import LIBRARIES
-
-    own = name not in LIBRARIES.get(packed.operator_of(operator), ())
+    own = name not in OPERATORS[packed.operator_of(operator)].libraries
     call = generic_call(operator, dtype, contract_dropout=own)
     key = fingerprint(device, operator, name, dtype)
     return _checked(key, device, lambda: _compare(call, name, function, device), operator)

@@ -16,33 +16,23 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kernels import cases, selftest
+from kernels import selftest
 from kernels.calls import cases_of, fused_function
 from kernels.dropout import Dropout, dropout_state
+from kernels.operators import OPERATORS
+from kernels.operators.record import Operator, Tuned
 
 # a tile must be faster by this share: below it, two runs of one tile differ
 GAIN = 0.02
 SECONDS_OF_WARM_UP, SECONDS_OF_TIMING = 0.1, 0.4
 
 Fields = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One entry of the tables. committed: its fields on an architecture; prepare: makes, on a device, a function that
-    runs the operator once at the paper's shape, forward and, where the tile is of backward, backward. The tile is
-    compared at the calls of that function, cut in size."""
-
-    name: str
-    committed: Callable[[str], Fields]
-    alternatives: tuple[Fields, ...]
-    prepare: Callable[[torch.device], Callable[[], None]]
 
 
 @dataclass(frozen=True)
@@ -68,135 +58,43 @@ class Choice:
         return self.best.tile != self.before.tile
 
 
-def _run(operator: str, dtype: torch.dtype, dims: Fields, kwargs: Fields, drops: Sequence[str], backward: bool = True):
-    """`Entry.prepare` of an operator at factory dimensions `dims`."""
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the tables, of an operator's record."""
 
-    def prepare(device: torch.device) -> Callable[[], None]:
+    operator: Operator
+    tuned: Tuned
+
+    @property
+    def name(self) -> str:
+        return self.tuned.name
+
+    def prepare(self, device: torch.device) -> Callable[[], None]:
+        """A function that runs the operator once at the paper's shape, forward and, where the tile is of backward,
+        backward. The tile is compared at the calls of that function, cut in size."""
         import kernels
 
-        rng = dropout_state(42, 1, 0, device)
-        dropouts = {name: Dropout(0.1, rng, site) for site, name in enumerate(drops)}
-        inputs = cases.FACTORIES[operator](**dims, dtype=dtype, device=device)
+        one, rng = self.tuned, dropout_state(42, 1, 0, device)
+        dropouts = {name: Dropout(0.1, rng, site) for site, name in enumerate(one.drops)}
+        inputs = self.operator.inputs(**one.dims, dtype=one.dtype, device=device)
         leaves = {
             n: x.requires_grad_() if x is not None and x.dtype.is_floating_point else x for n, x in inputs.items()
         }
         wanted = [x for x in leaves.values() if x is not None and x.requires_grad]
 
         def once() -> None:
-            with torch.set_grad_enabled(backward):
-                out = getattr(kernels, operator)(**leaves, **kwargs, **dropouts, impl="triton")
+            with torch.set_grad_enabled(one.backward):
+                out = getattr(kernels, self.operator.name)(**leaves, **one.kwargs, **dropouts, impl="triton")
             outputs = out if isinstance(out, tuple) else (out,)
-            if backward:
+            if one.backward:
                 torch.autograd.grad(outputs, wanted, [torch.ones_like(x) for x in outputs])
 
         return once
 
-    return prepare
-
 
 def entries() -> list[Entry]:
     """What can be tuned, at the paper's shapes."""
-    from kernels.fused import tiles_rows
-
-    stream = {"batch": cases.MICRO_BATCH, "length": cases.ENCODER_LENGTH, "width": 512}
-    loss = {"batch": cases.MICRO_BATCH, "length": cases.DECODER_LENGTH, "width": 512, "vocabulary": cases.VOCABULARY}
-    elements: tuple[Fields, ...] = tuple({"elements": n} for n in (4, 8, 16, 32))
-    rows = [
-        ("stream", "residual_norm", stream, ["dropout"]),
-        ("runs", "embedding", stream | {"vocabulary": cases.VOCABULARY}, ["dropout", "position_dropout"]),
-    ]
-    found = [
-        Entry(
-            f"rows.{kind}",
-            lambda arch, kind=kind: {"elements": tiles_rows.ELEMENTS[kind]},  # type: ignore[misc]
-            elements,
-            _run(operator, torch.bfloat16, dims, {}, drops),
-        )
-        for kind, operator, dims, drops in rows
-    ]
-    # own rows, other rows, features: what fits shared memory at 512 features
-    gradient = [(64, 32, 512, 8, 2), (64, 16, 512, 8, 3), (32, 32, 512, 4, 3), (32, 32, 512, 8, 3)]
-    shapes = [
-        (64, 128, 64, 4, 3),
-        (128, 64, 64, 4, 3),
-        (128, 128, 32, 4, 4),
-        (128, 128, 64, 8, 3),
-        (128, 256, 32, 8, 3),
-    ]
-    shapes_32 = [(64, 128, 16, 4, 3), (64, 64, 32, 4, 2), (128, 64, 16, 4, 3)]
-    products = [
-        (kernel, bits, candidates, logits)
-        for bits, candidates in ((16, shapes), (32, shapes_32))
-        for kernel, logits in (("forward", "chunks"), ("dlogits", "chunks"))
-    ]
-    for kernel, bits, candidates, logits in [*products, ("gradient", 16, gradient, "recompute")]:
-        dtype = torch.bfloat16 if bits == 16 else torch.float32
-        precisions = ("ieee",) if bits == 16 else ("ieee", "tf32x3")
-        kwargs = {"scale": 512**-0.5, "logits": logits}
-        found.append(
-            Entry(
-                f"linear_cross_entropy.{kernel}.{bits}",
-                lambda arch, kernel=kernel, bits=bits: asdict(tiles_rows.product_tile(arch, kernel, bits)),  # type: ignore[misc]
-                tuple(asdict(tiles_rows.ProductTile(*shape, one)) for shape in candidates for one in precisions),
-                _run("linear_cross_entropy", dtype, loss, kwargs, [], kernel != "forward"),
-            )
-        )
-    return [*found, *_attention_entries(), *_glu_entries()]
-
-
-def _attention_entries() -> list[Entry]:
-    """Encoder self-attention with dropout, in bfloat16, at the widths of most experiments."""
-    from kernels.fused import tiles_attention
-
-    shapes = [(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2), (32, 128, 8, 2)]
-
-    found = []
-    for width in (32, 64, 128):
-        dims = {"batch": cases.MICRO_BATCH, "queries": cases.ENCODER_LENGTH, "keys": cases.ENCODER_LENGTH}
-        dims |= {"heads": 512 // width, "width": width}
-        for direction in ("forward", "dq", "dkdv"):
-
-            def committed(arch: str, direction: str = direction, width: int = width) -> Fields:
-                return asdict(tiles_attention.tile(direction, arch, width, width, False, True, 16))
-
-            found.append(
-                Entry(
-                    f"attention.{direction}.{width}.dropout.16",
-                    committed,
-                    tuple(
-                        asdict(tiles_attention.Tile(*shape, registers))
-                        for shape in shapes
-                        for registers in ((0, 128) if shape[2] == 8 else (0, 168))
-                    ),
-                    _run("attention", torch.bfloat16, dims, {"scale": 1.0}, ["dropout"], direction != "forward"),
-                )
-            )
-    return found
-
-
-def _glu_entries() -> list[Entry]:
-    """The first products of Baseline's feedforward and of a gated one."""
-    from kernels.fused import tiles_glu
-
-    shapes = [(128, 128, 32, 4, 3), (128, 64, 32, 4, 3), (128, 128, 32, 8, 3), (64, 128, 32, 4, 4), (128, 64, 64, 4, 3)]
-    found = []
-    for name, kind, hidden in (("plain", "plain", 2048), ("pair", "gated", 1365)):
-        dims = {
-            "batch": cases.MICRO_BATCH,
-            "length": cases.ENCODER_LENGTH,
-            "width": 512,
-            "hidden": hidden,
-            "kind": kind,
-        }
-        found.append(
-            Entry(
-                f"glu.{name}.16",
-                lambda arch, pair=kind != "plain": asdict(tiles_glu.product_tile(arch, pair, 16)),  # type: ignore[misc]
-                tuple(asdict(tiles_glu.Tile(*shape)) for shape in shapes),
-                _run("glu", torch.bfloat16, dims, {"kind": kind, "activation": "relu"}, ["dropout"]),
-            )
-        )
-    return found
+    return [Entry(record, one) for record in OPERATORS.values() for one in record.tiles()]
 
 
 # ---------------------------------------------------------------- measuring
@@ -226,9 +124,9 @@ def measure(entry: Entry, fields: Fields, device: torch.device, timer: Callable[
 
 def choose(entry: Entry, arch: str, measure_tile: Callable[[Fields], Measurement]) -> Choice:
     """Measures the committed tile and its alternatives; the fastest wins where it gains at least GAIN."""
-    committed = entry.committed(arch)
+    committed = entry.tuned.committed(arch)
     before = measure_tile(committed)
-    others = [measure_tile(fields) for fields in entry.alternatives if fields != committed]
+    others = [measure_tile(fields) for fields in entry.tuned.alternatives if fields != committed]
     timed = [m for m in others if m.milliseconds is not None]
     best = min(timed, key=lambda m: m.milliseconds or 0.0, default=before)
     if before.milliseconds is not None and (best.milliseconds or 0.0) > (1 - GAIN) * before.milliseconds:

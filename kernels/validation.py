@@ -1,11 +1,18 @@
 """What an operator refuses: ValueError with what was expected, what came, and what to do.
 
-Legend: kernels.api. `operator` is the name that the message begins with.
+A `Contract` holds the shapes of an operator's arguments as its documentation writes them:
+
+    Contract("attention", q="B Lq H K", k="B|1 Lk G K", v="B|1 Lk G Kv", key_lengths="int B; one length a sequence")
+
+A name is a size: the first argument that has it gives its value, the others must agree. "B|1" is that of B, or 1 (a
+name of its own: what it is in k, it is in v; "B'|1" is another such). A number is itself. Before the axes may stand a
+type, int64, int (of 32 or 64 bits) or bool; other arguments are floating, of one dtype. Behind a semicolon: what to do.
 """
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from kernels.dropout import Dropout
 
 MAX_HEAD_DIM = 512
+_TYPES = {"int64": (torch.int64,), "int": (torch.int32, torch.int64), "bool": (torch.bool,)}
+_SHOWN = {"int": "integers"}
 
 
 def check(condition: bool, operator: str, expected: str, got: object, fix: str) -> None:
@@ -22,8 +31,49 @@ def check(condition: bool, operator: str, expected: str, got: object, fix: str) 
         raise ValueError(f"{operator}: expected {expected}, got {got}; {fix}")
 
 
-def shape_of(x: Tensor) -> list[int]:
-    return list(x.shape)
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a Contract. type: a key of _TYPES, or "" for floating."""
+
+    name: str
+    type: str
+    axes: tuple[str, ...]
+    fix: str
+
+    @classmethod
+    def parse(cls, name: str, text: str) -> "Argument":
+        shape, _, fix = text.partition("; ")
+        words = shape.split()
+        kind = words.pop(0) if words[0] in _TYPES else ""
+        return cls(name, kind, tuple(words), fix or "sizes of one name are equal: reshape or slice it")
+
+    def expected(self, sizes: dict[str, int]) -> str:
+        def shown(axis: str) -> str:
+            base, _, other = axis.partition("|")
+            value = sizes.get(axis, sizes.get(base.rstrip("'")) if other else None)
+            return base if value is None else f"{value} or 1" if other and axis not in sizes else str(value)
+
+        kind = f"{_SHOWN.get(self.type, self.type)} " if self.type else ""
+        return f"{self.name} as {kind}[{', '.join(shown(axis) for axis in self.axes)}]"
+
+    def check(self, operator: str, x: Tensor, sizes: dict[str, int]) -> None:
+        """Binds its free sizes in `sizes`, or raises."""
+        right = x.dim() == len(self.axes) and (not self.type or x.dtype in _TYPES[self.type])
+        # bound beside `sizes`, so that a refusal names what was free before
+        found = dict(sizes)
+        for axis, n in zip(self.axes, x.shape, strict=False) if right else ():
+            base, _, other = axis.partition("|")
+            if base.isdigit():
+                right = right and n == int(base)
+            elif axis in found:
+                right = right and n == found[axis]
+            else:
+                right = right and (not other or n == 1 or n == found[base.rstrip("'")])
+                found[axis] = n
+        if not right:
+            got = f"{x.dtype} {list(x.shape)}" if self.type else list(x.shape)
+            check(False, operator, self.expected(sizes), got, self.fix)
+        sizes.update(found)
 
 
 def once_differentiable(backward: Callable) -> Callable:
@@ -53,112 +103,49 @@ def check_dense(operator: str, arguments: dict[str, object], optional: dict[str,
             check(dense, operator, f"{name} as a dense tensor", got, f"convert it with {name}.to_dense() or pad it")
 
 
-def check_same(operator: str, dropouts: tuple[Dropout | None, ...] = (), **tensors: Tensor | None) -> None:
-    """One floating dtype and one device for all tensors that are given."""
-    given = {name: x for name, x in tensors.items() if x is not None}
-    first_name, first = next(iter(given.items()))
-    check(
-        first.dtype.is_floating_point,
-        operator,
-        f"{first_name} of a floating dtype",
-        first.dtype,
-        f"convert it with {first_name}.to(torch.float32)",
-    )
-    for name, x in given.items():
-        check(
-            x.dtype == first.dtype,
-            operator,
-            f"{name} as {first.dtype} like {first_name}",
-            x.dtype,
-            f"convert it with {name}.to({first.dtype})",
-        )
-        check(
-            x.device == first.device,
-            operator,
-            f"{name} on {first.device} like {first_name}",
-            x.device,
-            f"move it with {name}.to({first_name}.device)",
-        )
-    for dropout in dropouts:
-        if dropout is not None:
-            check(
-                dropout.rng.device == first.device,
-                operator,
-                f"dropout.rng on {first.device}",
-                dropout.rng.device,
-                "move it to the operator's device",
-            )
+class Contract:
+    """The arguments of an operator, in their order; see above."""
+
+    def __init__(self, operator: str, **arguments: str):
+        self.operator = operator
+        self.arguments = {name: Argument.parse(name, text) for name, text in arguments.items()}
+        # what is positional: lengths and masks are keyword arguments
+        self.tensors = tuple(name for name, one in self.arguments.items() if one.type not in ("int", "bool"))
+
+    def check(self, dropouts: Sequence[Dropout | None] = (), **given: Tensor | None) -> dict[str, int]:
+        """Sizes by name of what is given; ValueError for another shape, dtype or device."""
+        op, tensors = self.operator, {name: x for name, x in given.items() if x is not None}
+        sizes: dict[str, int] = {}
+        for name, x in tensors.items():
+            self.arguments[name].check(op, x, sizes)
+        first = next(name for name in tensors if not self.arguments[name].type)
+        dtype, device = tensors[first].dtype, tensors[first].device
+        fix = f"convert it with {first}.to(torch.float32)"
+        check(dtype.is_floating_point, op, f"{first} of a floating dtype", dtype, fix)
+        for name, x in tensors.items():
+            if not self.arguments[name].type:
+                fix = f"convert it with {name}.to({dtype})"
+                check(x.dtype == dtype, op, f"{name} as {dtype} like {first}", x.dtype, fix)
+            fix = f"move it with {name}.to({first}.device)"
+            check(x.device == device, op, f"{name} on {device} like {first}", x.device, fix)
+        for one in dropouts:
+            if one is not None:
+                fix = "move it to the operator's device"
+                check(one.rng.device == device, op, f"dropout.rng on {device}", one.rng.device, fix)
+        return sizes
 
 
-def check_padding(
-    operator: str, batch: int, keys: int, lengths: Tensor | None, mask: Tensor | None, device: torch.device
-) -> None:
-    check(
-        lengths is None or mask is None,
-        operator,
-        "key_lengths or key_mask",
-        "both",
-        "give the mask alone, it can express the lengths",
-    )
-    if lengths is not None:
-        check(
-            lengths.shape == (batch,) and lengths.dtype in (torch.int32, torch.int64),
-            operator,
-            f"key_lengths as integers [{batch}]",
-            f"{lengths.dtype} {shape_of(lengths)}",
-            "one length a sequence",
-        )
-        check(lengths.device == device, operator, f"key_lengths on {device}", lengths.device, "move it there")
-    if mask is not None:
-        check(
-            mask.shape == (batch, keys) and mask.dtype == torch.bool,
-            operator,
-            f"key_mask as bool [{batch}, {keys}], True where a key is real",
-            f"{mask.dtype} {shape_of(mask)}",
-            "give one row a sequence and one column a key",
-        )
-        check(mask.device == device, operator, f"key_mask on {device}", mask.device, "move it there")
-
-
-def check_keys_values(operator: str, q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str]) -> None:
-    batch, _, heads, width = q.shape
-    for name, x in zip(names, (k, v), strict=True):
-        check(
-            x.dim() == 4 and x.shape[0] in (1, batch),
-            operator,
-            f"{name} as [{batch} or 1, Lk, G, K]",
-            shape_of(x),
-            "lay heads out as [B, L, H, K]",
-        )
-    check(
-        k.shape[:3] == v.shape[:3],
-        operator,
-        f"{names[0]} and {names[1]} of one [B, Lk, G]",
-        f"{shape_of(k)} and {shape_of(v)}",
-        "only the last dimension may differ",
-    )
-    check(
-        k.shape[3] == width,
-        operator,
-        f"{names[0]} of width {width} like q",
-        shape_of(k),
-        "project to one width",
-    )
-    check(
-        k.shape[2] > 0 and heads % k.shape[2] == 0,
-        operator,
-        f"a number of key/value heads that divides {heads}",
-        k.shape[2],
-        "repeat or regroup the heads",
-    )
-    for name, x in (("q", q), (names[1], v)):
-        check(
-            1 <= x.shape[3] <= MAX_HEAD_DIM,
-            operator,
-            f"a head width from 1 to {MAX_HEAD_DIM} in {name}",
-            x.shape[3],
-            "use more, narrower heads",
-        )
+def check_heads(contract: Contract, sizes: dict[str, int]) -> None:
+    """Numbers of key/value heads G, G' that divide H, and head widths K, Kv that attention has."""
+    op, heads, fix = contract.operator, sizes["H"], "repeat or regroup the heads"
+    for axis in ("G", "G'"):
+        n = sizes.get(axis, heads)
+        check(n > 0 and heads % n == 0, op, f"a number of key/value heads that divides {heads}", n, fix)
+    for axis in ("K", "Kv"):
+        n = sizes.get(axis, sizes["K"])
+        where = next((x.name for x in contract.arguments.values() if axis in x.axes), "")
+        expected = f"a head width from 1 to {MAX_HEAD_DIM} in {where}"
+        check(1 <= n <= MAX_HEAD_DIM, op, expected, n, "use more, narrower heads")
 
 
 def check_indices(operator: str, name: str, indices: Tensor, rows: int, ignored: int | None = None) -> None:
@@ -176,13 +163,3 @@ def check_indices(operator: str, name: str, indices: Tensor, rows: int, ignored:
         at = wrong.nonzero()[0].tolist()
         expected = f"{name} in [0, {rows})" + ("" if ignored is None else f" or {ignored}")
         check(False, operator, expected, f"{indices[tuple(at)].item()} at {at}", "look at how they were made")
-
-
-def check_packed(operator: str, name: str, x: Tensor, parts: int) -> None:
-    check(
-        x.dim() == 5 and x.shape[2] == parts,
-        operator,
-        f"{name} as [B, L, {parts}, H, K]",
-        shape_of(x),
-        f"give the product of all {parts} weights as x.unflatten(-1, ({parts}, H, K))",
-    )

@@ -4,7 +4,17 @@
 exchange weights with the original's checkpoints. The names load torch when they are first used.
 """
 
+import importlib.util
+from pathlib import Path
 from typing import Any
+
+_found = importlib.util.find_spec("kernels")
+if _found is None or not Path(_found.origin or "").with_name("fused").is_dir():
+    # else the first import of one of its modules fails, and says nothing of why
+    raise ImportError(
+        f"march: expected its own package kernels, got {_found.origin if _found else None}, as Hugging Face's package "
+        "of that name is; pip uninstall kernels, then install march again"
+    )
 
 __version__ = "0.1.0"
 __all__ = ["build_model", "load_predecessor", "to_predecessor"]

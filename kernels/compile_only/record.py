@@ -18,8 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from kernels.dispatch import triton_interpreted
-
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+from kernels.operators.record import ARCHITECTURES
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,7 @@ def _splits(words: int, block: int) -> tuple[int, int]:
     return triton.cdiv(words, share), share
 
 
-def _gradient_options(h: Tensor, weight: Tensor, tile: tiles_rows.ProductTile) -> dict[str, object]:
+def _gradient_options(h: Tensor, weight: Tensor, tile: tiles_rows.Tile) -> dict[str, object]:
     width = h.shape[1]
     first, second = tiles_rows.parts_of(width)
     align = alignment((width, h.stride(0), weight.stride(0)))

@@ -7,9 +7,31 @@ tiles; nothing is measured when a model runs. `trying` replaces one entry while 
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Of a kernel with products: blocks of rows, of columns and of the inner dimension; warps, pipeline stages; how
+    float32 operands multiply."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    precision: str = "ieee"
+
+    def options(self, without: str = "") -> dict[str, object]:
+        """As keyword arguments of a launch; `without` "k" where the whole inner dimension is in a tile."""
+        blocks = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "PRECISION": self.precision}
+        if without:
+            del blocks[f"BLOCK_{without.upper()}"]
+        return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
+
 
 DIRECTORY = Path(__file__).parent / "measured"
 _trying: dict[str, dict[str, Any]] = {}

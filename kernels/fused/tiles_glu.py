@@ -1,27 +1,7 @@
 """Tile configurations of the glu kernels: data, chosen by the compile report (docs/kernels/glu.md)."""
 
-from dataclasses import dataclass
-
 from kernels.fused import measured
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Block of rows, of hidden columns (of each half), of the inner dimension; warps, pipeline stages; how float32
-    operands multiply."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-    precision: str = "ieee"
-
-    def options(self) -> dict[str, object]:
-        """As keyword arguments of a launch."""
-        blocks = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "PRECISION": self.precision}
-        return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
-
+from kernels.fused.measured import Tile
 
 # class -> tile. pair: two products (gated, mixed); bits of an element. float32 by multiply-adds: 1133 issue slots for
 # 1024 of them, and where a tensor core's tf32 is but twice as fast as they are, three tf32 products are slower

@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 
 from kernels.fused import measured
+from kernels.fused.measured import Tile
 
 
 @dataclass(frozen=True)
@@ -13,25 +14,6 @@ class RowTile:
     rows: int
     block: int
     warps: int
-
-
-@dataclass(frozen=True)
-class ProductTile:
-    """Block of tokens, of columns (words), of features; warps, pipeline stages; how float32 operands multiply."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-    precision: str = "ieee"
-
-    def options(self, without: str = "") -> dict[str, object]:
-        """As keyword arguments of a launch; `without` "k" where all features are in a tile."""
-        blocks = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "PRECISION": self.precision}
-        if without:
-            del blocks[f"BLOCK_{without.upper()}"]
-        return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
 
 
 # Elements of a tile that a thread holds, at most; more threads up to 16 warps before more elements.
@@ -66,31 +48,31 @@ def programs(rows: int, tile: RowTile) -> int:
 
 
 # (kernel, bits of an element) -> tile
-_DEFAULT: dict[tuple[str, int], ProductTile] = {
-    ("forward", 16): ProductTile(64, 128, 64, 4, 3),
-    ("dlogits", 16): ProductTile(128, 128, 32, 4, 4),
+_DEFAULT: dict[tuple[str, int], Tile] = {
+    ("forward", 16): Tile(64, 128, 64, 4, 3),
+    ("dlogits", 16): Tile(128, 128, 32, 4, 4),
     # own rows, other rows; features are in one tile, as wide as `parts_of` says
-    ("gradient", 16): ProductTile(64, 32, 512, 8, 2),
-    ("gradient", 32): ProductTile(32, 32, 256, 4, 2),
-    ("forward", 32): ProductTile(64, 128, 16, 4, 3),
-    ("dlogits", 32): ProductTile(64, 128, 16, 4, 3),
+    ("gradient", 16): Tile(64, 32, 512, 8, 2),
+    ("gradient", 32): Tile(32, 32, 256, 4, 2),
+    ("forward", 32): Tile(64, 128, 16, 4, 3),
+    ("dlogits", 32): Tile(64, 128, 16, 4, 3),
 }
 # A100, H100 and B200 multiply tf32 8 times as fast as float32 and more, and win with three products for one; A5000 and
 # its kin twice at most
-_TF32X3: dict[tuple[str, int], ProductTile] = {
-    ("forward", 32): ProductTile(64, 64, 32, 4, 2, "tf32x3"),
-    ("dlogits", 32): ProductTile(64, 64, 32, 4, 2, "tf32x3"),
-    ("gradient", 32): ProductTile(32, 32, 256, 4, 2, "tf32x3"),
+_TF32X3: dict[tuple[str, int], Tile] = {
+    ("forward", 32): Tile(64, 64, 32, 4, 2, "tf32x3"),
+    ("dlogits", 32): Tile(64, 64, 32, 4, 2, "tf32x3"),
+    ("gradient", 32): Tile(32, 32, 256, 4, 2, "tf32x3"),
 }
 # architecture -> its own choices; what is not named takes the default
-TABLE: dict[str, dict[tuple[str, int], ProductTile]] = dict.fromkeys(("sm_80", "sm_90", "sm_100"), _TF32X3)
+TABLE: dict[str, dict[tuple[str, int], Tile]] = dict.fromkeys(("sm_80", "sm_90", "sm_100"), _TF32X3)
 
 
-def product_tile(arch: str, kernel: str, bits: int) -> ProductTile:
+def product_tile(arch: str, kernel: str, bits: int) -> Tile:
     """Configuration of linear_cross_entropy's products. kernel: forward, dlogits or gradient."""
     found = measured.tile(arch, f"linear_cross_entropy.{kernel}.{bits}")
     if found is not None:
-        return ProductTile(**found)
+        return Tile(**found)
     return TABLE.get(arch, {}).get((kernel, bits)) or _DEFAULT[kernel, bits]
 
 

@@ -12,8 +12,9 @@ Re-reads within a working set below 4 MB count once, all others each time, libra
 
 A wave is WAVE programs of our kernels, two on each of the A5000's 64 SMs, or one tile an SM of a library product.
 
-ACCESS is a line a kernel: the pointers that it reads once, the tiles of the others that a program reads in each step,
-and the pointers that it writes. A tensor that no line tells of is an error: whoever adds a kernel says how it reads.
+The operators' records say for each kernel which pointers it reads once and which it writes; WALKS has the tiles of the
+others that a program reads in each step. A tensor of which nothing is said is an error: whoever adds a kernel says how
+it reads.
 """
 
 from collections import OrderedDict
@@ -23,6 +24,7 @@ from functools import lru_cache
 from itertools import islice
 
 from kernels.compile_only.record import Launch
+from kernels.operators import OPERATORS
 from march.cost.counter import Product
 from march.cost.flops import Kernel
 
@@ -286,45 +288,26 @@ def _embedding(kernel: Kernel) -> dict[str, int]:
 
 
 Access = Callable[[Kernel], dict[str, int]]
-_MASKS = " lengths_ptr mask_ptr ckeys_ptr"
-_QUERIES, _ROWS = "q_ptr rng_ptr" + _MASKS, " o_ptr lse_ptr do_ptr"
+# kernel -> the access of what it reads more than once
+WALKS: dict[str, Access] = {
+    "_attention_fwd_kernel": _attention,
+    "_attention_bwd_dq_kernel": _attention,
+    "_attention_bwd_dkdv_kernel": _dkdv,
+    "_glu_forward_kernel": _glu,
+    "_glu_recompute_kernel": _glu,
+    "_glu_dx_kernel": _glu_dx,
+    "_glu_dw_kernel": _glu_dw,
+    "_linear_cross_entropy_fwd_kernel": _cross_entropy_forward,
+    "_linear_cross_entropy_dlogits_kernel": _cross_entropy_backward,
+    "_linear_cross_entropy_gradient_kernel": _cross_entropy_gradient,
+    "_linear_cross_entropy_dh_kernel": _looked_up,
+    "_embedding_fwd_kernel": _embedding,
+}
 # kernel -> pointers that it reads once, the access of the others that it reads, those that it writes
 ACCESS: dict[str, tuple[str, Access | None, str]] = {
-    "_column_keys_kernel": ("rng_ptr", None, "ckeys_ptr"),
-    "_attention_fwd_kernel": (_QUERIES, _attention, "o_ptr lse_ptr"),
-    "_attention_bwd_dq_kernel": (_QUERIES + _ROWS, _attention, "dq_ptr rows_ptr"),
-    "_attention_bwd_dkdv_kernel": ("k_ptr v_ptr handed_ptr" + _MASKS, _dkdv, "dk_ptr dv_ptr"),
-    "_sum_partials_kernel": ("parts_ptr", None, "out_ptr"),
-    "_glu_forward_kernel": ("rng_ptr gate_rng_ptr", _glu, "hidden_ptr saved_ptr"),
-    "_glu_backward_kernel": ("saved_ptr d_hidden_ptr rng_ptr gate_rng_ptr", None, "d_product_ptr"),
-    "_glu_recompute_kernel": ("d_hidden_ptr rng_ptr gate_rng_ptr", _glu, "d_product_ptr"),
-    "_glu_dx_kernel": ("", _glu_dx, "dx_ptr"),
-    "_glu_dw_kernel": ("", _glu_dw, "parts_ptr"),
-    "_residual_norm_fwd_kernel": ("x_ptr s_ptr gain_ptr rng_ptr", None, "y_ptr z_ptr rstd_ptr"),
-    "_residual_norm_bwd_kernel": ("dy_ptr dz_ptr y_ptr rstd_ptr gain_ptr rng_ptr", None, "dx_ptr ds_ptr partial_ptr"),
-    "_sum_rows_kernel": ("partial_ptr", None, "out_ptr"),
-    "_linear_cross_entropy_fwd_kernel": ("labels_ptr", _cross_entropy_forward, "top_ptr total_ptr target_ptr"),
-    "_linear_cross_entropy_join_kernel": (
-        "top_ptr total_ptr target_ptr labels_ptr",
-        None,
-        "lse_ptr loss_ptr sum_ptr count_ptr",
-    ),
-    "_linear_cross_entropy_mean_kernel": ("sum_ptr count_ptr", None, "loss_ptr inverse_ptr"),
-    "_linear_cross_entropy_dlogits_kernel": ("labels_ptr lse_ptr", _cross_entropy_backward, "g_ptr"),
-    "_linear_cross_entropy_gradient_kernel": (
-        "d_loss_ptr inverse_ptr",
-        _cross_entropy_gradient,
-        "out_ptr top_ptr total_ptr",
-    ),
-    "_linear_cross_entropy_dh_kernel": (
-        "parts_ptr top_ptr total_ptr h_ptr labels_ptr",
-        _looked_up,
-        "out_ptr target_ptr",
-    ),
-    "_linear_cross_entropy_scale_kernel": ("x_ptr d_loss_ptr inverse_ptr", None, "out_ptr"),
-    "_embedding_fwd_kernel": ("ids_ptr rng_ptr rng_t_ptr", _embedding, "out_ptr"),
-    "_embedding_table_bwd_kernel": ("d_out_ptr order_ptr start_ptr rng_ptr", None, "d_table_ptr"),
-    "_embedding_positions_bwd_kernel": ("d_out_ptr rng_ptr", None, "d_positions_ptr"),
+    name: (kernel.once, WALKS.get(name), kernel.writes)
+    for record in OPERATORS.values()
+    for name, kernel in record.kernels.items()
 }
 # kernel, pointer -> when a launch is given what it does not read
 UNREAD: dict[tuple[str, str], Callable[[Kernel], bool]] = {
@@ -358,14 +341,15 @@ def launch_traffic(launch: Launch) -> Traffic:
     """Traffic of a recorded launch; AccessError where its kernel or a tensor is not declared."""
     kernel = Kernel(launch)
     if launch.kernel not in ACCESS:
-        raise AccessError(f"{launch.kernel}: expected its access in march/cost/cache.py, found none; declare it")
+        raise AccessError(f"{launch.kernel}: expected it in its operator's record, got no entry; add it to `kernels`")
     once, access = ACCESS[launch.kernel][0].split(), ACCESS[launch.kernel][1]
     read, written = pointers(kernel)
     counted = access(kernel) if access is not None and set(read) - set(once) else {}
     missing = sorted(set(read) - set(once) - set(counted))
     if missing:
         raise AccessError(
-            f"{launch.kernel}: expected the access of {', '.join(missing)} in march/cost/cache.py, got none; declare it"
+            f"{launch.kernel}: expected {', '.join(missing)} in `once` of its operator's record or in a walk of "
+            "march/cost/cache.py, got neither; declare it"
         )
     stored = sum(WRITES.get((launch.kernel, name), lambda k, name=name: k.bytes(name))(kernel) for name in written)
     fetched = sum(kernel.bytes(name) if name in once else counted[name] for name in read)

@@ -6,7 +6,7 @@ autograd does between operators ("other"): sums of gradients, copies that a layo
 
 The compulsory traffic of a call is the least that any implementation moves, each tensor read or written once:
     forward   its inputs and outputs (attention: the log-sum-exp too, which backward cannot do without);
-    backward  incoming gradients, what the formula needs (NEEDED), gradients of the inputs.
+    backward  incoming gradients, what the formula needs (`saved` of its record), gradients of the inputs.
 Keys and values that self-attention hands on are no output, they stay where they are; what comes back to them is an
 incoming gradient.
 """
@@ -18,32 +18,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from kernels.operators import CONTRACTS, saved
 from kernels.packed import operator_of
 from march.cost.counter import LINEAR, OTHER, Counter, tensor_bytes, tensors, total_bytes
-
-# Inputs and outputs that an operator's backward must see again; "lse": the log-sum-exp of attention.
-NEEDED: dict[str, tuple[str, ...]] = {
-    "attention": ("q", "k", "v", "out", "lse"),
-    "self_attention": ("qkv", "out", "lse"),
-    "cross_attention": ("q", "kv", "out", "lse"),
-    "unified_attention": ("q", "k_own", "v_own", "k_other", "v_other", "out", "lse"),
-    "packed_unified_attention": ("qkv", "kv_other", "out", "lse"),
-    "glu": ("x", "weight"),
-    "residual_norm": ("out", "gain"),
-    "linear_cross_entropy": ("h", "weight", "labels"),
-    "embedding": ("ids",),
-}
-NAMES: dict[str, tuple[str, ...]] = {
-    "attention": ("q", "k", "v"),
-    "self_attention": ("qkv",),
-    "cross_attention": ("q", "kv"),
-    "unified_attention": ("q", "k_own", "v_own", "k_other", "v_other"),
-    "packed_unified_attention": ("qkv", "kv_other"),
-    "glu": ("x", "weight"),
-    "residual_norm": ("x", "s", "gain"),
-    "linear_cross_entropy": ("h", "weight", "labels"),
-    "embedding": ("ids", "table", "positions"),
-}
 
 
 @dataclass
@@ -84,8 +61,8 @@ class Observer:
         return call
 
     def _note(self, name: str, args: tuple, kwargs: Mapping[str, Any], out: Any) -> None:
-        operator, needs = operator_of(name), NEEDED[name]
-        named = dict(zip(NAMES[name], args, strict=False))
+        operator, needs = operator_of(name), saved(name)
+        named = dict(zip(CONTRACTS[name].tensors, args, strict=False))
         given = tensors((args, kwargs))
         outputs = tensors(out)
         if name == "residual_norm" and named["s"] is None:

@@ -22,6 +22,7 @@ from kernels import calls, packed
 from kernels.compile_only.front_end import problems
 from kernels.compile_only.record import recording
 from kernels.dropout import Dropout
+from kernels.operators import CONTRACTS
 
 harness.DEVICE = "meta"
 COUNTS, SEEN = {"calls": 0, "refused": []}, set()
@@ -58,10 +59,10 @@ def _check(operator, inputs, kwargs=None, dtype=torch.float32, *, layout="padded
         return
     SEEN.update((repr(call), form))
     halves = 1 if given.get("kind") in (None, "plain") else 2
-    for letter in set("".join(calls.AXES[operator].values())) - {"n"}:
-        ones = {"B": "Bb", "H": "HGg", "P": "PL"}.get(letter, letter)
-        one = halves if letter == "F" else 1
-        _run(call.resized(lambda axis, n, ones=ones, one=one: one if axis in ones else n))
+    for axis in {axis for argument in CONTRACTS[operator].arguments.values() for axis in argument.axes} - {"2", "3"}:
+        ones = {"B": ("B", "B|1", "B'|1"), "H": ("H", "G", "G'"), "P": ("P", "L")}.get(axis, (axis,))
+        one = halves if axis == "rows" else 1
+        _run(call.resized(lambda name, n, ones=ones, one=one: one if name in ones else n))
 
 
 # what the public function adds to a call

@@ -8,6 +8,7 @@ import torch
 import kernels.api
 import march
 from kernels import cases, packed
+from kernels.operators import OPERATORS
 from march import experiments
 from march.config import unpublished
 
@@ -86,7 +87,7 @@ def test_precision_is_the_experiments():
 def test_factories_draw_the_same_numbers_again(operator):
     import inspect
 
-    parameters = inspect.signature(cases.FACTORIES[operator]).parameters.values()
+    parameters = inspect.signature(OPERATORS[operator].sizes).parameters.values()
     dims = {p.name: 4 for p in parameters if p.default is p.empty}
     first, again = (cases.FACTORIES[operator](**dims, seed=3) for _ in range(2))
     other = cases.FACTORIES[operator](**dims, seed=4)

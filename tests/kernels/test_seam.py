@@ -13,6 +13,7 @@ import kernels
 from kernels import cases, dispatch, portable, reference, selftest
 from kernels.calls import generic_call
 from kernels.dropout import Dropout, dropout_state
+from kernels.operators import OPERATORS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 RNG = dropout_state(42, 7, 3)
@@ -94,7 +95,7 @@ def test_triton_that_is_not_installed_raises(monkeypatch):
 
 # ---------------------------------------------------------------- torch against reference
 
-OPERATORS = {
+COMPARED = {
     "attention": (
         cases.attention_inputs(2, 9, 9, 4, 8, key_heads=2, value_width=6),
         {"causal": True, "key_lengths": torch.tensor([7, 0]), "scale": 0.7, "dropout": DROPOUT},
@@ -123,13 +124,13 @@ OPERATORS = {
 }
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", COMPARED)
 def test_torch_is_reference(name, monkeypatch):
     """In float64 to 1e-9, outputs and every gradient, with chunks that do not divide the work."""
     monkeypatch.setattr(portable.chunked_attention, "CHUNK_SCORES", 100)
     monkeypatch.setattr(portable.loss, "CHUNK_LOGITS", 70)
     operator = name.split(",")[0]
-    inputs, kwargs = OPERATORS[name]
+    inputs, kwargs = COMPARED[name]
     expected = evaluate(operator, inputs, kwargs, torch.float64, "reference")
     got = evaluate(operator, inputs, kwargs, torch.float64, "torch")
     for kind in ("outputs", "gradients"):
@@ -148,8 +149,8 @@ _IDS = _t(2, 5, dtype=torch.int64)
 REFUSED = [
     ("attention", (_t(2, 5, 8), _t(2, 5, 2, 4), _t(2, 5, 2, 4)), {}, r"q as \[B, Lq, H, K\]"),
     ("attention", (_t(2, 5, 2, 4), _t(3, 5, 2, 4), _t(3, 5, 2, 4)), {}, r"k as \[2 or 1"),
-    ("attention", (_t(2, 5, 2, 4), _t(2, 5, 2, 4), _t(2, 6, 2, 4)), {}, "k and v of one"),
-    ("attention", (_t(2, 5, 2, 4), _t(2, 5, 2, 3), _t(2, 5, 2, 4)), {}, "width 4"),
+    ("attention", (_t(2, 5, 2, 4), _t(2, 5, 2, 4), _t(2, 6, 2, 4)), {}, r"v as \[2, 5, 2, Kv\]"),
+    ("attention", (_t(2, 5, 2, 4), _t(2, 5, 2, 3), _t(2, 5, 2, 4)), {}, r"k as \[2 or 1, Lk, G, 4\]"),
     ("attention", (_t(2, 5, 3, 4), _t(2, 5, 2, 4), _t(2, 5, 2, 4)), {}, "divides 3"),
     ("attention", (_t(1, 1, 1, 513), _t(1, 1, 1, 513), _t(1, 1, 1, 8)), {}, "from 1 to 512"),
     ("attention", (_t(2, 5, 2, 4), _t(2, 5, 2, 4).double(), _t(2, 5, 2, 4)), {}, "k as torch.float32"),
@@ -161,8 +162,8 @@ REFUSED = [
         {"key_mask": _t(2, 5).bool(), "key_lengths": torch.tensor([1, 2])},
         "key_lengths or key_mask",
     ),
-    ("unified_attention", (_t(2, 5, 2, 4), *(_t(2, 6, 2, 4),) * 4), {}, "5 own keys"),
-    ("unified_attention", (*(_t(2, 5, 2, 4),) * 3, _t(2, 6, 2, 4), _t(2, 6, 2, 5)), {}, "one width"),
+    ("unified_attention", (_t(2, 5, 2, 4), *(_t(2, 6, 2, 4),) * 4), {}, r"k_own as \[2 or 1, 5, G, 4\]"),
+    ("unified_attention", (*(_t(2, 5, 2, 4),) * 3, _t(2, 6, 2, 4), _t(2, 6, 2, 5)), {}, r"v_other as \[2, 6, 2, 4\]"),
     ("glu", (_t(2, 5), _t(8, 5)), {}, r"x as \[B, L, D\]"),
     ("glu", (_t(2, 5, 4), _t(8, 5)), {}, r"weight as \[rows, 4\]"),
     ("glu", (_t(2, 5, 4), _t(7, 4)), {}, "even number of rows"),
@@ -171,7 +172,7 @@ REFUSED = [
     ("glu", (_t(2, 5, 4), _t(8, 4)), {"factor": 0.5}, "kind 'mixed' only"),
     ("residual_norm", (None, None, _t(4)), {}, "expected x or s"),
     ("residual_norm", (_t(2, 4), None, _t(4)), {}, r"\[B, L, D\]"),
-    ("residual_norm", (_t(2, 5, 4), _t(2, 6, 4), _t(4)), {}, "like x"),
+    ("residual_norm", (_t(2, 5, 4), _t(2, 6, 4), _t(4)), {}, r"s as \[2, 5, 4\]"),
     ("residual_norm", (_t(2, 5, 4), None, _t(5)), {}, r"gain as \[4\]"),
     ("residual_norm", (_t(2, 5, 4), None, _t(4)), {"dropout": DROPOUT}, "no dropout without s"),
     ("residual_norm", (_t(2, 5, 4), None, _t(4)), {"features": 5}, "features from 1 to 4"),
@@ -219,7 +220,7 @@ WRONG = {
 
 def _positional(function, operator):
     """The check calls by keyword; the wrong kernels above are written by position."""
-    names = list(cases.FACTORIES[operator](**dict.fromkeys(_dims(operator), 2)))
+    names = OPERATORS[operator].contract.tensors
 
     def call(**kwargs):
         tensors = [kwargs.pop(n) for n in names]
@@ -228,16 +229,15 @@ def _positional(function, operator):
     return call
 
 
-def _dims(operator):
-    import inspect
-
-    return [n for n, p in inspect.signature(cases.FACTORIES[operator]).parameters.items() if p.default is p.empty]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("operator", dispatch.OPERATORS)
 def test_the_check_accepts_a_right_kernel(operator, dtype):
-    assert selftest.disagreements(generic_call(operator, dtype), getattr(portable, operator), CPU) == []
+    assert (
+        selftest.disagreements(
+            generic_call(operator, dtype), dispatch.implementation(operator, "torch", CPU, dtype), CPU
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -60,7 +60,7 @@ def test_nothing_that_runs_changes_nothing():
 
 def test_the_table_is_written_and_read(tmp_path):
     path = measured.DIRECTORY / "sm_86.json"
-    tile = tiles_rows.ProductTile(32, 64, 16, 2, 2)
+    tile = measured.Tile(32, 64, 16, 2, 2)
     before = tune.Measurement({"elements": 8}, 1.0)
     changed = tune.Choice("rows.stream", before, tune.Measurement({"elements": 16}, 0.5), ())
     other = tune.Choice("linear_cross_entropy.forward.16", before, tune.Measurement(asdict(tile), 0.5), ())
