@@ -1,15 +1,16 @@
 """The operator calls that `pytest bench/` times: what they compute, what they move at least, how they are named."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import cases
-from kernels.cases import Call
+import march
+from kernels import cases, packed
+from kernels.dispatch import observed
 from kernels.dropout import Dropout, dropout_state
 from kernels.operators import OPERATORS
 
@@ -41,17 +42,78 @@ REDUCED = Sizes("reduced for a CPU", 2, 231, 52)
 SMOKE = Sizes("smoke: too small to mean anything", 1, 24, 10, 500)
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call of an operator, without its tensors. dims: as its record's `sizes` takes them; kwargs: plain arguments;
+    dropouts: its arguments that drop, with their probabilities; absent: tensors that are not given."""
+
+    operator: str
+    dims: dict[str, Any]
+    kwargs: dict[str, Any]
+    dropouts: dict[str, float]
+    absent: tuple[str, ...] = ()
+
+    def inputs(
+        self, seed: int = 0, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor | None]:
+        """The operator's tensors, without key lengths."""
+        inputs = OPERATORS[self.operator].inputs(**self.dims, seed=seed, dtype=dtype, device=device)
+        return inputs | dict.fromkeys(self.absent)
+
+
+def _call(form: str, tensors: Sequence[Tensor | None], arguments: dict[str, Any]) -> Call:
+    """Of a call that a model made, of an operator or a packed form of it."""
+    operator = packed.operator_of(form)
+    given = tensors if operator == form else packed.unpack(*(x for x in tensors if x is not None))
+    shapes = [None if x is None else tuple(x.shape) for x in given]
+    first = next(shape for shape in shapes if shape is not None)
+    if operator in ("attention", "unified_attention"):
+        dims = {"batch": first[0], "queries": first[1], "heads": first[2], "width": first[3]}
+        batch, keys, key_heads, _ = shapes[-1]  # type: ignore[misc]
+        dims["keys" if operator == "attention" else "other"] = keys
+        dims |= {"key_heads": key_heads} if key_heads != first[2] else {}
+        dims |= {"key_batch": 1} if batch == key_heads == 1 and first[2] > 1 else {}
+    else:
+        last = shapes[1] if operator in ("glu", "embedding", "linear_cross_entropy") else None
+        width = last[1] if last else first[2]
+        dims = {"batch": first[0], "length": first[1], "width": width}
+        if operator == "glu":
+            halves = 1 if arguments["kind"] == "plain" else 2
+            dims |= {"hidden": last[0] // halves, "kind": arguments["kind"]}  # type: ignore[index]
+        elif last:
+            dims |= {"vocabulary": last[0]} | ({"positions": shapes[2][0]} if operator == "embedding" else {})  # type: ignore[index]
+    dropouts = {name: x.p for name, x in arguments.items() if isinstance(x, Dropout)}
+    plain = {n: x for n, x in arguments.items() if x is not None and not isinstance(x, Dropout | Tensor)}
+    names = OPERATORS[operator].contract.tensors
+    return Call(operator, dims, plain, dropouts, tuple(n for n, s in zip(names, shapes, strict=True) if s is None))
+
+
+def calls(name: str, sizes: Sizes) -> list[Call]:
+    """The operator calls of one forward pass of an experiment's model, recorded on meta tensors, where nothing runs."""
+    found = []
+
+    def wrap(form: str, function: Callable) -> Callable:
+        def call(*tensors: Tensor | None, **arguments: Any) -> Any:
+            found.append(_call(form, tensors, arguments))
+            return function(*tensors, **arguments)
+
+        return call
+
+    with torch.device("meta"), observed(wrap):
+        model = march.build_model(name, impl="torch", vocab_size=sizes.vocabulary).train()
+        encoder, decoder = (torch.empty(sizes.batch, n, dtype=torch.int64) for n in (sizes.encoder, sizes.decoder))
+        model(encoder, decoder, decoder, dropout_state=torch.empty(3, dtype=torch.int64))
+    return found
+
+
 def distinct(names: Sequence[str], sizes: Sizes) -> list[tuple[Call, dict[str, int]]]:
     """Each call once, with how often a forward pass of each experiment makes it. Without key lengths: training's
     sequences are packed and have no padding."""
     found: dict[str, tuple[Call, dict[str, int]]] = {}
     for name in names:
-        for call in cases.calls(
-            name, batch=sizes.batch, encoder=sizes.encoder, decoder=sizes.decoder, vocabulary=sizes.vocabulary
-        ):
-            one = replace(call, count=1, padded=False)
-            counts = found.setdefault(repr(one), (one, {}))[1]
-            counts[name] = counts.get(name, 0) + call.count
+        for call in calls(name, sizes):
+            counts = found.setdefault(repr(call), (call, {}))[1]
+            counts[name] = counts.get(name, 0) + 1
     return list(found.values())
 
 
@@ -76,7 +138,7 @@ def shape_name(call: Call) -> str:
         )
         return f"{base}->{d['hidden']} {what}{extra}"
     if call.operator == "residual_norm":
-        return base + ("" if call.form == "both" else f" {call.form}")
+        return base + {(): "", ("x",): " no residual", ("s",): " norm alone"}[call.absent]
     return f"{base} V{d['vocabulary']}" + (f" {kind['combine']}" if call.operator == "embedding" else "")
 
 

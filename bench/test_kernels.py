@@ -15,12 +15,11 @@ from torch import Tensor
 from bench import kernel_baselines, kernel_calls, machine, timing
 from bench.checking import Oracle
 from bench.kernel_baselines import Implementation
-from bench.kernel_calls import DIRECTIONS
+from bench.kernel_calls import DIRECTIONS, Call
 from bench.results import Results
-from kernels import cases
-from kernels.cases import Call
 from kernels.dispatch import ImplementationError
 from kernels.portable import product_dtype
+from march import experiments as catalog
 
 # one of each kind of change: heads, feedforward, bank, joined attention, odd widths
 DEFAULT = ("Baseline", "GELUGatedLinearUnit", "Database", "UnifiedAttention", "BigHeads")
@@ -31,7 +30,7 @@ SECONDS = {"smoke": 0.0, "default": 0.12, "full": 0.5}
 def dtype_of(call: Call, experiments: dict[str, int]) -> torch.dtype:
     """What the operator meets in a training step here. On a CPU a bf16 configuration multiplies in the faster of
     bfloat16 and float32, and looks up in its float32 tables."""
-    own = cases.EXPERIMENTS[next(iter(experiments))].dtype
+    own = {"bf16": torch.bfloat16, "fp32": torch.float32}[catalog.configuration(next(iter(experiments))).precision]
     if machine.kind() == machine.GPU_TIME or own == torch.float32:
         return own
     return torch.float32 if call.operator == "embedding" else product_dtype()
@@ -44,13 +43,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     config = metafunc.config
     full, results, sizes = config.getoption("--full"), config.stash[RESULTS], sizes_of(config)
-    names = list(cases.EXPERIMENTS) if full else [DEFAULT[0]] if config.getoption("--smoke") else list(DEFAULT)
+    names = (
+        [n for n in catalog.names() if not n.endswith("AsPublished")]
+        if full
+        else [DEFAULT[0]]
+        if config.getoption("--smoke")
+        else list(DEFAULT)
+    )
     calls = kernel_calls.distinct(names, sizes)
-    everything = len(kernel_calls.distinct(list(cases.EXPERIMENTS), sizes))
-    if len(calls) < everything:
-        results.left_out.append(
-            f"{everything - len(calls)} of {everything} operator shapes; timed: of {', '.join(names)}"
-        )
+    if not full:
+        results.left_out.append(f"shapes of other experiments; timed: of {', '.join(names)}")
     parameters, slow = [], set()
     for call, experiments in calls:
         for one in kernel_baselines.implementations(call.operator):

@@ -11,6 +11,7 @@ may change their last bits with the tiles, equally on all ranks. Without a CUDA 
 import argparse
 import datetime
 import fnmatch
+import functools
 import json
 import os
 import sys
@@ -36,6 +37,18 @@ Fields = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Entry:
+    """One entry of the tables. committed: its fields on an architecture; prepare: makes, on a device, a function that
+    runs the operator once at the paper's shape, forward and, where the tile is of backward, backward. The tile is
+    compared at the calls of that function, cut in size."""
+
+    name: str
+    committed: Callable[[str], Fields]
+    alternatives: tuple[Fields, ...]
+    prepare: Callable[[torch.device], Callable[[], None]]
+
+
+@dataclass(frozen=True)
 class Measurement:
     """Milliseconds of a tile (the median), or why it has none."""
 
@@ -58,43 +71,33 @@ class Choice:
         return self.best.tile != self.before.tile
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One entry of the tables, of an operator's record."""
+def _prepared(operator: Operator, one: Tuned, device: torch.device) -> Callable[[], None]:
+    """`Entry.prepare` of an operator's tile."""
+    import kernels
 
-    operator: Operator
-    tuned: Tuned
+    rng = dropout_state(42, 1, 0, device)
+    dropouts = {name: Dropout(0.1, rng, site) for site, name in enumerate(one.drops)}
+    inputs = operator.inputs(**one.dims, dtype=one.dtype, device=device)
+    leaves = {n: x.requires_grad_() if x is not None and x.dtype.is_floating_point else x for n, x in inputs.items()}
+    wanted = [x for x in leaves.values() if x is not None and x.requires_grad]
 
-    @property
-    def name(self) -> str:
-        return self.tuned.name
+    def once() -> None:
+        with torch.set_grad_enabled(one.backward):
+            out = getattr(kernels, operator.name)(**leaves, **one.kwargs, **dropouts, impl="triton")
+        outputs = out if isinstance(out, tuple) else (out,)
+        if one.backward:
+            torch.autograd.grad(outputs, wanted, [torch.ones_like(x) for x in outputs])
 
-    def prepare(self, device: torch.device) -> Callable[[], None]:
-        """A function that runs the operator once at the paper's shape, forward and, where the tile is of backward,
-        backward. The tile is compared at the calls of that function, cut in size."""
-        import kernels
-
-        one, rng = self.tuned, dropout_state(42, 1, 0, device)
-        dropouts = {name: Dropout(0.1, rng, site) for site, name in enumerate(one.drops)}
-        inputs = self.operator.inputs(**one.dims, dtype=one.dtype, device=device)
-        leaves = {
-            n: x.requires_grad_() if x is not None and x.dtype.is_floating_point else x for n, x in inputs.items()
-        }
-        wanted = [x for x in leaves.values() if x is not None and x.requires_grad]
-
-        def once() -> None:
-            with torch.set_grad_enabled(one.backward):
-                out = getattr(kernels, self.operator.name)(**leaves, **one.kwargs, **dropouts, impl="triton")
-            outputs = out if isinstance(out, tuple) else (out,)
-            if one.backward:
-                torch.autograd.grad(outputs, wanted, [torch.ones_like(x) for x in outputs])
-
-        return once
+    return once
 
 
 def entries() -> list[Entry]:
     """What can be tuned, at the paper's shapes."""
-    return [Entry(record, one) for record in OPERATORS.values() for one in record.tiles()]
+    return [
+        Entry(one.name, one.committed, one.alternatives, functools.partial(_prepared, record, one))
+        for record in OPERATORS.values()
+        for one in record.tiles()
+    ]
 
 
 # ---------------------------------------------------------------- measuring
@@ -124,9 +127,9 @@ def measure(entry: Entry, fields: Fields, device: torch.device, timer: Callable[
 
 def choose(entry: Entry, arch: str, measure_tile: Callable[[Fields], Measurement]) -> Choice:
     """Measures the committed tile and its alternatives; the fastest wins where it gains at least GAIN."""
-    committed = entry.tuned.committed(arch)
+    committed = entry.committed(arch)
     before = measure_tile(committed)
-    others = [measure_tile(fields) for fields in entry.tuned.alternatives if fields != committed]
+    others = [measure_tile(fields) for fields in entry.alternatives if fields != committed]
     timed = [m for m in others if m.milliseconds is not None]
     best = min(timed, key=lambda m: m.milliseconds or 0.0, default=before)
     if before.milliseconds is not None and (best.milliseconds or 0.0) > (1 - GAIN) * before.milliseconds:
