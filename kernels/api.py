@@ -24,6 +24,22 @@ from kernels.portable.products import linear as portable_linear
 from kernels.portable.token_embedding import tied_table as portable_tied_table
 from kernels.validation import check, check_dense, check_heads, check_indices
 
+__all__ = [
+    "attention",
+    "autocast_dtype",
+    "cross_attention",
+    "embedding",
+    "glu",
+    "head_width",
+    "linear",
+    "linear_cross_entropy",
+    "packed_unified_attention",
+    "residual_norm",
+    "row_width",
+    "self_attention",
+    "tied_table",
+    "unified_attention",
+]
 LOGITS = ("auto", "recompute", "chunks")
 
 P = ParamSpec("P")
