@@ -14,15 +14,36 @@ from unittest import mock
 
 import numpy as np
 import torch
-from test_operators import CASES, _drop, _evaluate
 
+import kernels
 from kernels import cases, emulator
+from kernels.dropout import Dropout, dropout_state
 from kernels.emulator import codegen
 from kernels.emulator import session as sessions
 from kernels.emulator.parse import Instruction, parse
 
-# beside those of test_operators, of which these have more tiles: what stands between the first and the last runs too
-RUNS = CASES | {
+
+def _drop(site: int, p: float = 0.1) -> Dropout:
+    return Dropout(p, dropout_state(42, 1, 0, "cpu"), site)
+
+
+# more than one tile each: what stands between the first and the last runs too
+RUNS = {
+    "attention": ({"batch": 2, "queries": 37, "keys": 53, "heads": 2, "width": 64}, {"dropout": _drop(1)}),
+    "glu": (
+        {"batch": 1, "length": 37, "width": 72, "hidden": 88, "kind": "gated"},
+        {"kind": "gated", "activation": "gelu", "dropout": _drop(1)},
+    ),
+    "glu plain": (
+        {"batch": 3, "length": 23, "width": 64, "hidden": 136, "kind": "plain"},
+        {"kind": "plain", "activation": "relu"},
+    ),
+    "residual_norm": ({"batch": 2, "length": 19, "width": 72}, {"dropout": _drop(1)}),
+    "linear_cross_entropy": ({"batch": 1, "length": 37, "width": 72, "vocabulary": 203}, {"scale": 72**-0.5}),
+    "embedding": (
+        {"batch": 2, "length": 19, "width": 72, "vocabulary": 101},
+        {"combine": "average", "dropout": _drop(1), "position_dropout": _drop(2, 0.2)},
+    ),
     "attention causal": (
         {"batch": 1, "queries": 150, "keys": 150, "heads": 2, "key_heads": 1, "width": 64},
         {"causal": True, "scale": 0.2},
@@ -43,7 +64,17 @@ RUNS = CASES | {
         {"batch": 1, "length": 37, "width": 72, "vocabulary": 203},
         {"scale": 72**-0.5, "logits": "chunks"},
     ),
-}
+}  # fmt: skip
+
+
+def _run(operator: str, inputs: dict, kwargs: dict) -> None:
+    """Forward and backward, of upstream gradients in sixteenths."""
+    leaves = [x.requires_grad_() for x in inputs.values() if x.is_floating_point()]
+    out = getattr(kernels, operator)(**inputs, **kwargs, impl="triton")
+    outs = [x for x in (out if isinstance(out, tuple) else (out,)) if x.requires_grad]
+    generator = torch.Generator().manual_seed(1)
+    above = [torch.randint(-32, 33, x.shape, generator=generator) / 16 if x.dim() else torch.tensor(1.75) for x in outs]
+    torch.autograd.grad(outs, leaves, [a.to(x) for a, x in zip(above, outs, strict=True)])
 
 
 @dataclass
@@ -105,7 +136,7 @@ def launches(names: list[str]) -> list[Launched]:
             inputs = {n: x.bfloat16() if x.is_floating_point() else x for n, x in made.items() if x is not None}
             keep: Callable[[str, str], str] = lambda name, text: (texts.append((name, text)), text)[1]  # noqa: E731
             with emulator.active("sm_86", transform=keep):
-                _evaluate(operator, inputs, kwargs, "triton", torch.bfloat16)
+                _run(operator, inputs, kwargs)
     for one in found.values():
         with counted(1 << 30) as blocks:
             findings, one.results = one.execute(one.text)

@@ -11,6 +11,7 @@ SPREAD = (
     "test_attention_padding_of_shared_keys[lengths]",
     "test_attention_grouped_and_shared_heads[2-own]",
     "test_attention_empty[2-3-0]",
+    "test_unified_attention_layouts[guarded]",
 )
 for module in (test_attention, test_unified_attention, test_packed):
     take(globals(), module)

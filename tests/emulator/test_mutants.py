@@ -19,15 +19,18 @@ KERNELS = {
     for path in (ROOT / "kernels" / "fused").glob("*.py")
     for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.M)
 }
-# of the quick set: what CI has time for
-QUICK = ("attention lengths", "residual_norm")
+# of the quick set, 4 s: kernels by case. Products, copies and barriers of the first, rows of the others
+QUICK = {
+    "linear_cross_entropy chunks": ("_linear_cross_entropy_fwd_kernel",),
+    "residual_norm": ("_residual_norm_fwd_kernel", "_residual_norm_bwd_kernel"),
+}
 
 Outcomes = Counter[tuple[str, str, bool, str]]  # kernel, kind, caught, by what or why not
 
 
-def _outcomes(names: list[str], most: int, values: int) -> Outcomes:
+def _outcomes(names: list[str], most: int, values: int, only: set[str] = KERNELS) -> Outcomes:
     found: Outcomes = Counter()
-    for launch in launches(names):
+    for launch in [launch for launch in launches(names) if launch.name in only]:
         judge = Judge(launch)
         for mutant in mutants(launch, most, values):
             found[launch.name, mutant.kind, *judge.outcome(mutant)] += 1
@@ -76,7 +79,7 @@ def _document(found: Outcomes) -> str:
 
 
 def test_a_few_mutants_of_each_kind():
-    found = _outcomes(list(QUICK), 1, 1)
+    found = _outcomes(list(QUICK), 1, 1, {kernel for kernels in QUICK.values() for kernel in kernels})
     kinds = {kind for _, kind, caught, _ in found if caught}
     assert kinds >= {"barrier dropped", "wait_group dropped", "guard inverted", "comparison changed", "constant + 1"}
     caught = sum(n for (_, _, caught, _), n in found.items() if caught)
