@@ -13,7 +13,7 @@ from bench.cache import LENGTHS, ROOT
 from bench.projection import Projection
 from bench.report.load import ReportError, benchmark, projections, read_projections
 from march.cost import DEVICES, find_device
-from march.predecessor.published import SEQUENCES
+from march.predecessor.runs import SEQUENCES
 
 
 def projected_here(paths: list[Path]) -> list[Projection]:

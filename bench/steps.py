@@ -16,7 +16,7 @@ from march import experiments
 from march.config import ModelConfig
 from march.model import Transformer
 from march.predecessor.eager import Eager
-from march.predecessor.published import known
+from march.predecessor.runs import known
 
 EAGER = "eager PyTorch"
 OURS = ("triton", "torch")

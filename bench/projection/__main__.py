@@ -39,7 +39,7 @@ from kernels.emulator.session import EMULATED
 from march import experiments
 from march.config import ConfigError
 from march.cost.devices import DEVICES
-from march.predecessor.published import GPUS, SEQUENCES, known
+from march.predecessor.runs import GPUS, SEQUENCES, known
 
 
 def _among(known: Iterable[str], several: bool = False) -> Callable[[str], str | list[str]]:

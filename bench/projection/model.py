@@ -28,7 +28,7 @@ import pandas as pd
 from bench.projection.collect import Call, Compiled, Counts, cdiv
 from march.cost.devices import Device
 from march.cost.op_costs import optimizer_cost
-from march.predecessor.published import EVALUATION_SECONDS, SEQUENCES
+from march.predecessor.runs import EVALUATION_SECONDS, SEQUENCES
 
 # between two kernels of one stream on a full queue, start and drain included; the host runs ahead
 LAUNCH_SECONDS = 4e-6

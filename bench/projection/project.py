@@ -12,7 +12,7 @@ from bench.projection.collect import Counts, collect
 from bench.projection.fit import Fit, fit, leave_one_out, root_mean_square
 from bench.projection.model import BANDWIDTH, EXCHANGE_BANDWIDTH, Work, held, work
 from march.cost.devices import DEVICES
-from march.predecessor.published import GPUS, SEQUENCES, micro_batch, published_seconds
+from march.predecessor.runs import GPUS, SEQUENCES, micro_batch, published_seconds
 
 Progress = Callable[[str], None]
 STATUS = "projection, not measured"

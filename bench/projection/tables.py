@@ -24,7 +24,7 @@ from bench.projection.project import (
 )
 from kernels.emulator.session import EMULATED
 from march.cost.devices import DEVICES
-from march.predecessor.published import EVALUATION_SECONDS, HALVED, HALVED_EXPERIMENTS, MICRO_BATCH, known
+from march.predecessor.runs import EVALUATION_SECONDS, HALVED, HALVED_EXPERIMENTS, MICRO_BATCH, known
 
 FOLDER = Path(__file__).parent
 ASKED, AIM = 0.21, 0.185

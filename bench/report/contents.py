@@ -12,7 +12,7 @@ from bench.report.figures import Point
 from bench.report.load import Benchmark, Sources
 from bench.tables import joined
 from march.cost import find_device
-from march.predecessor.published import SEQUENCES, published_seconds
+from march.predecessor.runs import SEQUENCES, published_seconds
 
 GIB = 2**30
 Ratio = tuple[float, float, float]

@@ -8,6 +8,7 @@ order, and write (march.cost.cache), both compared with traces of them, and the 
 import math
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from typing import Any
 
 import kernels
@@ -202,6 +203,7 @@ def step_costs(
     return OpCosts(micro_batch, *lengths, chosen, ordered, measured.peak, made)
 
 
+@lru_cache(maxsize=64)
 def training_flops(config: ModelConfig, encoder_length: int = 921, decoder_length: int = 206) -> int:
     """FLOPs of matrix products that one sequence's forward and backward need, by the `torch` path on meta tensors.
 

@@ -1,2 +1,2 @@
 """The predecessor, the repository of the published runs: its checkpoints (weights), its model in eager PyTorch (eager),
-its runs' figures (published)."""
+how its runs ran (runs)."""

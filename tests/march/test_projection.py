@@ -23,7 +23,7 @@ from kernels.compile_only import Argument, Launch
 from march import experiments
 from march.cost.counter import Product
 from march.cost.devices import DEVICES
-from march.predecessor.published import HALVED_EXPERIMENTS, micro_batch, published_seconds
+from march.predecessor.runs import HALVED_EXPERIMENTS, micro_batch, published_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 A5000 = DEVICES["a5000"]
