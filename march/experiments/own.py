@@ -78,6 +78,11 @@ def load(text: str) -> Experiment:
     return replace(experiment, **linked, file=path, sha256=module.SHA256)
 
 
+def source(experiment: Experiment) -> bytes:
+    """The bytes of the experiment's file, as it was loaded."""
+    return vars(sys.modules[_name(experiment.file, experiment.sha256)])["SOURCE"]
+
+
 def fields(experiment: Experiment) -> dict[str, str]:
     """The fields of ModelConfig that stand for the code of an experiment."""
     if experiment.file is None and not experiment.parts:
@@ -107,12 +112,18 @@ def _module(path: Path) -> tuple[Path, ModuleType]:
         hint = f"did you mean {', '.join(close)}?" if close else f"looked in {folder.absolute()}"
         raise ConfigError(f"experiment: expected a file of yours, got {path} ({error.strerror}); {hint}") from None
     path = path.absolute()
-    name = f"{__name__}.{path.stem}-{hashlib.sha256(source).hexdigest()}-{str(path).encode().hex()}"
+    name = _name(path, hashlib.sha256(source).hexdigest())
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for what was asked
             return path, importlib.import_module(name)
     except (Exception, SystemExit) as error:
         raise ConfigError(f"experiment: {_said(error, path)}") from error
+
+
+def _name(path: Path | None, sha256: str | None) -> str:
+    assert path is not None
+    stem = re.sub(r"\W", "_", path.stem)
+    return f"{__name__}.{stem}-{sha256}-{str(path).encode().hex()}"
 
 
 def _said(error: BaseException, path: Path) -> str:
@@ -144,7 +155,7 @@ class _Files:
         wanted, got = module.__name__.split("-")[-2], hashlib.sha256(source).hexdigest()
         if got != wanted:
             raise ImportError(f"expected {module.__file__} with sha256 {wanted[:16]}, got {got[:16]}; it was changed")
-        vars(module)["SHA256"] = wanted
+        vars(module).update(SHA256=wanted, SOURCE=source)
         exec(compile(source, module.__file__, "exec", dont_inherit=True), vars(module))
 
 

@@ -36,7 +36,7 @@ def build_parser() -> Parser:
         description="Train one experiment: `deepspeed train.py ...` on every GPU, `python train.py ...` on one.",
     )
     what = parser.add_argument_group("what to train")
-    what.add_argument("--exp", metavar="NAME", help="experiment, any case; default Baseline (see --list)")
+    what.add_argument("--exp", metavar="NAME", help="experiment (see --list), or FILE.py:NAME; default Baseline")
     what.add_argument(
         "--set", action="append", metavar="FIELD=VALUE", help="change one field of the model; may be repeated"
     )
@@ -60,6 +60,9 @@ def build_parser() -> Parser:
         const=NEWEST,
         metavar="DIR",
         help="continue the run in DIR, or the newest one of this experiment and budget",
+    )
+    where.add_argument(
+        "--accept-changed-file", action="store_true", help="with --resume: the file of --exp may be another than it was"
     )
     where.add_argument(
         "--replay", type=int, metavar="STEP", help="with --resume: run that step again, say what is not finite in it"
@@ -105,7 +108,8 @@ class Request:
     @property
     def comparable(self) -> bool:
         """May the losses stand beside the published ones? The recipe, the corpus and the model as published."""
-        unchanged = not self.overrides and self.precision == experiments.configuration(self.experiment.name).precision
+        unchanged = not self.overrides and self.precision == experiments.configuration(self.experiment).precision
+        unchanged = unchanged and self.experiment.file is None
         return self.budget.comparable and unchanged
 
 
@@ -121,10 +125,10 @@ def check(arguments: argparse.Namespace, *, cuda: bool) -> Request:
     budget = get_budget(budget_name, steps=arguments.steps, checkpoint_every=arguments.checkpoint_every)
     if arguments.seed is not None and not 0 <= arguments.seed < 2**32:
         raise UsageError(f"expected --seed from 0 to 2^32 - 1, got {arguments.seed}; 42 is the recipe's")
-    precision = _precision(arguments.precision, overrides, budget, experiment.name)
+    precision = _precision(arguments.precision, overrides, budget, experiment)
     precision_open = False
     if precision == FASTEST:
-        own = experiments.configuration(experiment.name, **overrides).precision
+        own = experiments.configuration(experiment, **overrides).precision
         precision_open = own == "bf16" and not cuda
         precision = "fp32" if precision_open else own
     zero = 1 if arguments.zero is None else arguments.zero
@@ -133,7 +137,7 @@ def check(arguments: argparse.Namespace, *, cuda: bool) -> Request:
     data = Description.of(arguments, budget.source, budget.vocab_size)
     if not data.is_plain(budget.source, budget.vocab_size):
         budget = replace(budget, vocab_size=None, comparable=False, label=f"{budget.label}; from {data.name}")
-    config = experiments.configuration(experiment.name, **{**overrides, "precision": precision})
+    config = experiments.configuration(experiment, **{**overrides, "precision": precision})
     return Request(
         experiment=experiment,
         overrides=overrides,
@@ -149,19 +153,19 @@ def check(arguments: argparse.Namespace, *, cuda: bool) -> Request:
         micro_batch=arguments.micro_batch,
         remembered={
             **{name: getattr(arguments, name) for name in REMEMBERED if getattr(arguments, name) is not None},
-            "exp": experiment.name,
+            "exp": experiment.spec,
             "budget": budget_name,
         },
     )
 
 
-def _precision(given: str | None, overrides: dict[str, Any], budget: Budget, name: str) -> str:
+def _precision(given: str | None, overrides: dict[str, Any], budget: Budget, experiment: experiments.Experiment) -> str:
     if given is not None and given not in ("bf16", "fp32"):
         raise UsageError(f"expected --precision bf16 or fp32, got {given!r}; give one of these")
     by_field = overrides.pop("precision", None)  # the field and the option are one thing
     if given and by_field and given != by_field:
         raise UsageError(f"expected one precision, got --precision {given} and precision={by_field}; leave one out")
-    return given or by_field or budget.precision or experiments.configuration(name).precision
+    return given or by_field or budget.precision or experiments.configuration(experiment).precision
 
 
 def _impl(text: str) -> str | Mapping[str, str]:

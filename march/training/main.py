@@ -66,6 +66,8 @@ def _train(given) -> int:
         raise UsageError("expected --resume or --run-dir, got both; --resume DIR names the folder")
     if given.replay is not None and (given.resume is None or given.replay < 1):
         raise UsageError("expected --replay with the number of a step and --resume, got one of them; give both")
+    if given.accept_changed_file and given.resume is None:
+        raise UsageError("expected --accept-changed-file with --resume, got it alone; leave it out")
     request = command_line.check(given, cuda=torch.cuda.is_available())
 
     from march.training import distributed, session
@@ -82,7 +84,8 @@ def _train(given) -> int:
                     where, _canonical(given.exp), given.budget, RUNS, given.replay, world
                 )
                 stack.callback(folder.unlock)
-                remembered = checkpoint.state["run"]["arguments"]
+                remembered = dict(checkpoint.state["run"]["arguments"])
+                remembered["exp"] = session.kept_file(folder, remembered["exp"])
                 precision = checkpoint.state["identity"]["precision"]
                 given = command_line.fill_from(given, {"precision": precision, **remembered})
                 try:
@@ -147,6 +150,7 @@ def _run(request: command_line.Request, given, folder, checkpoint, world, stop, 
     identity = session.identity(request, config, store)
     state = checkpoint.state if checkpoint else {}
     before = state.get("run", {})
+    session.refuse_other_file(request, before, given.accept_changed_file, world)
     if checkpoint:
         refuse_other_identity(state["identity"], identity)
         if checkpoint.step >= budget.steps and given.replay is None:

@@ -14,6 +14,7 @@ from march import config as configuration
 from march import experiments
 from march.config import ModelConfig
 from march.data import Store
+from march.experiments import own
 from march.experiments.published import comparison
 from march.training.arguments import Request
 from march.training.distributed import World, largest, say
@@ -38,9 +39,10 @@ def describe(
     request: Request, config: ModelConfig, numerics: Mapping[str, Any], before: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What config.json and every checkpoint say of the run; `before`: what they said when it began."""
-    published_config = experiments.configuration(request.experiment.name)
+    published_config, file = experiments.configuration(request.experiment), request.experiment.file
     return {
         "experiment": request.experiment.name,
+        "file": None if file is None else {"path": str(file), "sha256": request.experiment.sha256},
         "control": request.experiment.control,
         "seed": request.seed,
         "budget": request.budget.to_dict() | {"name": request.budget_name, "seed": request.seed},
@@ -48,7 +50,7 @@ def describe(
         "config": configuration.to_dict(config),
         "difference": {
             "base": request.experiment.base,
-            "from_base": experiments.difference(request.experiment.name),
+            "from_base": experiments.difference(request.experiment),
             "in_this_run": configuration.difference(config, published_config),  # --set, corpus, precision
         },
         "arguments": request.remembered,
@@ -73,6 +75,8 @@ def write_start(
     """
     try:
         folder.write("config.json", {**plan.run, "identity": plan.identity})
+        if request.experiment.file is not None:
+            folder.keep(request.experiment.file, own.source(request.experiment))
         folder.write("summary.json", {"finished": False, "stopped_by": "no end yet: running, or killed"})
     except OSError as error:
         raise RunError(f"{folder.path} could not be written to: {error.strerror}; free space there first") from error

@@ -1,5 +1,6 @@
 """The folder of one run: what was asked, where it ran, what came out.
 
+<name>.py           the experiment's own file, where it has one; .1.py: as it was before --accept-changed-file
 config.json         experiment, resolved configuration, difference from its base, budget, arguments, identity
 environment.json    versions, commit, devices, processes, parameters; one entry for each start
 metrics.jsonl       a line for each step (metrics.py)
@@ -168,6 +169,16 @@ class RunFolder:
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Replace the JSON file `name`."""
         write_json(self.path / name, content)
+
+    def keep(self, file: Path, content: bytes) -> None:
+        """A copy of the experiment's own file, as it was loaded; an earlier one, of other content, gets a number."""
+        copy, number = self.path / file.name, 1
+        if copy.exists() and copy.read_bytes() != content:
+            while (earlier := copy.with_suffix(f".{number}.py")).exists():
+                number += 1
+            copy.rename(earlier)
+        if not copy.exists():
+            copy.write_bytes(content)
 
     def add_environment(self, entry: Mapping[str, Any]) -> None:
         """Append to environment.json: a resumed run may run elsewhere."""

@@ -134,11 +134,38 @@ def identity(request: Request, config: ModelConfig, store: Store) -> dict[str, A
     budget = {name: value for name, value in request.budget.to_dict().items() if name not in free}
     return {
         "experiment": request.experiment.name,
-        "config": configuration.to_dict(config),
+        # the file's hash may change where that is asked for: refuse_other_file
+        "config": {
+            k: request.experiment.name if v == config.idea else v for k, v in configuration.to_dict(config).items()
+        },
         "budget": {"name": request.budget_name, **budget, "seed": request.seed},
         "precision": request.precision,
         "data": {name: entry["sha256"] for name, entry in store.manifest["files"].items()},
     }
+
+
+def refuse_other_file(request: Request, before: Mapping[str, Any], accepted: bool, world: World) -> None:
+    """UsageError where the experiment's file is not the one that the run began with, or not the same on every node."""
+    name, ours, theirs = request.experiment.file, request.experiment.sha256, (before.get("file") or {}).get("sha256")
+
+    def compare() -> None:
+        if from_rank_0 != ours:
+            raise UsageError(f"expected the same file on every node, got another {name}; copy one to all")
+        if before and ours != theirs and not accepted:
+            raise UsageError(
+                f"expected {name} as the run has it (sha256 {str(theirs)[:16]}), got {str(ours)[:16]}; its folder "
+                "has a copy to take back, --accept-changed-file continues with the file as it is"
+            )
+
+    from_rank_0 = from_first(world, ours)
+    together(world, compare)
+
+
+def kept_file(folder: RunFolder, experiment: str) -> str:
+    """The experiment as a run remembers it: of the run's copy where its file has gone."""
+    path, _, name = experiment.rpartition(":")
+    kept = folder.path / Path(path).name
+    return f"{kept}:{name}" if path and not Path(path).exists() and kept.exists() else experiment
 
 
 def find_run(
@@ -253,7 +280,7 @@ def build_model(request: Request, config: ModelConfig) -> nn.Module:
     """The experiment's model on the CPU, float32, the same on every rank."""
     torch.manual_seed(request.seed)
     overrides = {**request.overrides, "vocab_size": config.vocab_size, "precision": request.precision}
-    return march.build_model(request.experiment.name, impl=request.impl, **overrides)
+    return march.build_model(request.experiment, impl=request.impl, **overrides)
 
 
 def fit_micro_batch(
