@@ -63,8 +63,10 @@ class Launch:
 
     @property
     def configuration(self) -> str:
-        """Constants and options on one line, for a table."""
+        """Constants and options on one line, for a table; of an activation its name, without its code's hashes."""
         given = self.constants | {argument.name: None for argument in self.arguments if argument.dtype == "NoneType"}
+        if "ACTIVATION" in given:
+            given["ACTIVATION"] = given["ACTIVATION"].partition(":")[0]
         constants = " ".join(f"{name}={value}".replace(" ", "") for name, value in sorted(given.items()))
         return f"{constants} warps={self.num_warps} stages={self.num_stages}".strip()
 
