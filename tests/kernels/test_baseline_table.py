@@ -23,8 +23,7 @@ NEAR = ("regs", "smem", "slots/HMMA", "smem/tensor")  # within 3%: better ones a
 
 
 def rows_of(text: str) -> dict[tuple[str, ...], dict[str, str]]:
-    """The table's rows by kernel, configuration and type; an activation's key without the hash of its code."""
-    text = re.sub(r"(ACTIVATION=\w+)[:\w]*", r"\1", text)
+    """The table's rows by kernel, configuration and type."""
     header, *rows = [re.split(r"  +", line.strip()) for line in text.split("\n\n")[0].splitlines()[1:]]
     found = {tuple(row[:3]): dict(zip(header, row, strict=True)) for row in rows}
     assert len(found) == len(rows) > 20
