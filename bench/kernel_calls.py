@@ -1,5 +1,6 @@
 """The operator calls that `pytest bench/` times: what they compute, what they move at least, how they are named."""
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import kernels
 import march
 from kernels import cases, packed
 from kernels.dispatch import observed
@@ -15,6 +17,8 @@ from kernels.dropout import Dropout, dropout_state
 from kernels.operators import OPERATORS
 
 DIRECTIONS = ("forward", "backward", "both")
+# arguments that a call is named by, given or not; of the others what is not their default
+CHOICES = ("scale", "causal", "kind", "activation", "factor", "combine")
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,12 @@ def _call(form: str, tensors: Sequence[Tensor | None], arguments: dict[str, Any]
         elif last:
             dims |= {"vocabulary": last[0]} | ({"positions": shapes[2][0]} if operator == "embedding" else {})  # type: ignore[index]
     dropouts = {name: x.p for name, x in arguments.items() if isinstance(x, Dropout)}
-    plain = {n: x for n, x in arguments.items() if x is not None and not isinstance(x, Dropout | Tensor)}
+    defaults = inspect.signature(getattr(kernels, operator)).parameters
+    plain = {
+        n: x
+        for n, x in arguments.items()
+        if x is not None and not isinstance(x, Dropout | Tensor) and (n in CHOICES or x != defaults[n].default)
+    }
     names = OPERATORS[operator].contract.tensors
     return Call(operator, dims, plain, dropouts, tuple(n for n, s in zip(names, shapes, strict=True) if s is None))
 

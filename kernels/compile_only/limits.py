@@ -44,11 +44,13 @@ ARCHITECTURE_DATA = {
 }
 
 
+LIMITS: list[Limit] = [limit for record in OPERATORS.values() for limit in record.limits]
+
+
 def limits_of(kernel: str, constants: Mapping[str, Any], arch: str) -> list[Limit]:
-    """Every limit, of those in the operators' records, that applies to a kernel with these constants on `arch`."""
+    """Every limit that applies to a kernel with these constants on `arch`."""
     return [
         limit
-        for record in OPERATORS.values()
-        for limit in record.limits
+        for limit in LIMITS
         if arch in limit.architectures and fnmatch.fnmatch(kernel, limit.kernel) and limit.where(constants)
     ]
