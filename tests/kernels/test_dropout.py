@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+import kernels
 from kernels.dropout import (
     MASK32,
     SEGMENT_COLUMNS,
@@ -67,6 +68,20 @@ def test_philox_is_tritons():
     key = torch.tensor(0x89ABCDEF), torch.tensor(0x1234567)
     w0, w1 = philox(key, tuple(counter.cpu().long() & MASK32))
     assert torch.equal(out.cpu().long() & MASK32, torch.stack([w0, w1]))
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+def test_an_element_at_the_threshold_is_kept(impl):
+    """T = round(p 2^32) drops the words below it: the element whose word it is stays, one above it does not."""
+    rng = dropout_state(42, 2, 9)
+    (a, b), c = row_keys(Dropout(0.5, rng, 7), 1, 1, 1), column_keys(Dropout(0.5, rng, 7), 16)
+    word = int((int(a) * int(c[3]) + int(b)) & MASK32)
+    s = torch.ones(1, 1, 16, device=harness.DEVICE)
+    for above in (0, 1):
+        dropout = Dropout((word + above) / 2**32, rng.to(harness.DEVICE), 7)
+        assert threshold(dropout.p) == word + above
+        y, _ = kernels.residual_norm(None, s, s[0, 0], dropout=dropout, impl=impl)
+        assert bool(y[0, 0, 3]) != bool(above)
 
 
 @pytest.mark.parametrize("seed", [0, 42, (1 << 31) + 5, MASK32])

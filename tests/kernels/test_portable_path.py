@@ -240,6 +240,16 @@ def test_a_tied_table_has_the_sum_of_its_gradients(dtype):
     assert output.dtype == (dtype or torch.float32)
 
 
+def test_a_tied_table_of_float16_has_the_sum_too():
+    """Its look-ups hand back dense gradients: float16 has no addition of sparse ones."""
+    table, weight = draw(7, 12).half().requires_grad_(), draw(7, 12, seed=5).half()
+    ids = torch.tensor([[1, 5, 5, 0, 2]])
+    lookup, output = kernels.tied_table(table)
+    looked_up = kernels.embedding(ids, lookup, torch.zeros(5, 12).half(), combine="sum", impl="torch")
+    (looked_up.sum() + (output * weight).sum()).backward()
+    torch.testing.assert_close(table.grad, weight + torch.bincount(ids[0], minlength=7)[:, None].half())
+
+
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.3, 0.5, 0.9999])
 def test_words_are_the_contract(p):
     """The signed in-place form against the definition in unsigned arithmetic of Python integers."""
