@@ -10,7 +10,7 @@ ARGS ?=
 JOBS ?= 2
 TEST := $(RUN) OMP_NUM_THREADS=1 python -m pytest -n $(JOBS)
 
-.PHONY: help setup train test test-all faults compile-all gpu check format clean
+.PHONY: help setup train test test-all faults compile-all gpu study check format clean
 
 help:
 	@echo "make train [EXP=Baseline] [ARGS='--budget demo']   set up, then train an experiment"
@@ -19,6 +19,7 @@ help:
 	@echo "make faults                                        what each injected fault led to, a table"
 	@echo "make compile-all                                   every kernel for every GPU target, without a GPU"
 	@echo "make gpu                                           a GPU's first hour: what holds on it, on one page"
+	@echo "make study                                         every experiment as a mini, over seeds; continues"
 	@echo "make check                                         ruff and mypy"
 
 # Installed anew when the requirements change. torch comes first and alone: resolved with the others, a newer CUDA
@@ -51,6 +52,13 @@ compile-all: setup
 # without a GPU: what of it can run on the CPU, half an hour on two cores
 gpu: setup
 	$(RUN) python -m bench.gpu $(ARGS)
+
+STUDY_SEEDS := 5,Baseline=8,APEUnitVariance=8,ReLUGatedLinearUnit=8,ReLUGatedLinearUnitControlled=8
+STUDY_SEEDS := $(STUDY_SEEDS),GELUGatedLinearUnit=8,GELUGatedLinearUnitControlled=8
+STUDY_SEEDS := $(STUDY_SEEDS),SiLUGatedLinearUnit=8,SiLUGatedLinearUnitControlled=8
+# about 240 runs of a minute and a half on a core, two at a time; what is there is kept
+study: setup
+	$(RUN) march compare all --recipe mini --slots 2 --out docs/results/mini --seeds $(STUDY_SEEDS) $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

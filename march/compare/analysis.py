@@ -33,7 +33,7 @@ class Row:
     setting: Setting
     losses: Mapping[int, float]
     evaluations: Mapping[int, float]
-    curves: pd.DataFrame  # validation loss, steps by seeds
+    history: pd.DataFrame  # experiment, seed, step, loss, eval_loss of every run
     seconds: float | None
     run_seconds: float | None
     roughness: float | None
@@ -48,6 +48,13 @@ class Row:
     @property
     def name(self) -> str:
         return self.variant.name
+
+    @property
+    def curves(self) -> pd.DataFrame:
+        """Validation loss of the finished runs, steps by seeds."""
+        done = [seed for seed, status in self.statuses.items() if status == FINISHED]
+        known = self.history[self.history["seed"].isin(done)].dropna(subset="eval_loss")
+        return known.pivot(index="step", columns="seed", values="eval_loss")
 
     @property
     def finite(self) -> list[float]:
@@ -100,17 +107,17 @@ def _row(variant: Variant, setting: Setting, parent: Path) -> Row:
     seconds = [row["seconds"] for seed in finished for row in histories[seed] if "seconds" in row]
     times = [t for seed in finished if isinstance(t := cells[seed].summary().get("process_seconds"), int | float)]
     rough = [r for s in finished if (r := statistics.roughness([x["loss"] for x in histories[s]])) is not None]
-    curves = {
-        seed: {row["step"]: row["eval_loss"] for row in histories[seed] if row.get("eval_loss") is not None}
-        for seed in finished
-    }
+    history = pd.DataFrame(
+        [{"experiment": variant.name, "seed": seed, **row} for seed in cells for row in histories[seed]],
+        columns=["experiment", "seed", "step", "loss", "eval_loss"],
+    ).astype({"loss": float, "eval_loss": float})
     return Row(
         variant,
         _change(variant),
         setting,
         {seed: _loss(cells[seed], statuses[seed], "test_loss") for seed in cells},
         {seed: _loss(cells[seed], statuses[seed], "eval_loss") for seed in cells},
-        pd.DataFrame(curves).sort_index(),
+        history,
         plain.median(seconds) if seconds else None,
         plain.fmean(times) if times else None,
         plain.median(rough) if rough else None,

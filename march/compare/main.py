@@ -28,7 +28,9 @@ def build_parser() -> Parser:
     )
     count = whole(1, 10_000, "a small number is usual")
     what = parser.add_argument_group("what to compare")
-    what.add_argument("names", nargs="+", metavar="EXPERIMENT", help="the first is the control where no other is told")
+    what.add_argument(
+        "names", nargs="+", metavar="EXPERIMENT", help="the first is the control where no other is told; or all"
+    )
     what.add_argument("--control", metavar="NAME", help="of all others; default each one's own, else the first")
     what.add_argument(
         "--seeds", default="5", metavar="N", help="each one's, or 5,Baseline=8 for more of some; default 5"

@@ -23,7 +23,7 @@ GRID_SEEDS_FROM = 1_000_001
 WIDTHS = ("dim_model", "dim_qkv", "dim_feedforward", "database_states")
 # Names of common comparisons' settings: options of train.py, and a factor for all widths.
 MINI = "mini"
-PRESETS: dict[str, tuple[tuple[str, ...], float]] = {MINI: (("--budget", "demo", "--steps", "200"), 0.25)}
+PRESETS: dict[str, tuple[tuple[str, ...], float]] = {MINI: (("--budget", "demo", "--steps", "400"), 0.25)}
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,18 @@ class Variant:
 def variants(
     names: Sequence[str], *, seeds: str, options: Sequence[str], control: str | None = None, width: float | None = None
 ) -> list[Variant]:
-    """The compared experiments, in order. Without `control` each is judged against its experiment's own control where
-    that is compared too, else against the first.
+    """The compared experiments, in order; "all" for `everything`. Without `control` each is judged against its own
+    experiment's control where that is compared too, else against the first.
 
     seeds: "5", or "5,Baseline=8" for more of some. width: factor of every width, heads kept.
 
     Raises:
         UsageError, march.config.ConfigError: a name, a seed or a width that cannot be.
     """
+    if "all" in names:
+        if len(names) > 1:
+            raise UsageError(f"expected all alone, got {' '.join(names)}; leave the others out")
+        names = everything()
     found = {_spec(name): experiments.get(name) for name in names}
     if len(found) < len(names):
         raise UsageError(f"expected each experiment once, got {' '.join(names)}; leave the second out")
@@ -76,6 +80,12 @@ def variants(
             )
         )
     return result
+
+
+def everything() -> list[str]:
+    """Every experiment of the list that is judged against one of it, and what they are judged against."""
+    controls = {x.control for x in experiments.EXPERIMENTS}
+    return [x.name for x in experiments.EXPERIMENTS if x.control or x.name in controls]
 
 
 def _spec(text: str) -> str:

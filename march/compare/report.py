@@ -128,6 +128,8 @@ def write(
         numbers = {"when": content["when"], "margin": margin, "alpha": statistics.ALPHA, "rows": records}
         write_text(folder / "report.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")
         pd.DataFrame(records).drop(columns="losses").to_csv(folder / "rows.csv", index=False)
+        metrics = pd.concat([row.history for row in rows], ignore_index=True).round(5)
+        metrics.to_csv(folder / "metrics.csv.gz", index=False, compression={"method": "gzip", "mtime": 1})
         write_text(folder / "report.md", markdown(content))
         data = {name: base64.b64encode((folder / name).read_bytes()).decode() for name in pictures}
         template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")

@@ -29,7 +29,9 @@ def stand_in(tmp_path, monkeypatch):
     monkeypatch.setattr(
         runner, "cpu_slots", lambda n: [runner.Slot(launcher, {}, (f"t{i}",)) for i in range(max(2, n))]
     )
-    monkeypatch.setattr(costs, "setting_of", lambda cell, cuda: SETTING)
+    monkeypatch.setattr(
+        costs, "setting_of", lambda cell, _: replace(SETTING, config=experiments.configuration(cell.experiment))
+    )
 
     def estimates(cells, **_):
         return {cell: costs.Estimate(1, 10, 100, 1.0, "told") for cell in cells}
@@ -77,6 +79,9 @@ def test_from_words_to_a_page(stand_in, tmp_path, capsys):
     assert pictures == list(report.PICTURES)
     assert all((tmp_path / "out" / name).stat().st_size > 5000 for name in pictures)
     assert len(pd.read_csv(tmp_path / "out" / "rows.csv")) == 4
+    metrics = pd.read_csv(tmp_path / "out" / "metrics.csv.gz")
+    assert len(metrics) == 17 * 6
+    assert list(metrics.columns) == ["experiment", "seed", "step", "loss", "eval_loss"]
 
 
 def test_failed_runs_are_seen_in_the_table_and_in_the_exit_code(stand_in, tmp_path, monkeypatch):
@@ -133,6 +138,7 @@ def test_each_is_judged_by_its_own_control_where_that_is_compared():
     [
         (["Baseline", "baseline"], "each experiment once"),
         (["Baselin"], "did you mean Baseline"),
+        (["all", "Baseline"], "all alone"),
         (["Baseline", "--seeds", "0"], "number of seeds"),
         (["Baseline", "--seeds", "x"], "number of seeds"),
         (["Baseline", "--seeds", "2,QKNorm=3"], "seeds of a compared experiment"),
@@ -252,3 +258,9 @@ def test_an_experiment_of_a_file_is_compared_like_any_other(tmp_path):
     with pytest.raises((UsageError, ConfigError)):
         plan.variants(["nowhere.py:Mine"], seeds="1", options=())
     assert Cell("x/idea.py:Mine", 1, (), Path()).folder.name.startswith("idea-py-Mine-seed1-")
+
+
+def test_all_is_every_experiment_of_one_budget_with_what_it_is_judged_against():
+    found = {v.name: v for v in plan.variants(["all"], seeds="1", options=())}
+    assert set(experiments.names()) - set(found) == {"Best"}
+    assert all(v.control in found and v.own_control is None for name, v in found.items() if name != "Baseline")

@@ -222,3 +222,32 @@ def test_a_cell_survives_its_way_through_json():
     cell = Cell("a.py:B", 3, ("--set", 'x="1"'), Path("runs"))
     assert Cell.from_json(cell.to_json()) == cell
     assert json.loads(cell.to_json())[1] == 3
+
+
+@pytest.mark.slow
+def test_real_runs_killed_on_their_way_compare_as_if_they_were_not(tmp_path, monkeypatch, capsys):
+    """train.py itself: the page's numbers after a SIGKILL in the middle are those of runs left alone."""
+    from training_support import process_environment, small_overrides, write_corpus
+
+    from march.compare import main
+
+    corpus = write_corpus(tmp_path / "text.jsonl")
+    monkeypatch.chdir(tmp_path)
+    for name in ("OMP_NUM_THREADS", "PYTHONPATH"):
+        monkeypatch.setenv(name, process_environment()[name])
+    options = ["--source", "files", "--files", str(corpus), "--vocab-size", "200", "--steps", "12"]
+    options += ["--checkpoint-every", "3", "--precision", "fp32", *small_overrides()]
+    tables = []
+    for runs in ("killed", "whole"):
+        words = ["Baseline", "SquaredReLU", "--seeds", "2", "--slots", "1", "--runs", runs, "--out", f"{runs}-out"]
+        if runs == "killed":
+            words_there = [sys.executable, "-m", "march.compare.main", *words, "--", *options]
+            process = subprocess.Popen(words_there, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            while not list(tmp_path.glob("killed/*/run/checkpoints/*/manifest.json")):
+                assert process.poll() is None
+                time.sleep(0.1)
+            kill_tree(process, only_it=False)
+        assert main.main([*words, "--", *options]) == 0, capsys.readouterr().err
+        rows = json.loads((tmp_path / f"{runs}-out/report.json").read_text())["rows"]
+        tables.append([(row["experiment"], row["losses"], row["difference"], row["verdict"]) for row in rows])
+    assert tables[0] == tables[1]
