@@ -64,8 +64,7 @@ class Launch:
     @property
     def configuration(self) -> str:
         """Constants and options on one line, for a table."""
-        given = self.constants | {argument.name: None for argument in self.arguments if argument.dtype == "NoneType"}
-        constants = " ".join(f"{name}={value}".replace(" ", "") for name, value in sorted(given.items()))
+        constants = " ".join(f"{name}={value}".replace(" ", "") for name, value in sorted(self.constants.items()))
         return f"{constants} warps={self.num_warps} stages={self.num_stages}".strip()
 
 
