@@ -64,7 +64,7 @@ class Launch:
     @property
     def configuration(self) -> str:
         """Constants and options on one line, for a table; of an activation its name, without its code's hashes."""
-        given = self.constants | {argument.name: None for argument in self.arguments if argument.dtype == "NoneType"}
+        given = dict(self.constants)
         if "ACTIVATION" in given:
             given["ACTIVATION"] = given["ACTIVATION"].partition(":")[0]
         constants = " ".join(f"{name}={value}".replace(" ", "") for name, value in sorted(given.items()))

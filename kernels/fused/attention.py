@@ -156,14 +156,13 @@ def attention_op(
     return o, lse
 
 
-def empty_rows(q: Tensor, v: Tensor, block: int, causal: bool, p: float) -> Tensor:
+def empty_rows(q: Tensor, keys: list[Tensor], block: int, causal: bool, p: float) -> Tensor:
     """rows [2 or 4, B, H, Lpad] float32: what dQ writes of every query for dK and dV. Lpad: whole blocks of both, of
     `block` queries in dQ. ValueError where an offset in it could pass 2^31."""
     batch, queries, heads, _ = q.shape
-    for direction in key_directions(q, v):
-        bits = 8 * q.element_size()
-        chosen = tiles_attention.tile(direction, architecture(q), q.shape[3], v.shape[3], causal, p > 0, bits)
-        block = max(block, chosen.m)
+    shape = q.shape[3], keys[1].shape[3], causal, p > 0, 8 * q.element_size()
+    directions = {d for i in range(0, len(keys), 2) for d in key_directions(q, *keys[i : i + 2])}
+    block = max(block, *(tiles_attention.tile(direction, architecture(q), *shape).m for direction in directions))
     padded = triton.cdiv(queries, block) * block
     if 4 * batch * heads * padded >= launch.INT32:
         raise ValueError(
@@ -173,9 +172,11 @@ def empty_rows(q: Tensor, v: Tensor, block: int, causal: bool, p: float) -> Tens
     return torch.empty((4 if p > 0 else 2, batch, heads, padded), dtype=torch.float32, device=q.device)
 
 
-def key_directions(q: Tensor, v: Tensor) -> tuple[str, ...]:
+def key_directions(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, ...]:
     """The kernels that dK and dV take: one or two."""
-    return tiles_attention.key_directions(q.shape[3], v.shape[3], 8 * q.element_size())
+    found = tiles_attention.key_directions(q.shape[3], v.shape[3], 8 * q.element_size())
+    shared = k.shape[0] * k.shape[2] < q.shape[0] * q.shape[2]
+    return ("dkdv_shared",) if shared and len(found) == 1 else found
 
 
 def parts_of_row(x: Tensor) -> int:
@@ -194,7 +195,7 @@ def launch_dkdv(
         return
     pairs = q.shape[0] // shared * (q.shape[2] // groups)
     assert handed is None or pairs == 1, "keys that are handed on belong to one query head"
-    for direction in key_directions(q, v):
+    for direction in key_directions(q, k, v):
         given = arguments(direction, lengths, mask, scale, causal, p, q=q, k=k, v=v, do=do)
         base = triton.cdiv(keys, given["BLOCK_N"]) * groups * shared
         splits = max(1, min(pairs, SHARED_PROGRAMS // base))
@@ -234,7 +235,7 @@ def attention_backward_op(
         return [x.zero_() for x in gradients]
     dq, *d_keys = unpack(*gradients)
     given = query_arguments("dq", q, tuple(keys), lengths, mask, rng, scale, causal, p, site, do=do)
-    rows, columns, first = empty_rows(q, keys[1], given["BLOCK_M"], causal, p), given["ckeys_ptr"], given["first"]
+    rows, columns, first = empty_rows(q, keys, given["BLOCK_M"], causal, p), given["ckeys_ptr"], given["first"]
     programs._attention_bwd_dq_kernel[(rows.shape[3] // given["BLOCK_M"] * heads * batch,)](
         o_ptr=o, lse_ptr=lse, dq_ptr=dq, rows_ptr=rows, factor=scale * keep_scale(p),
         inverse_keep_scale=1.0 / keep_scale(p), plane=rows.stride(0), Lpad=rows.shape[3], PARTS=parts_of_row(dq),

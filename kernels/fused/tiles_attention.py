@@ -54,7 +54,7 @@ def parts_of(direction: str, width: int, bits: int) -> tuple[int, ...]:
     """
     if direction in ("dq", "dq_extra", "dk", "dv") and 128 < width <= 256:
         return (128, 64) if width <= 192 else (128, 128)
-    if width <= 128 and (bits == 32 or (direction == "dkdv" and width > 32)):
+    if width <= 128 and (bits == 32 or (direction.startswith("dkdv") and width > 32)):
         return (max(16, 1 << (width - 1).bit_length()),)
     return head_dim_class(width)
 
@@ -105,6 +105,8 @@ DKDV: Table = {
     False: (NARROW_KEYS, (64, Tile(64, 64, 4, 2)), (128, Tile(16, 128, 8, 2))),
     True: (NARROW_KEYS, (64, Tile(32, 64, 4, 2)), (128, Tile(16, 128, 8, 2))),
 }
+# an outer loop over the query heads that share the keys: 32 x 64 by 4 warps spills five (causal)
+DKDV_SHARED: Table = {False: DKDV[False], True: (NARROW_KEYS, (64, Tile(32, 128, 8, 2)), DKDV[True][2])}
 DK: Table = dict.fromkeys(
     (False, True), ((192, Tile(16, 64, 4, 2)), (384, Tile(32, 32, 4, 1)), (512, Tile(16, 32, 4, 1)))
 )
@@ -130,6 +132,7 @@ TABLES = {
     "forward": FORWARD,
     "dq": DQ,
     "dkdv": DKDV,
+    "dkdv_shared": DKDV_SHARED,
     "dk": DK,
     "dv": DV,
     "forward_extra": FORWARD_EXTRA,
@@ -151,7 +154,11 @@ TABLES_32 = {
 }
 # ptxas needs a few registers more there: under the cap of 128 forward and dQ at K 64 spill 5 to 9, without it none
 UNCAPPED = ("sm_100", "sm_120")
-TABLES_32 |= {"forward_extra": TABLES_32["forward"], "dq_extra": TABLES_32["dq"]}
+TABLES_32 |= {
+    "forward_extra": TABLES_32["forward"],
+    "dq_extra": TABLES_32["dq"],
+    "dkdv_shared": TABLES_32["dkdv"],
+}
 
 
 def tile(direction: str, arch: str, width: int, value_width: int, causal: bool, dropout: bool, bits: int) -> Tile:
