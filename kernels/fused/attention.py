@@ -96,7 +96,7 @@ def query_arguments(
     rng: Tensor | None, scale: float, causal: bool, p: float, site: int, **further: Tensor,
 ) -> dict[str, Any]:  # fmt: skip
     """`arguments` of a kernel that walks over `keys`: [k, v], or those of two segments."""
-    k, v, k2, v2 = (*keys, None, None)[:4]
+    (k, v), (k2, v2) = keys[:2], keys[2:] or (None, None)
     direction += "" if mask is None and k2 is None else "_extra"
     columns = dropout_columns(p, rng, site, *(x.shape[1] for x in keys[::2]), x=q)
     return arguments(direction, lengths, mask, scale, causal, p, q=q, k=k, v=v, k2=k2, v2=v2, **further) | {
@@ -185,11 +185,12 @@ def parts_of_row(x: Tensor) -> int:
 
 
 def launch_dkdv(
-    dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, do: Tensor, rows: Tensor, columns: Tensor | None,
-    lengths: Tensor | None, mask: Tensor | None, scale: float, causal: bool, p: float, handed: Tensor | None,
+    segment: tuple[Tensor, ...], columns: Tensor | None, lengths: Tensor | None,
+    mask: Tensor | None, scale: float, causal: bool, p: float, handed: Tensor | None,
 ) -> None:  # fmt: skip
-    """Writes dK and dV of one key segment, given the rows of the whole softmax; handed [B, Lk, 2, G, K]: gradients of
-    K and V from elsewhere, to be added."""
+    """Writes dK and dV of one key segment (dk, dv, q, k, v, do, rows of the whole softmax); handed
+    [B, Lk, 2, G, K]: gradients of K and V from elsewhere, to be added."""
+    dk, dv, q, k, v, do, rows = segment
     shared, keys, groups, _ = k.shape
     if keys == 0:
         return
@@ -244,9 +245,9 @@ def attention_backward_op(
     segments = [(*d_keys[i : i + 2], q, *keys[i : i + 2], do, rows) for i in range(0, len(keys), 2)]
     if first is not None:
         own, columns = (None, None) if columns is None else (columns[:first], columns[first:])
-        launch_dkdv(*segments[0], own, None, None, scale, causal, p, None)
+        launch_dkdv(segments[0], own, None, None, scale, causal, p, None)
         causal = False
-    launch_dkdv(*segments[-1], columns, lengths, mask, scale, causal, p, handed)
+    launch_dkdv(segments[-1], columns, lengths, mask, scale, causal, p, handed)
     return gradients
 
 
