@@ -53,7 +53,10 @@ def parse_impl(text: str) -> Impl:
     pairs = [part.split("=", 1) for part in text.split(",")]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"impl: expected a name or operator=name,operator=name, got {text!r}")
-    return validate({operator.strip(): name.strip() for operator, name in pairs})
+    chosen = {operator.strip(): name.strip() for operator, name in pairs}
+    if len(chosen) < len(pairs):
+        raise ValueError(f"impl: expected each operator once, got {text!r}; leave one out")
+    return validate(chosen)
 
 
 def triton_interpreted() -> bool:

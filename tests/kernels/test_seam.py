@@ -53,6 +53,7 @@ def test_names_are_parsed(text, parsed):
         ("glu=flash_attn", "use attention=flash_attn"),
         ("attntion=torch", "expected an operator among"),
         ("attention=torch,glu", "expected a name or operator=name"),
+        ("glu=torch, glu =reference", "expected each operator once"),
     ],
 )
 def test_wrong_names_are_refused(text, message):

@@ -118,6 +118,26 @@ def test_parquet_with_bytes_that_are_no_text_names_the_row(tmp_path):
         documents(path)
 
 
+@pytest.mark.fault("a parquet row without text", "refused by file and row")
+@pytest.mark.parametrize("texts", [[None], ["good", None, "good"], ["good"] * 300 + [None]])
+def test_a_parquet_row_that_is_null_is_named(tmp_path, texts):
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=rf"text in row {texts.index(None) + 1} of .*a\.parquet, got null; "):
+        documents(tmp_path / "a.parquet")
+
+
+@pytest.mark.fault("a pipe in place of a file of text", "refused in one line")
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    for name, got in (
+        (str(tmp_path / "a.txt"), "a pipe or device"),
+        ("/dev/null", "a pipe or device"),
+        ("nowhere.txt", "no such file"),
+    ):
+        with pytest.raises(DataError, match=f"expected a file at .*, got {got}"):
+            documents(name)
+
+
 @pytest.mark.fault("links, loops and two spellings of one file", "read once; what is not there is refused")
 def test_folders_links_and_two_spellings(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()

@@ -71,7 +71,8 @@ class Files(Corpus):
             matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
             files = [path for path in matches if path.is_file()]
             if not files:
-                got = "a folder" if matches and matches[0].is_dir() else "no such file"
+                here = matches[0] if matches else Path(pattern)
+                got = "a folder" if here.is_dir() else "no such file" if not here.exists() else "a pipe or device"
                 fix = f"name its files, as in --files '{pattern}/*.txt'" if "folder" in got else "correct --files"
                 raise DataError(f"a file at {pattern!r}", got, f"{fix}; patterns need quotes")
             for path in sorted(files):
@@ -205,7 +206,9 @@ class Files(Corpus):
                 for batch in table.iter_batches(batch_size=rows, columns=[self.column]):
                     for text in batch.column(0):
                         row += 1
-                        yield text.as_py() or ""
+                        if not text.is_valid:
+                            raise DataError(f"text in row {row} of {path}", "null", "leave out the rows without text")
+                        yield text.as_py()
         except DataError:
             raise
         except UnicodeDecodeError:
