@@ -49,7 +49,11 @@ def check(name: str) -> int:
     from march.check.probes import PROBES, Fault
     from march.check.subject import Subject
 
-    source = f"{experiment.file}, sha256 {experiment.sha256[:16]}" if experiment.sha256 else "the catalogue"
+    source = (
+        f"{os.path.relpath(experiment.file or name)}, sha256 {experiment.sha256[:16]}"
+        if experiment.sha256
+        else "the catalogue"
+    )
     print(f"{experiment.name} of {source}")
     print(textwrap.fill(experiment.hypothesis, WIDTH))
     path = os.pathsep.join([os.getcwd(), *sys.path])

@@ -90,7 +90,7 @@ def test_the_page_of_a_broken_idea():
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("Bseline", "Baseline"), ("nowhere.py:X", "nowhere.py"), ("--fats", "--fused")]
+    ("name", "said"), [("Bseline", "Baseline"), ("nowhere.py:X", "nowhere.py"), ("--fats", "FILE.py:NAME")]
 )
 def test_what_cannot_be_checked_is_one_line(name, said):
     done = page(name)
