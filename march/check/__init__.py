@@ -8,11 +8,14 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from march import experiments
 from march.config import ConfigError
 from march.console import Parser, UsageError, quiet_pipe
+
+if TYPE_CHECKING:
+    from march.check.subject import Subject
 
 WIDTH = 80
 T = TypeVar("T")
@@ -46,7 +49,11 @@ def check(name: str) -> int:
     from march.check.probes import PROBES, Fault
     from march.check.subject import Subject
 
-    source = f"{experiment.file}, sha256 {experiment.sha256[:16]}" if experiment.sha256 else "the catalogue"
+    source = (
+        f"{os.path.relpath(experiment.file or name)}, sha256 {experiment.sha256[:16]}"
+        if experiment.sha256
+        else "the catalogue"
+    )
     print(f"{experiment.name} of {source}")
     print(textwrap.fill(experiment.hypothesis, WIDTH))
     path = os.pathsep.join([os.getcwd(), *sys.path])
@@ -59,7 +66,7 @@ def check(name: str) -> int:
     )
     try:
         page = _Page()
-        subject = page.row("build", lambda: Subject.of(experiment), lambda _: "builds and runs")
+        subject = page.row("build", lambda: Subject.of(experiment), _built)
         if subject is not None:
             for what, much, more in page.row("cost", lambda: costs.compared(experiment), lambda _: "") or ():
                 print(f"  {what:18} {much:>22}   {more}")
@@ -89,6 +96,10 @@ def check(name: str) -> int:
         kernels.wait()
     print(f"\n{page.rows - page.faults} of {page.rows} ok, {page.faults} FAIL, {time.perf_counter() - start:.0f} s")
     return min(page.faults, 1)
+
+
+def _built(subject: "Subject") -> str:
+    return f"only at its own widths, so this takes minutes ({subject.wide})" if subject.wide else "builds and runs"
 
 
 def _fused(name: str) -> int:

@@ -2,7 +2,6 @@
 
 from march import cost, experiments
 from march.experiments import Experiment
-from march.model import Transformer
 
 PAPER = (921, 206)  # positions of the paper's sequences
 
@@ -22,13 +21,3 @@ def compared(experiment: Experiment) -> list[tuple[str, str, str]]:
         a, b = (of(step) / scale for step in steps)
         rows.append((name, f"{a:,.1f} {unit}", f"{a / b - 1:+.1%}"))
     return [(what, much, f"{more} to {control.name}") for what, much, more in rows]
-
-
-def shared(ours: Transformer, theirs: Transformer) -> str:
-    """How much of the control the idea begins as: parameters of the same name and values, places that drop alike."""
-    values = ours.state_dict()
-    others = theirs.state_dict()
-    same = [n for n, x in others.items() if n in values and x.shape == values[n].shape and bool((x == values[n]).all())]
-    return (
-        f"{len(same)} of the control's {len(others)} parameters begin the same, {len(values) - len(same)} are its own"
-    )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-LOADED = ("kernels.fused.launch", "march.model", "march.cost.size", "march.cost.op_costs")
+LOADED = ("kernels.fused.launch", "march.model")
 
 REGISTRIES = ("PARTS", "SPECS", "_OWN", "_SAID", "_LOADED")  # grow by what is asked, and are looked up by its name
 

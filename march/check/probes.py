@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from march.check.subject import Batch, Subject, seeded
+from march.model import Transformer
 from march.model.modules import Dropout
 
 # (training, encoder positions, decoder positions): short, and beyond the blocks that code goes by (16 ... 512)
@@ -59,7 +60,13 @@ def future(subject: Subject) -> str:
             got = subject.outputs(model, replace(batch, decoder_input_ids=other), training)[:, :cut]
             text = f"logits before position {cut} change with tokens from it on, {_where(training, encoder, decoder)}"
             _compare(got, before[:, :cut], SAME, text, "mask later positions: causal=True, no means over positions")
-    return "no logit changes with later tokens, in training and evaluation, up to 999"
+        half, batch = 1 + decoder // 2, Batch.draw(2, encoder, decoder, seed=9)
+        before = subject.outputs(model, batch, training)
+        ids, labels = batch.decoder_input_ids[:, :half], batch.labels[:, :half]
+        got = subject.outputs(model, replace(batch, decoder_input_ids=ids, labels=labels), training)
+        text = f"logits of {half} positions change when there are {decoder}, {_where(training, encoder, decoder)}"
+        _compare(got, before[:, :half], CLOSE, text, "use no length of the decoder's, and keep nothing by shape")
+    return "no logit changes with later tokens, or with how many there are, up to 999"
 
 
 def padding(subject: Subject) -> str:
@@ -69,6 +76,7 @@ def padding(subject: Subject) -> str:
     for training, encoder, decoder in PADDED_MODES:
         where, batch = _where(training, encoder, decoder), Batch.draw(3, encoder, decoder)
         before, mask = subject.outputs(model, batch, training), batch.attention_mask
+        assert mask is not None
         ids = torch.where(mask, batch.input_ids, (batch.input_ids + 57) % 211)
         got = subject.outputs(model, replace(batch, input_ids=ids), training)
         _compare(got, before, SAME, f"logits change with tokens of padding, {where}", fix)
@@ -92,15 +100,11 @@ def sequences(subject: Subject) -> str:
         for changed in (0, 3):
             kept = torch.arange(5) != changed
 
-            def mix(a: Tensor, b: Tensor, kept: Tensor = kept) -> Tensor:
-                return torch.where(kept[:, None], a, b)
+            def mix(name: str, kept: Tensor = kept) -> Tensor:
+                return torch.where(kept[:, None], getattr(batch, name), getattr(other, name).flip(0))  # noqa: B023
 
-            mixed = Batch(
-                mix(batch.input_ids, other.input_ids),
-                mix(batch.decoder_input_ids, other.decoder_input_ids),
-                mix(batch.labels, other.labels),
-                mix(batch.attention_mask, other.attention_mask.flip(0)),
-            )
+            ids, decoder_ids = mix("input_ids"), mix("decoder_input_ids")
+            mixed = Batch(ids, decoder_ids, mix("labels"), mix("attention_mask"))
             got = subject.outputs(model, mixed, training)[kept]
             _compare(got, before[kept], SAME, f"logits change with another sequence of the batch, {where}", fix)
         for index in (0, 2, 4):
@@ -154,7 +158,7 @@ def dropout_places(subject: Subject) -> str:
     text = "training without dropout differs from evaluation"
     fix = "what drops, or adds noise, is a march.model.Dropout; nothing else asks self.training"
     _compare(subject.outputs(model, batch, True), evaluated, CLOSE, text, fix)
-    return f"{len(calls)} places, each with a mask of its own; all that training adds"
+    return f"{len(calls)} places drop, each by a mask of its own; training adds nothing else"
 
 
 def state(subject: Subject) -> str:
@@ -291,18 +295,23 @@ def sixteen_bits(subject: Subject) -> str:
     """The forward and backward of a model in bfloat16, as a GPU trains it."""
     batch, losses = Batch.draw(3, 19, 11), []
     fix = "convert own parameters and constants to the input's dtype: self.w.to(x.dtype)"
-    for dtype in (torch.float64, torch.bfloat16):
+    # in bfloat16 as on a GPU, then weights in float32 and products in bfloat16 as on a CPU
+    for dtype, products in ((torch.float64, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16)):
         model = subject.model().to(dtype)
         try:
-            loss = subject.loss(model, batch)
+            with mock.patch.object(Transformer, "compute_dtype", lambda _, products=products: products):
+                loss = subject.loss(model, batch)
             loss.backward()
         except Exception as error:  # of torch, or of an operator's checks
-            raise Fault(f"bfloat16 does not run: {' '.join(str(error).split())[:150]}", fix) from error
+            raise Fault(
+                f"bfloat16, weights in {dtype}, does not run: {' '.join(str(error).split())[:150]}", fix
+            ) from error
         losses.append(loss.item())
         if not all(torch.isfinite(x.grad).all() for x in model.parameters() if x.grad is not None):
             raise Fault("a gradient in bfloat16 is not finite", "sum and divide in float32, then convert back")
-    if not abs(losses[1] - losses[0]) <= 0.03 * abs(losses[0]):
-        raise Fault(f"the loss is {losses[1]:.4f} in bfloat16, {losses[0]:.4f} in float64", "sum in float32")
+    for got in losses[1:]:
+        if not abs(got - losses[0]) <= 0.03 * abs(losses[0]):
+            raise Fault(f"the loss is {got:.4f} in bfloat16, {losses[0]:.4f} in float64", "sum in float32")
     return f"loss {losses[1]:.4f} in bfloat16, {losses[0]:.4f} in float64"
 
 

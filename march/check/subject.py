@@ -31,7 +31,7 @@ class Batch:
     input_ids: Tensor
     decoder_input_ids: Tensor
     labels: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     first: int = 0
 
     @classmethod
@@ -53,16 +53,17 @@ class Batch:
     def row(self, index: int) -> "Batch":
         """Sequence `index` alone."""
         one = slice(index, index + 1)
-        ids, decoder_ids = self.input_ids[one], self.decoder_input_ids[one]
-        return Batch(ids, decoder_ids, self.labels[one], self.attention_mask[one], self.first + index)
+        mask = None if self.attention_mask is None else self.attention_mask[one]
+        return Batch(self.input_ids[one], self.decoder_input_ids[one], self.labels[one], mask, self.first + index)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An experiment, and the fields that make its model small; empty where it cannot be."""
+    """An experiment, the fields that make its model small, and why it is not where it cannot be."""
 
     experiment: Experiment
     small: dict[str, Any]
+    wide: str = ""
 
     @classmethod
     def of(cls, experiment: Experiment, blocks: int = 3) -> "Subject":
@@ -70,8 +71,9 @@ class Subject:
         subject = cls(experiment, _small(experiments.configuration(experiment), blocks))
         try:
             subject.outputs(subject.model(), Batch.draw(1, 5, 4))
-        except Exception:
-            subject = replace(subject, small={"vocab_size": VOCABULARY})
+        except Exception as error:
+            why = f"{type(error).__name__} at dim_model {subject.small['dim_model']}: {error}"
+            subject = replace(subject, small={"vocab_size": VOCABULARY}, wide=" ".join(why.split())[:200])
             subject.outputs(subject.model(), Batch.draw(1, 5, 4))
         return subject
 

@@ -69,6 +69,10 @@ changed("future tokens", lambda self, z, ctx: z + self.gate * z.flip(1), "decode
     "Gated"
 )
 
+changed("future tokens", lambda self, z, ctx: z * (1 + 1 / z.shape[1]), "decoder")("CountsPositions")
+KEPT: dict = {}
+changed("future tokens", lambda self, z, ctx: z + KEPT.setdefault(z.shape, z.detach()), "decoder")("KeptByShape")
+
 
 # --- what padding reaches
 @idea("padding", "cross_attention")
@@ -219,6 +223,9 @@ changed("gradients", lambda self, z, ctx: z.detach())("Detached")
 changed("gradients", lambda self, z, ctx: HalfGradient.apply(z))("WrongBackward")
 changed("gradients", lambda self, z, ctx: z + (z - z).square().sum(-1, keepdim=True).sqrt(), "encoder")("RootOfZero")
 
+changed("20 steps", lambda self, z, ctx: z * ctx.key_mask[:, :, None], "encoder")("NeedsAMask")
+
+
 # --- activations: the formula, its derivative, and both as Triton code
 IDENTITY = (lambda x: x * 1.0, lambda d, x: d * 1.0)
 
@@ -251,6 +258,12 @@ idea("fused kernels", "activation")(Activation(*IDENTITY, torch_value, slope), "
 changed("bfloat16", lambda self, z, ctx: z * torch.ones(z.shape[-1]) if z.dtype == torch.bfloat16 else z)(
     "Float32Constant"
 )
+
+
+@idea("bfloat16")
+class Float32Gain(with_gain(ones)):
+    def forward(self, z, ctx):
+        return FeedForward.forward(self, z * self.gain.to(self.up.weight.dtype), ctx)
 
 
 @idea("20 steps")
