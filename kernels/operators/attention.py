@@ -108,15 +108,15 @@ LIMITS = (
             loop="main",
         )
         for kernel, width, dropout, issue, shared in (
-            ("fwd_kernel", 32, True, 19.0, None),
+            ("fwd_kernel", 32, True, 15.0, None),
             ("fwd_kernel", 64, False, 6.0, 0.95),
-            ("fwd_kernel", 64, True, 12.0, 0.95),
+            ("fwd_kernel", 64, True, 11.0, 0.95),
             ("fwd_kernel", 128, False, 5.0, None),
-            ("fwd_kernel", 128, True, 8.0, None),
-            ("bwd_d*", 64, False, 6.0, 0.95),
-            ("bwd_d*", 64, True, 11.0, 0.95),
-            ("bwd_d*", 128, False, 5.0, 1.2),
-            ("bwd_d*", 128, True, 7.0, 1.2),
+            ("fwd_kernel", 128, True, 7.0, None),
+            ("bwd_d*", 64, False, 4.6, 0.95),
+            ("bwd_d*", 64, True, 7.4, 0.95),
+            ("bwd_d*", 128, False, 4.0, 1.0),
+            ("bwd_d*", 128, True, 5.4, 1.0),
         )
     ),
 )
