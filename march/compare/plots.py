@@ -148,7 +148,7 @@ def curves(rows: Sequence[Row], by_name: Mapping[str, Row], published: Mapping[s
     room = 0.06 * (max(late) - min(late)) or 0.01
     grid[0].set_ylim(min(late) - room, max(late) + room)
     figure.supxlabel("step")
-    figure.supylabel("validation loss, nats: mean and spread over seeds")
+    figure.supylabel("validation loss, nats", fontsize=10)
     return figure
 
 
@@ -186,7 +186,7 @@ def over_steps(rows: Sequence[Row], by_name: Mapping[str, Row], margin: float) -
     room = 0.06 * (max(late) - min(late))
     grid[0].set_ylim(min(late) - room, max(late) + room)
     figure.supxlabel("step")
-    figure.supylabel(f"difference of the validation loss, nats; {1 - ALPHA:.0%} interval")
+    figure.supylabel("difference, nats", fontsize=10)
     return figure
 
 

@@ -44,8 +44,10 @@ COLUMNS = (
 )
 PICTURES = {
     "differences.png": "Difference of the test loss to the control",
-    "curves.png": "Validation loss over steps, each beside its control (grey); the axis is that of the later steps",
-    "over_steps.png": "Difference to the control over steps",
+    "curves.png": "Validation loss over steps beside the control's (grey), mean and standard deviation over seeds; the "
+    "axis is that of the later steps",
+    "over_steps.png": "Difference of the validation loss to the control over steps, with its "
+    f"{1 - statistics.ALPHA:.0%} interval",
     "pareto.png": "Loss against what it cost; the line joins what nothing cheaper beats",
 }
 
