@@ -50,6 +50,15 @@ class Row:
         return self.variant.name
 
     @property
+    def label(self) -> str:
+        """Without the folder of a file."""
+        return label(self.name)
+
+    @property
+    def control(self) -> str:
+        return label(self.variant.control or "")
+
+    @property
     def curves(self) -> pd.DataFrame:
         """Validation loss of the finished runs, steps by seeds."""
         done = [seed for seed, status in self.statuses.items() if status == FINISHED]
@@ -74,6 +83,10 @@ class Row:
         if self.loss is None or self.setting.tokens_per_byte is None:
             return None
         return self.loss * self.setting.tokens_per_byte / math.log(2)
+
+
+def label(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def rows(
@@ -161,7 +174,7 @@ def _judged(row: Row, control: Row, difference: Difference, verdict: Verdict, ma
     ours, theirs = row.setting, control.setting
     flags = list(row.flags)
     if row.variant.own_control:
-        flags.append(f"its own control {row.variant.own_control} is not compared")
+        flags.append(f"its own control {label(row.variant.own_control)} is not compared")
     for what, a, b, tolerance in (
         ("parameters", ours.parameters, theirs.parameters, BUDGET_TOLERANCE),
         ("FLOPs", ours.flops, theirs.flops, BUDGET_TOLERANCE),
@@ -178,7 +191,7 @@ def _judged(row: Row, control: Row, difference: Difference, verdict: Verdict, ma
             **values,
             "difference": difference,
             "verdict": verdict,
-            "detectable": statistics.detectable(difference.spread, difference.pairs, comparisons),
+            "detectable": statistics.detectable(difference.spread, difference.pairs, comparisons, difference.freedom),
             "seeds_needed": None if still is None else max(0, still - difference.pairs),
             "flags": tuple(flags),
             "claim": judge(row.name, verdict.name, within_margin=verdict.within_margin) or "",

@@ -135,10 +135,12 @@ def estimates(cells: Sequence[Cell], *, device: str | None, devices: int, cuda: 
 def _estimate(cell: Cell, device: cost.Device | None, devices: int, cuda: bool) -> Estimate:
     what = setting_of(cell, cuda)
     where = "cuda" if device else "cpu"
-    memory = cost.memory(what.config, *what.lengths, impl=what.impl, precision=what.precision, device_type=where)
+    # one that is only measured when a run starts counts as the larger
+    precision = what.precision if what.precision in ("bf16", "fp32") else "fp32"
+    memory = cost.memory(what.config, *what.lengths, impl=what.impl, precision=precision, device_type=where)
     share = max(1, what.sequences // devices)
     if device:
-        rate, how = device.peak(what.precision) * devices * SHARE_OF_PEAK, f"{SHARE_OF_PEAK:.0%} of peak assumed"
+        rate, how = device.peak(precision) * devices * SHARE_OF_PEAK, f"{SHARE_OF_PEAK:.0%} of peak assumed"
     else:
         rate, how = _cpu_rate(), "projected from a matrix product here"
     return Estimate(what.parameters, what.flops, memory.total(min(share, 16)), what.flops / rate, how)

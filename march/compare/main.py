@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -93,7 +94,7 @@ def _compare(given: argparse.Namespace, more: list[str]) -> int:
 
     if given.device and not given.dry_run:
         raise UsageError("expected --device with --dry-run, got it alone; runs go where this machine's devices are")
-    if not given.margin > 0:
+    if not 0 < given.margin < math.inf:
         raise UsageError(f"expected a --margin above 0 nats, got {given.margin:g}; 0.015 is usual")
     options, width = _options(given, more)
     compared = plan.variants(given.names, seeds=given.seeds, options=options, control=given.control, width=width)
@@ -222,7 +223,7 @@ def print_costs(found: dict[Any, Any], given: argparse.Namespace, devices: int) 
         left = sum(found[cell].seconds for cell in cells if cell.ended() is None)
         hours += left / 3600
         table.add_row(
-            name,
+            name.rpartition("/")[2],
             str(len(cells)),
             str(there),
             f"{one.parameters:,}",

@@ -80,7 +80,7 @@ def forest(rows: Sequence[Row], margin: float) -> Any:
         if d.low is not None and d.high is not None:
             axes.plot([d.low, d.high], [place, place], color=colour(row), linewidth=2.6, solid_capstyle="round")
         axes.plot(d.mean, place, "o", color=colour(row), markersize=7)
-    axes.set_yticks(range(len(known)), [f"{row.name} - {row.variant.control}" for row in reversed(known)])
+    axes.set_yticks(range(len(known)), [f"{row.label} - {row.control}" for row in reversed(known)])
     axes.set_xlabel(f"difference of the test loss, nats, with its {1 - ALPHA:.0%} interval; left of 0 is better")
     axes.set_ylim(-0.7, len(known) - 0.3)
     axes.grid(axis="y", visible=False)
@@ -133,7 +133,7 @@ def curves(rows: Sequence[Row], by_name: Mapping[str, Row], published: Mapping[s
             frame = _finite(who.curves)
             if frame.empty:
                 continue
-            _band(axes, frame, shade, who.name if who is not row else "_")
+            _band(axes, frame, shade, who.label if who is not row else "_")
             tail = frame[frame.index >= LATE * frame.index.max()].to_numpy().ravel()
             late += [value for value in tail if math.isfinite(value)]
             if who.name in published:
@@ -142,13 +142,13 @@ def curves(rows: Sequence[Row], by_name: Mapping[str, Row], published: Mapping[s
                     theirs["step"], theirs["loss"], ":", color=shade, linewidth=1.3, label=f"{who.name}, published"
                 )
                 late += theirs["loss"][theirs["step"] >= LATE * theirs["step"].max()].tolist()
-        axes.set_title(row.name, fontsize=9, color=colour(row))
+        axes.set_title(row.label, fontsize=9, color=colour(row))
         if len(drawn) > 1 or row.name in published:
             axes.legend(frameon=False, fontsize=8, loc="upper right")
     room = 0.06 * (max(late) - min(late)) or 0.01
     grid[0].set_ylim(min(late) - room, max(late) + room)
     figure.supxlabel("step")
-    figure.supylabel("validation loss, nats: mean and spread over seeds")
+    figure.supylabel("validation loss, nats", fontsize=10)
     return figure
 
 
@@ -180,13 +180,13 @@ def over_steps(rows: Sequence[Row], by_name: Mapping[str, Row], margin: float) -
         axes.axhline(0, color=GREY, linewidth=1)
         axes.plot(mean.index, mean, color=colour(row), linewidth=1.6)
         axes.fill_between(mean.index, mean - half, mean + half, color=colour(row), alpha=0.2, linewidth=0)
-        axes.set_title(f"{row.name} - {row.variant.control}", fontsize=8.5)
+        axes.set_title(f"{row.label} - {row.control}", fontsize=8.5)
         tail = mean.index >= LATE * mean.index.max()
         late += [*(mean - half)[tail], *(mean + half)[tail]]
     room = 0.06 * (max(late) - min(late))
     grid[0].set_ylim(min(late) - room, max(late) + room)
     figure.supxlabel("step")
-    figure.supylabel(f"difference of the validation loss, nats; {1 - ALPHA:.0%} interval")
+    figure.supylabel("difference, nats", fontsize=10)
     return figure
 
 
@@ -222,7 +222,7 @@ def pareto(rows: Sequence[Row]) -> Any:
         axes.set_xlabel(what)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.margins(x=0.1, y=0.1)
-        _label(axes, [(x, loss, row.name) for x, loss, row in points])
+        _label(axes, [(x, loss, row.label) for x, loss, row in points])
     grid[0][0].set_ylabel("test loss, nats")
     return figure
 

@@ -44,8 +44,10 @@ COLUMNS = (
 )
 PICTURES = {
     "differences.png": "Difference of the test loss to the control",
-    "curves.png": "Validation loss over steps, each beside its control (grey); the axis is that of the later steps",
-    "over_steps.png": "Difference to the control over steps",
+    "curves.png": "Validation loss over steps beside the control's (grey), mean and standard deviation over seeds; the "
+    "axis is that of the later steps",
+    "over_steps.png": "Difference of the validation loss to the control over steps, with its "
+    f"{1 - statistics.ALPHA:.0%} interval",
     "pareto.png": "Loss against what it cost; the line joins what nothing cheaper beats",
 }
 
@@ -57,8 +59,8 @@ def cells(row: Row) -> list[str]:
     if d and d.spread is not None and row.seeds_needed is None:
         needed = f"over {statistics.MOST_SEEDS}"
     return [
-        row.name,
-        row.variant.control or "",
+        row.label,
+        row.control,
         "" if v is None else v.name + (f" ({v.why})" if v.why else ""),
         _difference(row),
         _number(row.loss, ".4f"),
@@ -110,9 +112,9 @@ def write(
             (folder / old).unlink(missing_ok=True)
         pictures = plots.draw(rows, folder, margin, published)
         content = {
-            "title": f"{rows[0].name} and {len(rows) - 1} others"
+            "title": f"{rows[0].label} and {len(rows) - 1} others"
             if len(rows) > 2
-            else " and ".join(r.name for r in rows),
+            else " and ".join(r.label for r in rows),
             "when": datetime.now(UTC).isoformat(timespec="minutes"),
             "command": " ".join(command),
             "setting": _setting(rows),

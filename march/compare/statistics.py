@@ -144,15 +144,15 @@ def no_difference(margin: float) -> str:
     return f"no difference larger than {margin:g}"
 
 
-def power(true: float, spread: float, seeds: int, comparisons: int = 1) -> float:
-    """The chance that paired runs of `seeds` seeds show a true difference of `true` nats, with its sign.
+def power(true: float, spread: float, seeds: int, comparisons: int = 1, freedom: float | None = None) -> float:
+    """The chance that runs of `seeds` seeds show a true difference of `true` nats, with its sign.
 
-    At ALPHA over the comparisons, the first step of Holm's: with others that are clear it is higher. spread: standard
-    deviation of the paired differences.
+    At ALPHA over the comparisons, the first step of Holm's: with others that are clear it is higher. spread, freedom:
+    as in Difference; by default that of pairs.
     """
     if seeds < 2:
         return 0.0
-    freedom = seeds - 1
+    freedom = seeds - 1 if freedom is None else freedom
     bound = -special.stdtrit(freedom, ALPHA / comparisons / 2)
     shift = abs(true) / max(spread, 1e-300) * math.sqrt(seeds)
     if shift > 10 * bound:  # certain, and further out than scipy's distribution can be evaluated
@@ -160,18 +160,18 @@ def power(true: float, spread: float, seeds: int, comparisons: int = 1) -> float
     return float(stats.nct.sf(bound, freedom, shift))
 
 
-def detectable(spread: float | None, seeds: int, comparisons: int = 1) -> float | None:
-    """The smallest true difference, in nats, that this many paired seeds show with POWER; None below two seeds."""
+def detectable(spread: float | None, seeds: int, comparisons: int = 1, freedom: float | None = None) -> float | None:
+    """The smallest true difference, in nats, that this many seeds show with POWER; None below two seeds."""
     if spread is None or seeds < 2:
         return None
     if spread == 0:
         return 0.0
     low, high = 0.0, spread
-    while power(high, spread, seeds, comparisons) < POWER:
+    while power(high, spread, seeds, comparisons, freedom) < POWER:
         low, high = high, 2 * high
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (low, middle) if power(middle, spread, seeds, comparisons) >= POWER else (middle, high)
+        low, high = (low, middle) if power(middle, spread, seeds, comparisons, freedom) >= POWER else (middle, high)
     return high
 
 

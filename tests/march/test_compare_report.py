@@ -151,6 +151,7 @@ def test_each_is_judged_by_its_own_control_where_that_is_compared():
         (["Baseline", "--width", "nan"], "factor of the widths"),
         (["Baseline", "--margin", "0"], "--margin above 0"),
         (["Baseline", "--margin", "nan"], "--margin above 0"),
+        (["Baseline", "--margin", "inf"], "--margin above 0"),
         (["Baseline", "--device", "a5000"], "--device with --dry-run"),
         (["Baseline", "--gpus", "0", "--seeds", "1"], "machine without"),
         (["Baseline", "--slots", "0"], "whole number"),

@@ -235,7 +235,7 @@ def test_real_runs_killed_on_their_way_compare_as_if_they_were_not(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     for name in ("OMP_NUM_THREADS", "PYTHONPATH"):
         monkeypatch.setenv(name, process_environment()[name])
-    options = ["--source", "files", "--files", str(corpus), "--vocab-size", "200", "--steps", "12"]
+    options = ["--source", "files", "--files", str(corpus), "--vocab-size", "400", "--steps", "12"]
     options += ["--checkpoint-every", "3", "--precision", "fp32", *small_overrides()]
     tables = []
     for runs in ("killed", "whole"):

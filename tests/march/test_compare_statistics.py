@@ -77,6 +77,18 @@ def test_a_detectable_difference_is_found_with_the_stated_power(seeds):
     assert rate_of(table, lambda name, _: name == WORSE) == pytest.approx(POWER, abs=three_sigma(POWER))
 
 
+def test_runs_that_do_not_pair_find_a_detectable_difference_with_the_stated_power():
+    rng = np.random.default_rng(4)
+    spread, seeds = 0.01, 5  # of each sample; Welch's degrees of freedom are at most 8
+    true = statistics.detectable(spread * math.sqrt(2), seeds, freedom=2 * seeds - 2)
+
+    def table():
+        a, b = rng.normal(5 + true, spread, seeds), rng.normal(5, spread, seeds)
+        return [difference(by_seed(a), by_seed(b, 100), MARGIN)]
+
+    assert rate_of(table, lambda name, _: name == WORSE) == pytest.approx(POWER, abs=0.03)
+
+
 def test_unpaired_runs_of_the_same_spread_need_a_larger_difference():
     rng = np.random.default_rng(3)
     common = rng.normal(5, 0.1, 6)
