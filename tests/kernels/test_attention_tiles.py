@@ -43,13 +43,9 @@ CLASSES[32] = {
 
 
 def _class_of(width, bits):
-    def parts(direction):
-        return tuple(part for part in parts_of(direction, width, bits) if part)
-
     directions = key_directions(width, width, bits)
-    keys = {("+" if len(directions) == 2 else "", *parts(direction)) for direction in directions}
-    assert len(keys) == 1
-    return parts("forward"), parts("dq"), tuple(part for part in keys.pop() if part)
+    (keys,) = {parts_of(direction, width, bits) for direction in directions}
+    return *(parts_of(direction, width, bits) for direction in ("forward", "dq")), ("+",) * (len(directions) - 1) + keys
 
 
 @pytest.mark.parametrize("bits", [16, 32])
@@ -67,12 +63,10 @@ def test_parts_cover_every_width_and_every_width_has_tiles(bits):
     for width in range(1, 513):
         for direction in ("forward", "dq", "forward_extra", "dq_extra", *key_directions(width, width, bits)):
             parts = parts_of(direction, width, bits)
-            used = [part for part in parts if part]
-            assert all(part >= 16 and part & (part - 1) == 0 for part in used)
-            assert used == sorted(used, reverse=True)
-            assert list(parts) == used
+            assert all(part >= 16 and part & (part - 1) == 0 for part in parts)
+            assert list(parts) == sorted(parts, reverse=True)
             # only the last part may be cut: loads of the others are not masked
-            assert 0 <= sum(parts) - width < max(used[-1], 16)
+            assert 0 <= sum(parts) - width < max(parts[-1], 16)
             for p in (False, True):
                 assert tiles_attention.tile(direction, "sm_86", width, width, False, p, bits).warps in (4, 8)
 
@@ -94,6 +88,7 @@ VARIANTS = [
     {"operator": "unified_attention", "dropout": True, "padding": "mask"},
     {"operator": "unified_attention", "padding": "mask"},
     {"dropout": True, "bank": True},
+    {"dropout": True, "bank": True, "causal": True},
 ]
 
 
@@ -135,4 +130,5 @@ def test_rows_of_odd_widths_and_strides_do_not_spill():
 
 
 def test_classes_short_of_registers_or_shared_memory_keep_the_limits():
-    _judge(compiled(*(one for size in ((16, 96), (16, 512), (32, 64)) for one in _cases(*size, VARIANTS[:1]))))
+    sizes = ((16, 96, 0), (16, 512, 0), (32, 64, 0), (16, 64, -1))
+    _judge(compiled(*(one for *size, variant in sizes for one in _cases(*size, [VARIANTS[variant]]))))
