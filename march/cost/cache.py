@@ -341,14 +341,16 @@ def launch_traffic(launch: Launch) -> Traffic:
     """Traffic of a recorded launch; AccessError where its kernel or a tensor is not declared."""
     kernel = Kernel(launch)
     if launch.kernel not in ACCESS:
-        raise AccessError(f"{launch.kernel}: expected it in its operator's record, got no entry; add it to `kernels`")
+        raise AccessError(
+            f"{launch.kernel}: expected it in a record, where march/cost/cache.py looks, got none; declare it"
+        )
     once, access = ACCESS[launch.kernel][0].split(), ACCESS[launch.kernel][1]
     read, written = pointers(kernel)
     counted = access(kernel) if access is not None and set(read) - set(once) else {}
     missing = sorted(set(read) - set(once) - set(counted))
     if missing:
         raise AccessError(
-            f"{launch.kernel}: expected {', '.join(missing)} in `once` of its operator's record or in a walk of "
+            f"{launch.kernel}: expected the access of {', '.join(missing)} in its operator's record or in a walk of "
             "march/cost/cache.py, got neither; declare it"
         )
     stored = sum(WRITES.get((launch.kernel, name), lambda k, name=name: k.bytes(name))(kernel) for name in written)
