@@ -188,3 +188,17 @@ def implementation(found: Recipe) -> str | Mapping[str, str]:
         return kernels.parse_impl(found.devices.impl)
     except ValueError as error:
         raise UsageError(f"--{error}; see --help") from error
+
+
+def table() -> list[str]:
+    """Rows of Markdown: each leaf, what paper and demo have, its option."""
+    paper, demo = (dict(recipe.leaves(recipe.load(name).model_dump())) for name in ("paper", "demo"))
+    return [
+        f"| `{leaf}` | {_shown(paper.get(leaf))} | {_shown(demo.get(leaf))} | "
+        f"{_option(leaf) if _option(leaf) != leaf else ''} |"
+        for leaf in recipe.LEAVES
+    ]
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else str(value)
