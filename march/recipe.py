@@ -148,7 +148,7 @@ class Logging(Group):
 class Devices(Group):
     """zero: ZeRO's stage; impl: of the operators; float32_library: of products on a CPU, None for the faster."""
 
-    zero: Literal[0, 1, 2] = 1
+    zero: Annotated[int, Field(ge=0, le=2)] = 1
     impl: str = "auto"
     float32_library: str | None = None
 

@@ -245,7 +245,7 @@ WRONG = [
     (["--seed", "x"], "invalid int value: 'x'"),
     (["--seed", "-1"], "expected --seed from 0"),
     (["--precision", "fp16"], "expected --precision bf16 or fp32, got 'fp16'"),
-    (["--zero", "3"], "devices.zero: expected 0, 1 or 2, got 3"),
+    (["--zero", "3"], "devices.zero: expected less than or equal to 2, got 3; stage 3 releases"),
     (["--impl", "tritn"], "expected one of auto, triton, torch, reference"),
     # without a folder it looks in runs/, where there is none
     (["--resume", "--exp", "baseline", "--steps", "4"], "expected a run of Baseline in runs, got none"),
