@@ -140,8 +140,6 @@ class Checkpoints(Group):
 
 
 class Logging(Group):
-    """What is written beside metrics.jsonl."""
-
     curve: bool = True
 
 
@@ -172,6 +170,14 @@ class Recipe(Group):
     logging: Logging = Logging()
     devices: Devices = Devices()
 
+    @model_validator(mode="after")
+    def _resumes(self) -> "Recipe":
+        if self.optimizer.decay == "matrices" and self.devices.zero:  # tried: a resumed run then differs
+            raise ValueError(
+                "expected --zero 0 with optimizer.decay=matrices, got ZeRO, which loses its moments; set it"
+            )
+        return self
+
     @property
     def entry(self) -> experiments.Experiment:
         return experiments.get(self.experiment)
@@ -197,7 +203,6 @@ class Recipe(Group):
         return unchanged and Description.of(self.data).is_plain(paper.data)
 
     def learning_rate(self, step: int) -> float:
-        """In step 1, 2, ..."""
         return self.optimizer.lr * self.schedule.factor(step)
 
     def changes(self) -> str:
@@ -240,7 +245,7 @@ def _toml(value: Any) -> str:
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("optimizer.lr", 1e-4), ... of a recipe's tree."""
+    """("optimizer.lr", 1e-4), ..."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{name}.")
