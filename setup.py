@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 # what bench/ computes and prints with; its tests run with the others
-BENCH = ["pydantic>=2.5", "markdown-it-py>=3"]
+BENCH = ["markdown-it-py>=3"]
 
 setup(
     name="march",
@@ -17,7 +17,7 @@ setup(
     entry_points={"console_scripts": ["march = march.cli:main"]},
     # tiles that `python -m kernels.tune` measured are part of the kernels
     package_data={
-        "march": ["py.typed", "compare/*.html", "experiments/*.json"],
+        "march": ["py.typed", "recipes/*.toml", "compare/*.html", "experiments/*.json"],
         "kernels": ["py.typed", "fused/measured/*.json"],
     },
     install_requires=[
@@ -28,6 +28,7 @@ setup(
         "triton>=3.8; platform_system == 'Linux'",
         "deepspeed>=0.17",
         "numpy>=1.26",
+        "pydantic>=2.5",
         "filelock>=3.12",
         "psutil>=5.9",
         "tokenizers>=0.20",

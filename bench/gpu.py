@@ -176,8 +176,8 @@ def training(given: Context) -> Outcome:
     shutil.rmtree(run, ignore_errors=True)
     steps = STEPS if given.cuda else 1 if given.quick else CPU_STEPS
     # the excerpt needs no network and no preparation; the paper's budget has its shapes
-    budget = ["--budget", "paper", "--source", "excerpt"] if given.cuda else ["--budget", "demo"]
-    command = ["deepspeed", "train.py", "--exp", "Baseline", *budget, "--steps", str(steps), "--run-dir", str(run)]
+    recipe = ["--recipe", "paper", "--source", "excerpt"] if given.cuda else ["--recipe", "demo"]
+    command = ["deepspeed", "train.py", "--exp", "Baseline", *recipe, "--steps", str(steps), "--run-dir", str(run)]
     status, output = given.run("training", command)
     rows = (
         [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
@@ -198,7 +198,7 @@ def training(given: Context) -> Outcome:
     where = (
         given.where
         if given.cuda
-        else f"{given.where}, {steps} steps of the demo budget in place of {STEPS} of the paper's"
+        else f"{given.where}, {steps} steps of the demo recipe in place of {STEPS} of the paper's"
     )
     return Outcome.of(status == 0 and falls, where, lines, command)
 

@@ -14,6 +14,7 @@ from march.config import ModelConfig, override
 from march.console import UsageError
 from march.data import DataError, SpanCorruption
 from march.data.corpora import SOURCES
+from march.data.description import Description
 from march.training import arguments
 
 # Assumed before any run has been measured. The published runs of Baseline reached 0.109 of 8 RTX A5000s' bf16 peak;
@@ -68,25 +69,24 @@ def setting(words: tuple[str, ...], cuda: bool) -> Setting:
     Raises:
         UsageError, ConfigError, DataError: as train.py would.
     """
-    request = arguments.check(arguments.build_parser().parse_args(list(words)), cuda=cuda)
-    per_byte = None
+    recipe = arguments.check(arguments.build_parser().parse_args(list(words)), cuda=cuda)
+    text, per_byte = Description.of(recipe.data), None
     try:
-        request.data.require_prepared()
-        store = request.data.open()
+        text.require_prepared()
+        store = text.open()
         vocabulary, per_byte = store.vocab_size, tokens_per_byte(store)
     except DataError:
-        vocabulary = request.data.vocab_size or SOURCES[request.data.source].vocab_size
-    size = request.overrides.get("vocab_size") or vocabulary or request.config.vocab_size
-    budget = request.budget
+        vocabulary = recipe.data.vocab_size or SOURCES[text.source].vocab_size
+    size = recipe.model.get("vocab_size") or vocabulary or recipe.config.vocab_size
     return Setting(
-        override(request.config, vocab_size=size),
-        budget.steps,
-        budget.global_batch,
-        budget.raw_length,
-        budget.learning_rate,
-        request.precision,
-        request.impl,
-        request.data.name,
+        override(recipe.config, vocab_size=size),
+        recipe.schedule.steps,
+        recipe.batch.sequences,
+        recipe.batch.sequence_length,
+        recipe.optimizer.lr,
+        recipe.precision,
+        arguments.implementation(recipe),
+        text.name,
         per_byte,
     )
 

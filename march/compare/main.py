@@ -147,7 +147,7 @@ def _options(given: argparse.Namespace, more: list[str]) -> tuple[list[str], flo
         options += preset
         width = factor if width is None else width
     elif given.recipe:
-        options += ["--budget", given.recipe]
+        options += ["--recipe", given.recipe]
     options += [word for value in given.set or () for word in ("--set", value)]
     for word in more:
         if word.split("=")[0] in ("--exp", "--seed", "--run-dir", "--resume", "--replay", "--list", "--show", "--json"):

@@ -23,7 +23,7 @@ GRID_SEEDS_FROM = 1_000_001
 WIDTHS = ("dim_model", "dim_qkv", "dim_feedforward", "database_states")
 # Names of common comparisons' settings: options of train.py, and a factor for all widths.
 MINI = "mini"
-PRESETS: dict[str, tuple[tuple[str, ...], float]] = {MINI: (("--budget", "demo", "--steps", "400"), 0.25)}
+PRESETS: dict[str, tuple[tuple[str, ...], float]] = {MINI: (("--recipe", "demo", "--steps", "400"), 0.25)}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ FIELDS = {
     "experiment": "",
     "control": "",
     "seed": "",
-    "budget": "the recipe's name",
+    "recipe": "the recipe's name",
     "changes": "fields that this run changed of its experiment",
     "status": "finished, failed, running, interrupted",
     "steps": "",
@@ -43,7 +43,7 @@ SHOWN = (
     "folder",
     "experiment",
     "seed",
-    "budget",
+    "recipe",
     "status",
     "steps",
     "loss",
@@ -146,12 +146,12 @@ def describe(folder: Path) -> dict[str, Any] | None:
     starts = read_or_empty(folder / "environment.json").get("starts")
     first = starts[-1] if isinstance(starts, list) and starts and isinstance(starts[-1], dict) else {}
     rows = [] if summary.get("steps") else read(folder / "metrics.jsonl")
-    budget, changed = config.get("budget"), config.get("difference")
+    recipe, changed = config.get("recipe"), config.get("difference")
     changes = changed.get("in_this_run") if isinstance(changed, dict) else None
     return {
         "folder": str(folder),
         **{name: config.get(name) for name in ("experiment", "control", "seed", "started")},
-        "budget": budget.get("name") if isinstance(budget, dict) else budget,
+        "recipe": recipe.get("name") if isinstance(recipe, dict) else recipe,
         "changes": ", ".join(f"{k} {v[1]}" for k, v in changes.items()) if isinstance(changes, dict) else None,
         "status": status(folder, summary),
         "steps": summary.get("steps") or (rows[-1]["step"] if rows else 0),

@@ -14,16 +14,14 @@ from march.data.store import MANIFEST, Store
 
 # The options of the sources, as the command line and march.data.corpora call them.
 SOURCE_OPTIONS = ("files", "field", "column", "separator", "encoding", "snapshot", "dataset", "limit")
-# All of a description; `data` is a prepared folder instead of the others.
-OPTIONS = ("data", "source", "data_dir", "vocab_size", *SOURCE_OPTIONS)
 DIRECTORY = Path("data")
 
 
 def add_arguments(parser: argparse.ArgumentParser, default_source: str) -> None:
-    """Adds OPTIONS but `data`; each is None where it is not given."""
+    """Adds the options of a text; each is None where it is not given."""
     what = parser.add_argument_group("the text")
     what.add_argument("--source", metavar="NAME", help=f"{', '.join(SOURCES)}; default {default_source}")
-    what.add_argument("--data-dir", "--directory", metavar="DIR", help="folder of prepared stores; default data")
+    what.add_argument("--data-dir", "--directory", dest="directory", metavar="DIR", help="of prepared stores (data)")
     what.add_argument(
         "--vocab-size",
         type=whole(vocabulary.SMALLEST, vocabulary.LARGEST, "30000 is the recipe's"),
@@ -57,23 +55,19 @@ class Description:
     folder: Path | None = None
 
     @classmethod
-    def of(cls, arguments: argparse.Namespace, default_source: str, vocab_size: int | None = None) -> "Description":
-        """What the arguments say; vocab_size is that of the default source.
+    def of(cls, data: Any, default_source: str = "excerpt") -> "Description":
+        """Of the recipe's group `data`, or of what `march.data prepare` parsed: the same names.
 
         Raises:
             DataError: a source, an option or a prepared folder that cannot be.
         """
-        given = {name: value for name in OPTIONS if (value := getattr(arguments, name, None)) is not None}
-        directory = Path(given.pop("data_dir", DIRECTORY))
-        if folder := given.pop("data", None):
-            if given:
-                others = " ".join(f"--{name.replace('_', '-')}" for name in given)
-                raise DataError("--data alone, the prepared folder", f"{others} too", "leave one or the other out")
-            return cls(Store(folder).manifest["source"]["name"], {}, directory, folder=Path(folder))
-        source = given.pop("source", "files" if "files" in given else default_source)
-        size = given.pop("vocab_size", vocab_size if source == default_source else None)
+        given = {name: value for name in SOURCE_OPTIONS if (value := getattr(data, name, None)) is not None}
+        directory = Path(data.directory or DIRECTORY)
+        if store := getattr(data, "store", None):
+            return cls(Store(store).manifest["source"]["name"], {}, directory, folder=Path(store))
+        source = data.source or ("files" if "files" in given else default_source)
         open_corpus(source, **given)
-        return cls(source, given, directory, size)
+        return cls(source, given, directory, data.vocab_size)
 
     @property
     def name(self) -> str:
@@ -83,8 +77,9 @@ class Description:
     def corpus(self) -> Corpus:
         return open_corpus(self.source, **self.options)
 
-    def is_plain(self, source: str, vocab_size: int | None) -> bool:
-        """Is it `source` with no option, in a vocabulary of that size?"""
+    def is_plain(self, published: Any) -> bool:
+        """Is it the text of the recipe's group `published`, a source with no option?"""
+        source, vocab_size = published.source, published.vocab_size
         if self.folder is None:
             return (self.source, self.vocab_size, bool(self.options)) == (source, vocab_size, False)
         plain, manifest = SOURCES[source], Store(self.folder).manifest
@@ -110,5 +105,5 @@ class Description:
             raise DataError(
                 f"prepared Wikipedia at {path}",
                 "none",
-                f"run {command} once (hours, network), or train on other text: --budget demo --source excerpt",
+                f"run {command} once (hours, network), or train on other text: --recipe demo",
             )

@@ -33,7 +33,7 @@ def get(name: str | Experiment) -> Experiment:
             return _BY_NAME[_BY_LOWER[candidate]]
     close = nearest(lowered.removesuffix(_SUFFIX), names())
     hint = f"did you mean {', '.join(close)}?" if close else "see --list"
-    raise ConfigError(f"experiment: expected a name of the list, got {name!r}; {hint}")
+    raise ConfigError(f"experiment: expected a name of the list, got {name[:60]!r}; {hint}")
 
 
 def configuration(name: str | Experiment, **overrides: Any) -> ModelConfig:

@@ -24,7 +24,7 @@ from march.cost import DEVICES, parameters, total_parameters
 from march.data import SpanCorruption
 from march.data.corpora import SOURCES
 from march.experiments import claims
-from march.training.budget import get_budget
+from march.recipe import load
 
 REFERENCE_DEVICE, PROCESSES = "a5000", 8
 UNLIMITED = 1000  # columns where the output is not a terminal: no wrapping for grep
@@ -37,7 +37,7 @@ def main(arguments: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=2)) if arguments.json else print_list(rows)
         return 0
     changes = parse_overrides(arguments.set or ())
-    shown = show(arguments.show, changes, arguments.budget or "paper", arguments.impl or "auto")
+    shown = show(arguments.show, changes, arguments.recipe or "paper", arguments.impl or "auto")
     print(json.dumps(shown, indent=2)) if arguments.json else print_show(shown)
     return 0
 
@@ -95,27 +95,27 @@ def print_list(rows: list[dict[str, Any]]) -> None:
     _console().print(table)
 
 
-def show(name: str, changes: dict[str, Any], budget_name: str = "paper", impl: str = "auto") -> dict[str, Any]:
+def show(name: str, changes: dict[str, Any], recipe_name: str = "paper", impl: str = "auto") -> dict[str, Any]:
     """Everything about experiment `name`, with `changes` on top: configuration, difference, parameters, cost.
 
-    The cost is that of a budget's lengths and batch, and of one implementation on the reference device, a GPU. A budget
+    The cost is that of a recipe's lengths and batch, and of one implementation on the reference device, a GPU. A recipe
     without a vocabulary of its own has its corpus's.
     """
     from march import cost
 
-    experiment, budget = experiments.get(name), get_budget(budget_name)
-    vocabulary = SOURCES[budget.source].vocab_size if budget.vocab_size is None else budget.vocab_size
+    experiment, recipe = experiments.get(name), load(recipe_name)
+    vocabulary = recipe.data.vocab_size or SOURCES[recipe.data.source or "files"].vocab_size
     declared = experiments.configuration(name)
     config = override(declared, **{"vocab_size": vocabulary, **changes})
     base = experiments.configuration(experiment.base) if experiment.base else ModelConfig()
-    corruption = SpanCorruption(budget.raw_length)
+    corruption = SpanCorruption(recipe.batch.sequence_length)
     lengths = (min(corruption.input_length, config.max_length), min(corruption.label_length, config.max_length))
     counted = cost.counted_as(kernels.parse_impl(impl), "cuda")
     step = cost.step_costs(config, *lengths, micro_batch=1, impl=kernels.parse_impl(counted)).step
     estimate = cost.memory(config, *lengths, impl=counted)
     device = DEVICES[REFERENCE_DEVICE]
     fits = cost.fitting_micro_batch(config, *lengths, memory_bytes=device.memory, impl=counted)
-    chosen = largest_power_of_two(min(fits, budget.global_batch // PROCESSES))
+    chosen = largest_power_of_two(min(fits, recipe.batch.sequences // PROCESSES))
     return {
         **describe(name),
         "parameters": total_parameters(config),
@@ -140,11 +140,11 @@ def show(name: str, changes: dict[str, Any], budget_name: str = "paper", impl: s
         "cost": {
             "how": "counted on meta tensors, forward and backward",
             "implementation": sorted({chosen.partition("=")[2] for chosen in counted.split(",")}),
-            "budget": budget.name,
+            "recipe": recipe.name,
             "encoder_length": lengths[0],
             "decoder_length": lengths[1],
             "training_flops_per_sequence": step.flops,
-            "training_flops_per_raw_token": step.flops / budget.raw_length,
+            "training_flops_per_raw_token": step.flops / recipe.batch.sequence_length,
             "saved_for_backward_bytes_per_sequence": step.saved,
             "state_bytes": estimate.states,
             "fixed_bytes": estimate.fixed,
@@ -153,13 +153,13 @@ def show(name: str, changes: dict[str, Any], budget_name: str = "paper", impl: s
             "device_memory_bytes": device.memory,
             "micro_batch_that_fits": fits,
             "micro_batch_on_8_devices": chosen,
-            "accumulation_on_8_devices": budget.global_batch // PROCESSES // chosen,
+            "accumulation_on_8_devices": recipe.batch.sequences // PROCESSES // chosen,
         },
     }
 
 
 def largest_power_of_two(number: int) -> int:
-    """The largest power of two up to `number`: it divides the budgets' batches."""
+    """The largest power of two up to `number`: it divides the recipes' batches."""
     return 1 << (number.bit_length() - 1)
 
 
@@ -209,7 +209,7 @@ def print_show(shown: dict[str, Any]) -> None:
     cost = shown["cost"]
     mib = 2**20
     table(
-        f"cost of the {cost['budget']} budget: {cost['encoder_length']} + {cost['decoder_length']} positions, "
+        f"cost by the recipe {cost['recipe']}: {cost['encoder_length']} + {cost['decoder_length']} positions, "
         f"{' and '.join(cost['implementation'])} ({cost['how']})",
         [
             ("FLOPs a sequence", f"{cost['training_flops_per_sequence'] / 1e9:,.1f} G"),

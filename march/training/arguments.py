@@ -1,33 +1,38 @@
-"""The command line of train.py. Only parsing and what follows from the arguments alone; no torch here.
-
-Options that were not given stay None, so that a resumed run can tell "as before" from "asked anew".
-"""
+"""The command line of train.py: options are aliases of the recipe's leaves. No torch here."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, get_args
+
+from pydantic import TypeAdapter, ValidationError
 
 from march import config as configuration
-from march import experiments
+from march import experiments, recipe
 from march.console import Parser, whole
 from march.data import description
-from march.data.description import Description
-from march.training.budget import BUDGETS, FASTEST, Budget, get_budget
+from march.recipe import Recipe
 from march.training.errors import UsageError
-
-# What a run folder remembers of the command line, and a resumed run takes from there.
-REMEMBERED = ("exp", "impl", "budget", "seed", "steps", "set", "zero", "precision", *description.OPTIONS)
 
 # --resume without a folder; no text, so that an empty variable of the shell is not taken for it
 NEWEST = object()
 
-ZERO_STAGES = (0, 1, 2)
-# Tried with DeepSpeed 0.19: backward meets empty weights, because the operators read weights of other modules
-# (tied embedding, norms), which stage 3 has released by then.
-NO_ZERO_3 = "stage 3 releases weights that the operators read across modules; 1 is the default"
+_COUNT = whole(1, 10**9, "leave it out for the usual number")
+# option: the leaf that it is another name of, a type, the name of its value, help
+ALIASES: dict[str, tuple[str, Any, str, str]] = {
+    "exp": ("experiment", str, "NAME", "experiment, any case, or FILE.py:NAME; default Baseline (see --list)"),
+    "impl": ("devices.impl", str, "NAME", "auto, torch, reference, triton, or attention=flash_attn,glu=torch"),
+    "steps": ("schedule.steps", _COUNT, "N", "optimiser steps, instead of the recipe's"),
+    "seed": ("seed", int, "N", "initialisation, data order, dropout; default 42"),
+    "precision": ("precision", str, "TYPE", "bf16 or fp32; default the recipe's or the experiment's"),
+    "micro_batch": ("batch.micro", _COUNT, "N", "sequences at once in a process; default what fits"),
+    "zero": ("devices.zero", int, "STAGE", "ZeRO stage 0, 1 or 2; default 1"),
+    "checkpoint_every": ("checkpoints.every", _COUNT, "N", "steps; the last one is always saved"),
+}
+# those of the text are march.data's options too
+TEXT = {name: f"data.{name}" for name in recipe.Data.model_fields}
+_FLAGS = {"store": "data", "directory": "data-dir"}
 
 
 def build_parser() -> Parser:
@@ -35,31 +40,28 @@ def build_parser() -> Parser:
         prog="train.py",
         description="Train one experiment: `deepspeed train.py ...` on every GPU, `python train.py ...` on one.",
     )
-    what = parser.add_argument_group("what to train")
-    what.add_argument("--exp", metavar="NAME", help="experiment (see --list), or FILE.py:NAME; default Baseline")
+    what = parser.add_argument_group("what to train, each a leaf of the recipe")
     what.add_argument(
-        "--set", action="append", metavar="FIELD=VALUE", help="change one field of the model; may be repeated"
+        "--recipe",
+        "--budget",
+        metavar="NAME",
+        help=f"{' or '.join(recipe.names())}, or FILE.toml; default paper on CUDA, else demo",
     )
-    what.add_argument("--impl", help="auto, torch, reference, triton, or by operator: attention=flash_attn,glu=torch")
-    how = parser.add_argument_group("how")
-    how.add_argument("--budget", metavar="NAME", help=f"{' or '.join(BUDGETS)}; default paper on CUDA, else demo")
-    count = whole(1, 10**9, "leave it out for the usual number")
-    how.add_argument("--steps", type=count, metavar="N", help="optimiser steps, instead of the budget's")
-    how.add_argument("--seed", type=int, metavar="N", help="initialisation, data order, dropout; default 42")
-    how.add_argument("--precision", metavar="TYPE", help="bf16 or fp32; default the budget's or the experiment's")
-    how.add_argument("--micro-batch", type=count, metavar="N", help="sequences at once in a process; default what fits")
-    how.add_argument("--zero", type=int, metavar="STAGE", help="ZeRO stage 0, 1 or 2; default 1")
-    how.add_argument("--data", metavar="DIR", help="a prepared store, instead of the options of the text")
-    description.add_arguments(parser, "the budget's")
+    what.add_argument(
+        "--set", action="append", metavar="LEAF=VALUE", help="optimizer.lr=3e-4, or a field of the model; repeatable"
+    )
+    for name, (leaf, kind, metavar, text) in ALIASES.items():
+        what.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=f"{text} ({leaf})")
+    parser.add_argument("--data", dest="store", metavar="DIR", help="a prepared store, in place of the text's options")
+    description.add_arguments(parser, "the recipe's")
     where = parser.add_argument_group("where, and again")
-    where.add_argument("--run-dir", metavar="DIR", help="default runs/<experiment>-<budget>-<date>")
-    where.add_argument("--checkpoint-every", type=count, metavar="N", help="steps; the last one is always saved")
+    where.add_argument("--run-dir", metavar="DIR", help="default runs/<experiment>-<recipe>-<date>")
     where.add_argument(
         "--resume",
         nargs="?",
         const=NEWEST,
         metavar="DIR",
-        help="continue the run in DIR, or the newest one of this experiment and budget",
+        help="continue the run in DIR, or the newest one of this experiment and recipe",
     )
     where.add_argument(
         "--accept-changed-file", action="store_true", help="with --resume: the file of --exp may be another than it was"
@@ -78,122 +80,128 @@ def build_parser() -> Parser:
 def check_mode(arguments: argparse.Namespace) -> None:
     """UsageError for options that go with --list or --show where there are none, and for those they cannot heed."""
     modes = [mode for mode in ("list", "show") if getattr(arguments, mode)]
-    heeded = {"show": {"set", "budget", "impl", "json", "show"}, "list": {"json", "list"}}
+    heeded = {"show": {"set", "recipe", "impl", "json", "show"}, "list": {"json", "list"}}
     given = [name for name, value in vars(arguments).items() if value not in (None, False) and name != "local_rank"]
     for mode in modes:
-        if other := [f"--{name.replace('_', '-')}" for name in given if name not in heeded[mode]]:
+        if other := [_flag(name) for name in given if name not in heeded[mode]]:
             raise UsageError(f"expected --{mode} without {' '.join(other)}, got both; leave one out")
     if arguments.json and not modes:
         raise UsageError("expected --json with --list or --show, got it alone; name what to print")
 
 
-@dataclass(frozen=True)
-class Request:
-    """A checked command line: what to train, under which budget, from which data."""
-
-    experiment: experiments.Experiment
-    overrides: dict[str, Any]  # --set, typed
-    config: configuration.ModelConfig  # before the corpus's vocabulary is known
-    budget: Budget
-    budget_name: str
-    seed: int
-    precision: str  # fp32 until it is measured, where `precision_open`
-    precision_open: bool
-    zero: int
-    impl: str | Mapping[str, str]
-    data: Description
-    micro_batch: int | None
-    remembered: dict[str, Any]  # the options given, for a later --resume
-
-    @property
-    def comparable(self) -> bool:
-        """May the losses stand beside the published ones? The recipe, the corpus and the model as published."""
-        unchanged = not self.overrides and self.precision == experiments.configuration(self.experiment).precision
-        unchanged = unchanged and self.experiment.file is None
-        return self.budget.comparable and unchanged
+def parse_leaf(name: str, text: str) -> Any:
+    """`text` of a command line as the value of leaf `name`; UsageError otherwise. Lists as a,b; none for no value."""
+    if name not in recipe.LEAVES:
+        raise UsageError(f"--set: {recipe.unknown(name)}")
+    field = recipe.LEAVES[name]
+    if text.lower() == "none" and type(None) in get_args(field.annotation):
+        return None
+    value: Any = text.split(",") if name == "data.files" else text
+    try:
+        kind: Any = Annotated[field.annotation, field]
+        return TypeAdapter(kind).validate_strings(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{name}: expected {recipe.expected(first)}, got {text[:60]!r}; {recipe.fix(name)}") from None
 
 
-def check(arguments: argparse.Namespace, *, cuda: bool) -> Request:
-    """The request behind `arguments`; `cuda` decides the default budget.
+def parse_set(assignments: list[str]) -> dict[str, Any]:
+    """Leaves and values of "leaf=value", fields of the model with or without their prefix, each once; dotted names."""
+    found: dict[str, Any] = {}
+    for assignment in assignments:
+        name, separator, text = (part.strip() for part in assignment.partition("="))
+        model = name.removeprefix("model.")
+        if not separator or not text or (model in configuration.FIELDS and name != "precision"):
+            field, value = configuration.parse_override(assignment.strip().removeprefix("model."))
+            name, value = f"model.{field}", recipe.model_field(field, value)
+        elif "." in name or name in recipe.LEAVES or any(leaf.endswith(f".{name}") for leaf in recipe.LEAVES):
+            value = parse_leaf(name, text)
+        else:
+            configuration.parse_override(assignment)
+        if name in found:
+            raise UsageError(f"--set: expected {name.removeprefix('model.')} once, got it twice; leave one out")
+        found[name] = value
+    return found
+
+
+def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
+    """{"optimizer": {"lr": 1e-4}} of {"optimizer.lr": 1e-4}."""
+    tree: dict[str, Any] = {}
+    for name, value in dotted.items():
+        group, _, leaf = name.rpartition(".")
+        (tree.setdefault(group, {}) if group else tree)[leaf] = value
+    return tree
+
+
+def check(arguments: argparse.Namespace, *, cuda: bool, run: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe that `arguments` ask for; `cuda` decides the default one. run: the tree of the run that is continued,
+    for what is not given. Its precision stays `fastest` where that has to be measured.
 
     Raises:
-        UsageError, march.config.ConfigError: a name or value that cannot be; one line: expected, got, fix.
+        UsageError, DataError, march.config.ConfigError: a name or value that cannot be; one line: expected, got, fix.
     """
-    experiment = experiments.get(arguments.exp or "Baseline")
-    overrides = configuration.parse_overrides(arguments.set or ())
-    budget_name = arguments.budget or ("paper" if cuda else "demo")
-    budget = get_budget(budget_name, steps=arguments.steps, checkpoint_every=arguments.checkpoint_every)
-    if arguments.seed is not None and not 0 <= arguments.seed < 2**32:
-        raise UsageError(f"expected --seed from 0 to 2^32 - 1, got {arguments.seed}; 42 is the recipe's")
-    precision = _precision(arguments.precision, overrides, budget, experiment)
-    precision_open = False
-    if precision == FASTEST:
-        own = experiments.configuration(experiment, **overrides).precision
-        precision_open = own == "bf16" and not cuda
-        precision = "fp32" if precision_open else own
-    zero = 1 if arguments.zero is None else arguments.zero
-    if zero not in ZERO_STAGES:
-        raise UsageError(f"expected --zero 0, 1 or 2, got {zero}; {NO_ZERO_3}")
-    data = Description.of(arguments, budget.source, budget.vocab_size)
-    if not data.is_plain(budget.source, budget.vocab_size):
-        budget = replace(budget, vocab_size=None, comparable=False, label=f"{budget.label}; from {data.name}")
-    config = experiments.configuration(experiment, **{**overrides, "precision": precision})
-    return Request(
-        experiment=experiment,
-        overrides=overrides,
-        config=config,
-        budget=budget,
-        budget_name=budget_name,
-        seed=budget.seed if arguments.seed is None else arguments.seed,
-        precision=precision,
-        precision_open=precision_open,
-        zero=zero,
-        impl=_impl(arguments.impl or "auto"),
-        data=data,
-        micro_batch=arguments.micro_batch,
-        remembered={
-            **{name: getattr(arguments, name) for name in REMEMBERED if getattr(arguments, name) is not None},
-            "exp": experiment.spec,
-            "budget": budget_name,
-        },
-    )
+    options = {leaf: getattr(arguments, name) for name, (leaf, *_) in ALIASES.items()}
+    options |= {leaf: getattr(arguments, name) for name, leaf in TEXT.items()}
+    changes = {leaf: value for leaf, value in options.items() if value is not None}
+    for leaf, value in parse_set(arguments.set or []).items():
+        if leaf in changes and changes[leaf] != value:
+            got = f"{_option(leaf)} {changes[leaf]} and {leaf}={value}"
+            raise UsageError(f"expected one {leaf}, got {got}; leave one out")
+        changes[leaf] = value
+    if changes.get("precision", "bf16") not in ("bf16", "fp32"):
+        raise UsageError(f"expected --precision bf16 or fp32, got {changes['precision']!r}; give one of these")
+    if not 0 <= changes.get("seed", 42) < 2**32:
+        raise UsageError(f"expected --seed from 0 to 2^32 - 1, got {changes['seed']}; 42 is the recipe's")
+    text = sorted(leaf for leaf in changes if leaf.startswith("data.") and leaf != "data.store")
+    if "data.store" in changes and text:
+        raise UsageError(
+            f"expected --data alone, the prepared folder, got {' '.join(map(_option, text))} too; leave one out"
+        )
+    asked = arguments.recipe or ("paper" if cuda else "demo")
+    tree = dict(run) if run and arguments.recipe in (None, run["name"]) else recipe.tree_of(asked)
+    if "experiment" in changes:  # in its canonical spelling
+        changes["experiment"] = entry = experiments.get(changes["experiment"]).spec
+        if entry != tree.get("experiment", "Baseline"):  # what another experiment changes, it changes of the recipe
+            own = experiments.configuration(entry), experiments.configuration("Baseline")
+            kept = {n: v for n, v in tree.get("model", {}).items() if getattr(own[0], n) == getattr(own[1], n)}
+            tree["model"] = kept
+    found = recipe.build(recipe.merge(tree, nested(changes)), asked)
+    description.Description.of(found.data)
+    implementation(found)
+    own_precision = experiments.configuration(found.entry, **found.model).precision
+    if found.precision == "experiment" or (found.precision == "fastest" and (cuda or own_precision != "bf16")):
+        found = found.model_copy(update={"precision": own_precision})
+    return found
 
 
-def _precision(given: str | None, overrides: dict[str, Any], budget: Budget, experiment: experiments.Experiment) -> str:
-    if given is not None and given not in ("bf16", "fp32"):
-        raise UsageError(f"expected --precision bf16 or fp32, got {given!r}; give one of these")
-    by_field = overrides.pop("precision", None)  # the field and the option are one thing
-    if given and by_field and given != by_field:
-        raise UsageError(f"expected one precision, got --precision {given} and precision={by_field}; leave one out")
-    return given or by_field or budget.precision or experiments.configuration(experiment).precision
+def _flag(name: str) -> str:
+    return f"--{_FLAGS.get(name, name).replace('_', '-')}"
 
 
-def _impl(text: str) -> str | Mapping[str, str]:
+def _option(leaf: str) -> str:
+    named = {**{leaf: name for name, (leaf, *_) in ALIASES.items()}, **{leaf: name for name, leaf in TEXT.items()}}
+    return _flag(named[leaf]) if leaf in named else leaf
+
+
+def implementation(found: Recipe) -> str | Mapping[str, str]:
+    """The operators' implementations, checked."""
     import kernels
 
     try:
-        return kernels.parse_impl(text)
+        return kernels.parse_impl(found.devices.impl)
     except ValueError as error:
         raise UsageError(f"--{error}; see --help") from error
 
 
-def may_be_remembered(options: Mapping[str, Any]) -> bool:
-    """Whether each value is of a kind that the option of its name has; what was read from a file may be anything."""
-    actions = build_parser()._actions
-    lists = {a.dest for a in actions if a.nargs == "+" or isinstance(a, argparse._AppendAction)}
-    return all(
-        isinstance(value, list) and all(isinstance(part, str) for part in value)
-        if name in lists
-        else isinstance(value, str | int)
-        for name, value in options.items()
-    )
+def table() -> list[str]:
+    """Rows of Markdown: each leaf, what paper and demo have, its option."""
+    paper, demo = (dict(recipe.leaves(recipe.load(name).model_dump())) for name in ("paper", "demo"))
+    return [
+        f"| `{leaf}` | {_shown(paper.get(leaf))} | {_shown(demo.get(leaf))} | "
+        f"{_option(leaf) if _option(leaf) != leaf else ''} |"
+        for leaf in recipe.LEAVES
+    ]
 
 
-def fill_from(arguments: argparse.Namespace, remembered: dict[str, Any]) -> argparse.Namespace:
-    """`arguments` with what was not given taken from the run that is continued."""
-    filled = argparse.Namespace(**vars(arguments))
-    other_text = any(getattr(filled, name) is not None for name in description.OPTIONS)
-    for name in REMEMBERED:
-        if getattr(filled, name) is None and not (other_text and name in description.OPTIONS):
-            setattr(filled, name, remembered.get(name))
-    return filled
+def _shown(value: Any) -> str:
+    return "" if value is None else str(value)

@@ -21,8 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from march.training.arguments import NO_ZERO_3, ZERO_STAGES
-from march.training.budget import Budget
+from march.recipe import Recipe
 from march.training.distributed import World, largest, say, together
 from march.training.errors import UsageError
 
@@ -60,33 +59,30 @@ class LossOnly(nn.Module):
         return self.model(input_ids, decoder_input_ids, labels=labels, dropout_state=dropout_state).loss
 
 
-def deepspeed_config(budget: Budget, precision: str, zero: int, micro_batch: int, world_size: int) -> dict[str, Any]:
+def deepspeed_config(recipe: Recipe, micro_batch: int, world_size: int) -> dict[str, Any]:
     """The configuration for one run, as the dict that `deepspeed.initialize` takes; validated.
 
     Raises:
         UsageError: the global batch is no multiple of micro-batch times processes, or the combination of
             ZeRO stage and precision cannot accumulate in float32.
     """
-    if precision not in PRECISIONS:
-        raise UsageError(f"expected --precision {' or '.join(PRECISIONS)}, got {precision!r}; give one of these")
-    if zero not in ZERO_STAGES:
-        raise UsageError(f"expected --zero 0, 1 or 2, got {zero}; {NO_ZERO_3}")
+    precision, zero = recipe.precision, recipe.devices.zero
     if precision == "bf16" and zero == 0:
         raise UsageError(
             "expected --zero 1 or higher with bf16, got --zero 0, where DeepSpeed accumulates gradients in bf16; "
             "use --zero 1 (same result on one process) or --precision fp32"
         )
     per_step = micro_batch * world_size
-    if budget.global_batch % per_step:
+    if recipe.batch.sequences % per_step:
         raise UsageError(
-            f"expected a global batch of {budget.global_batch} sequences to be a multiple of micro-batch x processes, "
+            f"expected a global batch of {recipe.batch.sequences} sequences: a multiple of micro-batch x processes, "
             f"got {micro_batch} x {world_size}; change --micro-batch or the number of processes"
         )
     config: dict[str, Any] = {
-        "train_batch_size": budget.global_batch,
+        "train_batch_size": recipe.batch.sequences,
         "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": budget.global_batch // per_step,
-        "gradient_clipping": budget.gradient_clipping,
+        "gradient_accumulation_steps": recipe.batch.sequences // per_step,
+        "gradient_clipping": recipe.optimizer.gradient_clipping,
         "steps_per_print": 2**31,  # our own lines say it
         "wall_clock_breakdown": False,
         # FusedAdam and torch's AdamW are both on DeepSpeed's list; a newer DeepSpeed may drop one
@@ -140,18 +136,25 @@ class AdamW(torch.optim.AdamW):
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
-def build_optimizer(parameters: list[nn.Parameter], budget: Budget, world: World) -> torch.optim.Optimizer:
-    """AdamW over every parameter in one group: DeepSpeed's FusedAdam on CUDA, torch's AdamW on a CPU.
+def build_optimizer(model: nn.Module, recipe: Recipe, world: World) -> torch.optim.Optimizer:
+    """AdamW over every parameter: DeepSpeed's FusedAdam on CUDA, torch's AdamW on a CPU. One group, or a second one
+    without decay: norms' weights and biases.
 
     A CUDA machine without nvcc cannot build FusedAdam: torch's fused AdamW, the same update, takes its place, and
     the run says so.
     """
     settings: dict[str, Any] = {
-        "lr": budget.learning_rate,
-        "betas": (budget.beta1, budget.beta2),
-        "eps": budget.epsilon,
-        "weight_decay": budget.weight_decay,
+        "lr": recipe.optimizer.lr,
+        "betas": (recipe.optimizer.beta1, recipe.optimizer.beta2),
+        "eps": recipe.optimizer.epsilon,
+        "weight_decay": recipe.optimizer.weight_decay,
     }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters: list[Any] = trained
+    if recipe.optimizer.decay == "matrices":
+        groups = {"matrices": [p for p in trained if p.ndim > 1], "others": [p for p in trained if p.ndim < 2]}
+        parameters = [{"params": groups["matrices"]}, {"params": groups["others"], "weight_decay": 0.0}]
+        parameters = [group for group in parameters if group["params"]]
     if world.device.type == "cuda":
         missing = _cannot_build_fused_adam()
         if largest(world, float(missing is not None)) == 0:
@@ -216,7 +219,7 @@ def import_muon() -> None:
             importlib.import_module(name)
 
 
-def build_engine(model: nn.Module, config: dict[str, Any], budget: Budget, world: World):
+def build_engine(model: nn.Module, config: dict[str, Any], recipe: Recipe, world: World):
     """The engine around `model` (which it casts and moves in place), checked against what was asked.
 
     Raises:
@@ -231,7 +234,7 @@ def build_engine(model: nn.Module, config: dict[str, Any], budget: Budget, world
     wrapped = LossOnly(model)
     parameters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     model.to(world.device)  # FusedAdam refuses parameters on another device
-    optimizer = build_optimizer(parameters, budget, world)
+    optimizer = build_optimizer(wrapped, recipe, world)
     engine, *_ = deepspeed.initialize(
         model=wrapped, model_parameters=parameters, optimizer=optimizer, config=config, dist_init_required=False
     )

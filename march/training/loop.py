@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from march.data import Examples
 from march.data.order import MicroBatch, Prefetch, step_indices
-from march.training.budget import Budget
+from march.recipe import Recipe
 from march.training.checkpoint import Checkpoint, Checkpoints
 from march.training.distributed import World, gathered, largest, say, together, total
 from march.training.engine import (
@@ -42,15 +42,11 @@ from march.training.watch import Watch
 class Plan:
     """One run, decided: nothing below it reads the command line."""
 
-    experiment: str
-    budget: Budget
-    seed: int
-    precision: str  # "fp32" or "bf16"
-    zero: int
+    recipe: Recipe  # its precision bf16 or fp32
     micro_batch: int
     train: Examples
     validation: Examples
-    identity: Mapping[str, Any] = field(default_factory=dict)  # what a resumed run must share
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)  # what a resumed run must share
     run: Mapping[str, Any] = field(default_factory=dict)  # config.json, which every checkpoint carries
     peak_share: Callable[[float], float | None] = lambda sequences_per_second: None  # of one device
 
@@ -94,14 +90,16 @@ class Trainer:
     ):
         self.plan, self.world, self.folder, self.quiet = plan, world, folder, quiet
         self.stop = stop
-        budget = plan.budget
-        config = deepspeed_config(budget, plan.precision, plan.zero, plan.micro_batch, world.size)
+        recipe = plan.recipe
+        config = deepspeed_config(recipe, plan.micro_batch, world.size)
         self.accumulation = config["gradient_accumulation_steps"]
-        self.engine = build_engine(model, config, budget, world)
+        self.engine = build_engine(model, config, recipe, world)
         self.step = 0  # finished steps
         self.elapsed = 0.0  # training seconds, over all starts
         self.rows: list[dict[str, Any]] = []
-        self.checkpoints = Checkpoints(folder.checkpoints, budget.keep_checkpoints, plan.identity) if folder else None
+        self.checkpoints = (
+            Checkpoints(folder.checkpoints, recipe.checkpoints.keep, plan.fingerprint) if folder else None
+        )
         self._saved_step: int | None = None
         if checkpoint is not None:
             scatter_state(self.engine, checkpoint.tensors, checkpoint.step, world)
@@ -120,7 +118,7 @@ class Trainer:
             self._metrics = Metrics(folder.metrics, folder.tensorboard, self.rows)
 
     def run(self) -> Outcome:
-        """Train until the budget's last step, or until a signal; evaluates and saves on the way.
+        """Train until the recipe's last step, or until a signal; evaluates and saves on the way.
 
         Raises:
             RunError: non-finite loss, gradients, weights or evaluation, a checkpoint that cannot be written, out of
@@ -130,8 +128,8 @@ class Trainer:
             with Watch() as self.stop:
                 return self.run()
         stop, self.stop.orderly = self.stop, True
-        budget, world = self.plan.budget, self.world
-        line = LiveLine(budget.steps, self.step, enabled=world.is_first and not self.quiet)
+        recipe, world = self.plan.recipe, self.world
+        line = LiveLine(recipe.schedule.steps, self.step, enabled=world.is_first and not self.quiet)
         speeds: list[float] = []
         begin, begin_step = time.perf_counter(), self.step
         stopped = False
@@ -149,17 +147,17 @@ class Trainer:
                     self.elapsed += row["seconds"]
                     speeds.append(row["tokens_per_second"])
                     row["elapsed"] = round(self.elapsed, 3)
-                    last = self.step == budget.steps
+                    last = self.step == recipe.schedule.steps
                     if self._evaluates(self.step):
                         row["eval_loss"] = self.evaluate(whole=last)
-                    share = self.plan.peak_share(row["tokens_per_second"] / budget.raw_length / world.size)
+                    share = self.plan.peak_share(row["tokens_per_second"] / recipe.batch.sequence_length / world.size)
                     row |= {} if share is None else {"mfu": round(share, 4)}
                     self._record(row)
                     spent = time.perf_counter() - begin
-                    left = spent / (self.step - begin_step) * (budget.steps - self.step)
+                    left = spent / (self.step - begin_step) * (recipe.schedule.steps - self.step)
                     line.show(row, self._last_eval(), share, left)
                     stopped = self._must_stop() and not last
-                    if last or stopped or self.step % budget.checkpoint_every == 0:
+                    if last or stopped or self.step % recipe.checkpoints.every == 0:
                         self.save()
                     if stopped:
                         break
@@ -182,11 +180,11 @@ class Trainer:
         return bool(largest(self.world, float(self.stop is not None and self.stop.reason is not None)))
 
     def _evaluates(self, step: int) -> bool:
-        return step == self.plan.budget.steps or step % self.plan.budget.eval_every == 0
+        return step == self.plan.recipe.schedule.steps or step % self.plan.recipe.evaluation.every == 0
 
     def _catch_up_evaluation(self) -> None:
         """The evaluation that a signal came before."""
-        if self.step and self.step % self.plan.budget.eval_every == 0 and self.rows[-1].get("eval_loss") is None:
+        if self.step and self.step % self.plan.recipe.evaluation.every == 0 and self.rows[-1].get("eval_loss") is None:
             self.rows[-1] = {**self.rows[-1], "eval_loss": self.evaluate()}
             if self._metrics:
                 self._metrics.replace(self.rows)
@@ -195,13 +193,13 @@ class Trainer:
         plan = self.plan
         return Prefetch(
             plan.train,
-            plan.seed,
-            plan.budget.global_batch,
+            plan.recipe.seed,
+            plan.recipe.batch.sequences,
             rank=self.world.rank,
             world=self.world.size,
             micro_batch=plan.micro_batch,
             start_step=self.step,
-            stop_step=plan.budget.steps if stop_step is None else stop_step,
+            stop_step=plan.recipe.schedule.steps if stop_step is None else stop_step,
         )
 
     def train_to(self, step: int) -> None:
@@ -238,6 +236,8 @@ class Trainer:
                     norm = plain_norm(self.engine)
                     if norm is not None and largest(self.world, float(not math.isfinite(norm))):
                         self._non_finite("gradient norm", norm)
+                    for group in self.engine.basic_optimizer.param_groups:
+                        group["lr"] = self.plan.recipe.learning_rate(self.step + 1)
                 self.engine.step()
         except Exception as error:
             if not is_out_of_memory(error):
@@ -253,15 +253,15 @@ class Trainer:
         seconds = time.perf_counter() - begin
         return {
             "loss": mean_loss,
-            "lr": self.plan.budget.learning_rate,
+            "lr": self.plan.recipe.learning_rate(self.step + 1),
             "grad_norm": norm,
-            "tokens_per_second": round(self.plan.budget.tokens_per_step / seconds, 1),
+            "tokens_per_second": round(self.plan.recipe.batch.tokens / seconds, 1),
             "seconds": round(seconds, 4),
         }
 
     def dropout_state(self, micro: MicroBatch) -> Tensor:
         """int64 [3]: seed, step counted from 0, the micro-batch's first sequence."""
-        return self._on_device(np.array([self.plan.seed, self.step, micro.first_sequence], dtype=np.int64))
+        return self._on_device(np.array([self.plan.recipe.seed, self.step, micro.first_sequence], dtype=np.int64))
 
     def inputs(self, micro: MicroBatch) -> list[Tensor]:
         """input_ids int64 [B, Le], decoder_input_ids and labels int64 [B, Ld]."""
@@ -281,8 +281,8 @@ class Trainer:
     def sequences(self, losses: Sequence[Tensor] | None = None) -> list[int]:
         """Indices into the training sequences of the step that runs: of all its rows, or of the micro-batches, on any
         rank, whose `losses` are not finite; collective."""
-        budget, size, world = self.plan.budget, self.plan.micro_batch, self.world
-        rows = step_indices(self.step, budget.global_batch, len(self.plan.train), self.plan.seed)[0].tolist()
+        recipe, size, world = self.plan.recipe, self.plan.micro_batch, self.world
+        rows = step_indices(self.step, recipe.batch.sequences, len(self.plan.train), self.plan.recipe.seed)[0].tolist()
         if losses is None:
             return rows
         odd = [number for number, loss in enumerate(losses) if not math.isfinite(float(loss))]
@@ -326,7 +326,7 @@ class Trainer:
         """
         plan, world = self.plan, self.world
         examples = examples or plan.validation
-        number = min(plan.budget.eval_sequences, len(examples))
+        number = min(plan.recipe.evaluation.sequences, len(examples))
         stride = plan.micro_batch * world.size
         loss_sum, count = 0.0, 0
         self.engine.eval()
@@ -366,7 +366,7 @@ class Trainer:
         tensors = gather_state(self.engine, self.step, self.world)
         state = {
             "elapsed": self.elapsed,
-            "identity": self.plan.identity,
+            "identity": self.plan.fingerprint,
             "run": self.plan.run,
             "rows": self.rows,
             "world_size": self.world.size,

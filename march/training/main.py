@@ -14,6 +14,7 @@ from typing import Any
 from march.config import ConfigError
 from march.console import quiet_pipe
 from march.data.errors import DataError
+from march.recipe import Recipe
 from march.training import arguments as command_line
 from march.training.errors import RunError, UsageError
 
@@ -68,7 +69,8 @@ def _train(given) -> int:
         raise UsageError("expected --replay with the number of a step and --resume, got one of them; give both")
     if given.accept_changed_file and given.resume is None:
         raise UsageError("expected --accept-changed-file with --resume, got it alone; leave it out")
-    request = command_line.check(given, cuda=torch.cuda.is_available())
+    cuda = torch.cuda.is_available()
+    recipe = command_line.check(given, cuda=cuda)
 
     from march.training import distributed, session
     from march.training.watch import Watch
@@ -81,21 +83,15 @@ def _train(given) -> int:
             if given.resume is not None:
                 where = None if given.resume is command_line.NEWEST else given.resume
                 folder, checkpoint = session.find_run(
-                    where, _canonical(given.exp), given.budget, RUNS, given.replay, world
+                    where, _canonical(given.exp), given.recipe, RUNS, given.replay, world
                 )
                 stack.callback(folder.unlock)
-                remembered = dict(checkpoint.state["run"]["arguments"])
-                remembered["exp"] = session.kept_file(folder, remembered["exp"])
-                precision = checkpoint.state["identity"]["precision"]
-                given = command_line.fill_from(given, {"precision": precision, **remembered})
-                try:
-                    request = command_line.check(given, cuda=torch.cuda.is_available())
-                except (TypeError, AttributeError, KeyError) as error:  # a stranger's types
-                    raise UsageError(f"expected the run's options in its checkpoint, got {remembered}") from error
-            elif request.precision_open:
-                given.precision = session.fastest_precision(world)
-                request = command_line.check(given, cuda=False)
-            code = _run(request, given, folder, checkpoint, world, stop, stack)
+                run = checkpoint.state["run"]["recipe"]
+                run = run | {"experiment": session.kept_file(folder, run["experiment"])}
+                recipe = command_line.check(given, cuda=cuda, run=run)
+            if recipe.precision == "fastest":
+                recipe = recipe.model_copy(update={"precision": session.fastest_precision(world)})
+            code = _run(recipe, given, folder, checkpoint, world, stop, stack)
             # not in a finally: a rank that failed leaves at once, and the launcher ends the others
             distributed.stop(world)
         except Exception as error:
@@ -128,7 +124,7 @@ def _canonical(name: str | None) -> str | None:
     return experiments.get(name).name if name else None
 
 
-def _run(request: command_line.Request, given, folder, checkpoint, world, stop, stack: ExitStack) -> int:
+def _run(recipe: Recipe, given, folder, checkpoint, world, stop, stack: ExitStack) -> int:
     import kernels
     from march.data import SpanCorruption
     from march.training import records, session
@@ -137,49 +133,46 @@ def _run(request: command_line.Request, given, folder, checkpoint, world, stop, 
     from march.training.replay import replay
     from march.training.runfolder import peak_memory, process_age, refuse_other_identity
 
-    budget = request.budget
-    say(world, f"{request.experiment.name} | budget {budget.name}: {budget.label}")
-    session.require_memory(request, world)
-    session.check_kernels(request, world)
-    store = session.prepare_data(request, world)
-    config = session.fit_vocabulary(request, store)
-    corruption = SpanCorruption(raw_length=budget.raw_length)
+    changes = recipe.changes()
+    say(world, f"{recipe.entry.name} | recipe {recipe.name}: {recipe.label}{f'; with {changes}' if changes else ''}")
+    session.require_memory(recipe, world)
+    session.check_kernels(recipe, world)
+    store = session.prepare_data(recipe, world)
+    config = session.fit_vocabulary(recipe, store)
+    corruption = SpanCorruption(raw_length=recipe.batch.sequence_length)
     session.check_lengths(config, corruption)
-    seeds = {"train": request.seed, "validation": session.EVALUATION_SEED, "test": session.EVALUATION_SEED}
+    seeds = {"train": recipe.seed, "validation": session.EVALUATION_SEED, "test": session.EVALUATION_SEED}
     train, validation, test = (session.examples(store, name, corruption, seed) for name, seed in seeds.items())
-    identity = session.identity(request, config, store)
+    data = {name: entry["sha256"] for name, entry in store.manifest["files"].items()}
+    identity = recipe.resume_fingerprint(config, data)
     state = checkpoint.state if checkpoint else {}
     before = state.get("run", {})
-    session.refuse_other_file(request, before, given.accept_changed_file, world)
+    session.refuse_other_file(recipe, before, given.accept_changed_file, world)
     if checkpoint:
         refuse_other_identity(state["identity"], identity)
-        if checkpoint.step >= budget.steps and given.replay is None:
+        if checkpoint.step >= recipe.schedule.steps and given.replay is None:
             raise UsageError(
                 f"expected steps left to do, got a run of {checkpoint.step} finished ones; "
-                f"ask for more with --steps {checkpoint.step + budget.steps}"
+                f"ask for more with --steps {checkpoint.step + recipe.schedule.steps}"
             )
         say(world, f"continuing {folder.path} after step {checkpoint.step}")
 
-    numerics = session.fix_numerics(before.get("numerics"), world)
-    model = session.build_model(request, config)
+    numerics = session.fix_numerics(before.get("numerics"), recipe.devices.float32_library, world)
+    model = session.build_model(recipe, config)
     same_split = state.get("micro_batch") if state.get("world_size") == world.size else None
-    micro_batch = session.fit_micro_batch(request, config, model, corruption, world, same_split)
+    micro_batch = session.fit_micro_batch(recipe, config, model, corruption, world, same_split)
     if folder is None:
-        folder = session.create_folder(given.run_dir, request, RUNS, world)
+        folder = session.create_folder(given.run_dir, recipe, RUNS, world)
         stack.callback(folder.unlock)
     stop.advice = session.resume_command(folder, world)
     plan = Plan(
-        experiment=request.experiment.name,
-        budget=budget,
-        seed=request.seed,
-        precision=request.precision,
-        zero=request.zero,
+        recipe=recipe,
         micro_batch=micro_batch,
         train=train,
         validation=validation,
-        identity=identity,
-        run=records.describe(request, config, numerics, before),
-        peak_share=session.peak_share(config, corruption, request.precision, world),
+        fingerprint=identity,
+        run=records.describe(recipe, config, numerics, before),
+        peak_share=session.peak_share(config, corruption, recipe.precision, world),
     )
     if given.replay is not None:
         trainer = Trainer(plan, model, world, None, checkpoint, stop=stop)
@@ -188,16 +181,16 @@ def _run(request: command_line.Request, given, folder, checkpoint, world, stop, 
     trainer = Trainer(plan, model, world, folder, checkpoint, stop=stop)
     together(
         world,
-        lambda: records.write_start(folder, request, plan, model, trainer, store, world),
+        lambda: records.write_start(folder, recipe, plan, model, trainer, store, world),
         when=world.is_first,
     )
     entropy = train.label_unigram_entropy(session.ENTROPY_SEQUENCES)
     say(
         world,
         f"{folder.path} | {records.count_parameters(model):,} parameters | {world.size} process(es) x micro-batch "
-        f"{micro_batch} x {trainer.accumulation} = {budget.global_batch} sequences a step | "
+        f"{micro_batch} x {trainer.accumulation} = {recipe.batch.sequences} sequences a step | "
         f"ln V {math.log(config.vocab_size):.2f}, unigram entropy {entropy:.2f} | "
-        f"{kernels.describe(request.impl, world.device)}",
+        f"{kernels.describe(command_line.implementation(recipe), world.device)}",
     )
     try:
         outcome = trainer.run()
@@ -205,7 +198,7 @@ def _run(request: command_line.Request, given, folder, checkpoint, world, stop, 
         test_loss = trainer.evaluate(test, whole=True) if outcome.stopped_by is None else None
     except RunError as error:
         failed = {"finished": False, "failed": str(error), "steps": trainer.step, **getattr(error, "facts", {})}
-        records.write_end(folder, request, config, trainer.rows, entropy, world, failed)
+        records.write_end(folder, recipe, config, trainer.rows, entropy, world, failed)
         raise
     memory = records.largest_memory(peak_memory(world), world)
     end: dict[str, Any] = {
@@ -216,6 +209,6 @@ def _run(request: command_line.Request, given, folder, checkpoint, world, stop, 
         "process_seconds": round(process_age(), 1),
         "parameters": records.count_parameters(model),
     }
-    together(world, lambda: records.write_end(folder, request, config, trainer.rows, entropy, world, end))
-    say(world, records.closing_lines(request, config, folder, end, entropy))
+    together(world, lambda: records.write_end(folder, recipe, config, trainer.rows, entropy, world, end))
+    say(world, records.closing_lines(recipe, config, folder, end, entropy))
     return outcome.exit_code

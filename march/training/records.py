@@ -14,12 +14,14 @@ from march import config as configuration
 from march import experiments
 from march.config import ModelConfig
 from march.data import Store
+from march.data.description import Description
 from march.experiments import own
 from march.experiments.published import comparison
-from march.training.arguments import Request
+from march.recipe import Recipe
+from march.training.arguments import implementation
 from march.training.distributed import World, largest, say
 from march.training.errors import RunError
-from march.training.files import first_line
+from march.training.files import first_line, write_text
 from march.training.loop import Plan, Trainer
 from march.training.plot import plot_curve
 from march.training.runfolder import RunFolder, device_name, environment
@@ -36,24 +38,23 @@ def largest_memory(memory: Mapping[str, float], world: World) -> dict[str, float
 
 
 def describe(
-    request: Request, config: ModelConfig, numerics: Mapping[str, Any], before: Mapping[str, Any] | None
+    recipe: Recipe, config: ModelConfig, numerics: Mapping[str, Any], before: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What config.json and every checkpoint say of the run; `before`: what they said when it began."""
-    published_config, file = experiments.configuration(request.experiment), request.experiment.file
+    published_config, file = experiments.configuration(recipe.entry), recipe.entry.file
     return {
-        "experiment": request.experiment.name,
-        "file": None if file is None else {"path": str(file), "sha256": request.experiment.sha256},
-        "control": request.experiment.control,
-        "seed": request.seed,
-        "budget": request.budget.to_dict() | {"name": request.budget_name, "seed": request.seed},
-        "comparable": request.comparable,
+        "experiment": recipe.entry.name,
+        "file": None if file is None else {"path": str(file), "sha256": recipe.entry.sha256},
+        "control": recipe.entry.control,
+        "seed": recipe.seed,
+        "recipe": recipe.model_dump(mode="json", exclude_none=True, exclude={"batch": {"micro"}}),
+        "comparable": recipe.comparable,
         "config": configuration.to_dict(config),
         "difference": {
-            "base": request.experiment.base,
-            "from_base": experiments.difference(request.experiment),
+            "base": recipe.entry.base,
+            "from_base": experiments.difference(recipe.entry),
             "in_this_run": configuration.difference(config, published_config),  # --set, corpus, precision
         },
-        "arguments": request.remembered,
         "numerics": dict(numerics),
         "started": (before or {}).get("started", datetime.now(UTC).isoformat()),
     }
@@ -61,7 +62,7 @@ def describe(
 
 def write_start(
     folder: RunFolder,
-    request: Request,
+    recipe: Recipe,
     plan: Plan,
     model: nn.Module,
     trainer: Trainer,
@@ -74,28 +75,32 @@ def write_start(
         RunError: they cannot be written; better known before the first step than at the first checkpoint.
     """
     try:
-        folder.write("config.json", {**plan.run, "identity": plan.identity})
-        if request.experiment.file is not None:
-            folder.keep(request.experiment.file, own.source(request.experiment))
+        folder.write("config.json", {**plan.run, "identity": plan.fingerprint})
+        measured = {"float32_library": plan.run["numerics"].get("float32_library")}
+        as_run: dict[str, Any] = {"devices": recipe.devices.model_copy(update=measured)}
+        as_run |= {"batch": recipe.batch.model_copy(update={"micro": plan.micro_batch})}
+        write_text(folder.path / "recipe.toml", recipe.model_copy(update=as_run).toml())
+        if recipe.entry.file is not None:
+            folder.keep(recipe.entry.file, own.source(recipe.entry))
         folder.write("summary.json", {"finished": False, "stopped_by": "no end yet: running, or killed"})
     except OSError as error:
         raise RunError(f"{folder.path} could not be written to: {error.strerror}; free space there first") from error
     folder.add_environment(
         environment(
             world,
-            seed=plan.seed,
-            precision=plan.precision,
-            zero=plan.zero,
-            impl=request.impl,
+            seed=recipe.seed,
+            precision=recipe.precision,
+            zero=recipe.devices.zero,
+            impl=implementation(recipe),
             optimizer=type(trainer.engine.basic_optimizer).__module__,
-            impl_chosen=kernels.describe(request.impl, world.device),
+            impl_chosen=kernels.describe(implementation(recipe), world.device),
             numerics=plan.run["numerics"],
             micro_batch=plan.micro_batch,
             accumulation=trainer.accumulation,
             parameters=count_parameters(model),
             first_step=trainer.step + 1,
             train_sequences=len(plan.train),
-            validation_sequences=min(len(plan.validation), request.budget.eval_sequences),
+            validation_sequences=min(len(plan.validation), recipe.evaluation.sequences),
             data=str(store.path),
             data_source=store.manifest["source"],
         )
@@ -104,7 +109,7 @@ def write_start(
 
 def write_end(
     folder: RunFolder,
-    request: Request,
+    recipe: Recipe,
     config: ModelConfig,
     rows: Sequence[Mapping[str, Any]],
     entropy: float,
@@ -120,10 +125,10 @@ def write_end(
     if not world.is_first:
         return
     summary = {
-        "experiment": request.experiment.name,
-        "budget": request.budget_name,
-        "seed": request.seed,
-        "comparable": request.comparable,
+        "experiment": recipe.entry.name,
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "comparable": recipe.comparable,
         "ln_vocabulary": math.log(config.vocab_size),
         "unigram_entropy": entropy,
         "processes": world.size,
@@ -137,16 +142,16 @@ def write_end(
         if end["finished"]:
             raise RunError(f"the run is done, but {text}") from error
         say(world, f"WARNING: {text}")
-    if not rows:
+    if not rows or not recipe.logging.curve:
         return
     try:
         plot_curve(
             rows,
             folder.curve,
-            title=request.experiment.name,
+            title=recipe.entry.name,
             subtitle=(
-                f"{request.budget_name} budget: {request.budget.global_batch} x {request.budget.raw_length} tokens a "
-                f"step, from {request.data.name}; {config.vocab_size:,} tokens in the vocabulary"
+                f"recipe {recipe.name}: {recipe.batch.sequences} x {recipe.batch.sequence_length} tokens a "
+                f"step, from {Description.of(recipe.data).name}; {config.vocab_size:,} tokens in the vocabulary"
             ),
             vocab_size=config.vocab_size,
             unigram_entropy=entropy,
@@ -156,7 +161,7 @@ def write_end(
 
 
 def closing_lines(
-    request: Request, config: ModelConfig, folder: RunFolder, end: Mapping[str, Any], entropy: float
+    recipe: Recipe, config: ModelConfig, folder: RunFolder, end: Mapping[str, Any], entropy: float
 ) -> str:
     """What a user reads at the end: losses with their landmarks, speed, memory, and how far to trust them."""
     lines = []
@@ -173,10 +178,10 @@ def closing_lines(
     )
     lines.append(f"{end['tokens_per_second']:.0f} tokens/s, {end['process_seconds']:.0f} s in all, {memory}")
     if not end["stopped_by"]:
-        if request.comparable and end["eval_loss"] is not None:
-            control = request.experiment.control or "Baseline"
-            lines.append(comparison(request.experiment.name, control, end["mean_last_losses"], end["eval_loss"]))
+        if recipe.comparable and end["eval_loss"] is not None:
+            control = recipe.entry.control or "Baseline"
+            lines.append(comparison(recipe.entry.name, control, end["mean_last_losses"], end["eval_loss"]))
         else:
-            lines.append("these losses cannot be compared with the published ones, nor with another budget's")
+            lines.append("these losses cannot be compared with the published ones, nor with another recipe's")
     lines.append(f"{folder.path}: config.json, metrics.jsonl, summary.json, {folder.curve.name}")
     return "\n".join(lines)

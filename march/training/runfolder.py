@@ -1,7 +1,8 @@
 """The folder of one run: what was asked, where it ran, what came out.
 
 <name>.py           the experiment's own file, where it has one; .1.py: as it was before --accept-changed-file
-config.json         experiment, resolved configuration, difference from its base, budget, arguments, identity
+config.json         experiment, resolved configuration, difference from its base, recipe, identity
+recipe.toml         the same run again: train.py --recipe
 environment.json    versions, commit, devices, processes, parameters; one entry for each start
 metrics.jsonl       a line for each step (metrics.py)
 tensorboard/        the same for TensorBoard
@@ -49,8 +50,8 @@ class RunFolder:
         self._lock: int | None = None
 
     @classmethod
-    def create(cls, parent: Path, experiment: str, budget: str, seed: int, given: Path | None) -> RunFolder:
-        """A new folder, locked: `given`, or `parent`/<experiment>-<budget>[-seed<seed>]-<date>; a name in use gets a
+    def create(cls, parent: Path, experiment: str, recipe: str, seed: int, given: Path | None) -> RunFolder:
+        """A new folder, locked: `given`, or `parent`/<experiment>-<recipe>[-seed<seed>]-<date>; a name in use gets a
         number, and seed 42, the recipe's, is not written.
 
         Raises:
@@ -60,7 +61,7 @@ class RunFolder:
             candidates = [given]
         else:
             seeded = "" if seed == 42 else f"-seed{seed}"
-            base = parent / f"{experiment}-{budget}{seeded}-{datetime.now(UTC).strftime('%Y%m%d-%H%M%S')}"
+            base = parent / f"{experiment}-{recipe}{seeded}-{datetime.now(UTC).strftime('%Y%m%d-%H%M%S')}"
             candidates = [base, *(base.with_name(f"{base.name}-{n}") for n in range(2, 100))]
         for candidate in candidates:
             try:
@@ -101,8 +102,8 @@ class RunFolder:
         return folder
 
     @classmethod
-    def newest(cls, parent: Path, experiment: str | None, budget: str | None) -> RunFolder:
-        """The newest run under `parent`, of this experiment and budget where they are given, locked.
+    def newest(cls, parent: Path, experiment: str | None, recipe: str | None) -> RunFolder:
+        """The newest run under `parent`, of this experiment and recipe where they are given, locked.
 
         Raises:
             UsageError: there is none.
@@ -115,10 +116,10 @@ class RunFolder:
             told = next((run for run in folder.told() if _is_told(run)), None)
             if told is None:
                 unknown.append(path.name)
-            elif experiment in (None, told["experiment"]) and budget in (None, told["budget"]["name"]):
+            elif experiment in (None, told["experiment"]) and recipe in (None, told["recipe"]["name"]):
                 found.append((told["started"], path))
         if not found:
-            what = " ".join(part for part in (experiment, budget) if part) or "any experiment"
+            what = " ".join(part for part in (experiment, recipe) if part) or "any experiment"
             aside = f" (unreadable: {', '.join(unknown)})" if unknown else ""
             raise UsageError(f"expected a run of {what} in {parent}, got none{aside}; give its folder after --resume")
         return cls.existing(max(found)[1])
@@ -197,8 +198,8 @@ class RunFolder:
 
 def _is_told(run: Mapping[str, Any]) -> bool:
     """Whether it says what `newest` asks."""
-    budget = run.get("budget")
-    names = (run.get("experiment"), run.get("started"), budget.get("name") if isinstance(budget, dict) else None)
+    recipe = run.get("recipe")
+    names = (run.get("experiment"), run.get("started"), recipe.get("name") if isinstance(recipe, dict) else None)
     return all(isinstance(name, str) for name in names)
 
 

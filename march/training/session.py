@@ -17,9 +17,11 @@ from march import config as configuration
 from march import cost
 from march.config import ModelConfig
 from march.data import DataError, Examples, SpanCorruption, Store
+from march.data.description import Description
 from march.data.vocabulary import SMALLEST
+from march.recipe import Recipe, build
 from march.training import selftest
-from march.training.arguments import Request, may_be_remembered
+from march.training.arguments import implementation
 from march.training.checkpoint import Checkpoint, Checkpoints
 from march.training.distributed import World, from_first, largest, say, together
 from march.training.errors import UsageError
@@ -41,20 +43,20 @@ EVALUATION_SEED = 0
 ENTROPY_SEQUENCES = 4096
 
 
-def prepare_data(request: Request, world: World) -> Store:
-    """The token store of the request's source; local rank 0 prepares what is not there, the others wait.
+def prepare_data(recipe: Recipe, world: World) -> Store:
+    """The token store of the recipe's text; local rank 0 prepares what is not there, the others wait.
 
     Raises:
         DataError: what march.data finds wrong, and Wikipedia that was not prepared: it takes too long on the side.
     """
 
     def prepare() -> Store:
-        request.data.require_prepared()
-        return request.data.open()
+        Description.of(recipe.data).require_prepared()
+        return Description.of(recipe.data).open()
 
     prepares = world.local_rank == 0
     prepared = together(world, prepare, when=prepares)
-    store = together(world, lambda: prepared or request.data.open())
+    store = together(world, lambda: prepared or Description.of(recipe.data).open())
     assert store is not None
     content = from_first(world, store.manifest["files"])
 
@@ -66,32 +68,32 @@ def prepare_data(request: Request, world: World) -> Store:
     return store
 
 
-def fit_vocabulary(request: Request, store: Store) -> ModelConfig:
+def fit_vocabulary(recipe: Recipe, store: Store) -> ModelConfig:
     """The model's configuration with the corpus's vocabulary, or with --set vocab_size where that is larger.
 
     Raises:
         UsageError: --set vocab_size is smaller than the tokenizer's.
     """
-    asked = request.overrides.get("vocab_size")
+    asked = recipe.model.get("vocab_size")
     if asked is None:
-        return configuration.override(request.config, vocab_size=store.vocab_size)
+        return configuration.override(recipe.config, vocab_size=store.vocab_size)
     if asked < store.vocab_size:
         raise UsageError(
             f"expected vocab_size of at least {store.vocab_size}, the tokenizer's in {store.path}, got {asked}; "
             "leave --set vocab_size out"
         )
-    return request.config
+    return recipe.config
 
 
-def require_memory(request: Request, world: World) -> None:
+def require_memory(recipe: Recipe, world: World) -> None:
     """UsageError, before anything is done, when weights, gradients and optimiser state alone do not fit.
 
     A vocabulary that only the text decides counts as the smallest.
     """
-    vocabulary = request.overrides.get("vocab_size") or request.data.vocab_size or SMALLEST
-    config = configuration.override(request.config, vocab_size=vocabulary)
+    vocabulary = recipe.model.get("vocab_size") or recipe.data.vocab_size or SMALLEST
+    config = configuration.override(recipe.config, vocab_size=vocabulary)
     parameters = cost.total_parameters(config)
-    needed = cost.state_bytes(parameters, request.precision, world.size if request.zero else 1)
+    needed = cost.state_bytes(parameters, recipe.precision, world.size if recipe.devices.zero else 1)
     total = total_memory(world)
     if needed > total:
         raise UsageError(
@@ -108,7 +110,7 @@ def examples(store: Store, split: str, corruption: SpanCorruption, seed: int) ->
         raise DataError(
             f"at least one sequence of {corruption.raw_length} tokens in each split of {store.path}",
             f"{tokens.size} tokens in {split}",
-            "prepare more text" + ("" if corruption.raw_length < 1024 else ", or train with --budget demo"),
+            "prepare more text" + ("" if corruption.raw_length < 1024 else ", or train with --recipe demo"),
         )
     return Examples(tokens, corruption, seed)
 
@@ -128,25 +130,9 @@ def resume_command(folder: RunFolder, world: World) -> str:
     return f"{launcher} train.py --resume {shlex.quote(str(folder.path))}"
 
 
-def identity(request: Request, config: ModelConfig, store: Store) -> dict[str, Any]:
-    """What a run must share with the one it continues. Steps, micro-batch, processes, ZeRO and impl may change."""
-    free = ("name", "label", "comparable", "steps", "checkpoint_every", "keep_checkpoints")
-    budget = {name: value for name, value in request.budget.to_dict().items() if name not in free}
-    return {
-        "experiment": request.experiment.name,
-        # the file's hash may change where that is asked for: refuse_other_file
-        "config": {
-            k: request.experiment.name if v == config.idea else v for k, v in configuration.to_dict(config).items()
-        },
-        "budget": {"name": request.budget_name, **budget, "seed": request.seed},
-        "precision": request.precision,
-        "data": {name: entry["sha256"] for name, entry in store.manifest["files"].items()},
-    }
-
-
-def refuse_other_file(request: Request, before: Mapping[str, Any], accepted: bool, world: World) -> None:
+def refuse_other_file(recipe: Recipe, before: Mapping[str, Any], accepted: bool, world: World) -> None:
     """UsageError where the experiment's file is not the one that the run began with, or not the same on every node."""
-    name, ours, theirs = request.experiment.file, request.experiment.sha256, (before.get("file") or {}).get("sha256")
+    name, ours, theirs = recipe.entry.file, recipe.entry.sha256, (before.get("file") or {}).get("sha256")
 
     def compare() -> None:
         if from_rank_0 != ours:
@@ -169,7 +155,7 @@ def kept_file(folder: RunFolder, experiment: str) -> str:
 
 
 def find_run(
-    given: str | None, experiment: str | None, budget: str | None, parent: Path, before: int | None, world: World
+    given: str | None, experiment: str | None, recipe: str | None, parent: Path, before: int | None, world: World
 ) -> tuple[RunFolder, Checkpoint]:
     """The folder to continue, locked, and its newest whole checkpoint (`before`: with fewer steps than that).
 
@@ -178,7 +164,7 @@ def find_run(
     """
 
     def find() -> tuple[RunFolder, Checkpoint]:
-        folder = RunFolder.newest(parent, experiment, budget) if given is None else RunFolder.existing(Path(given))
+        folder = RunFolder.newest(parent, experiment, recipe) if given is None else RunFolder.existing(Path(given))
         identity = None
         try:
             identity = read_json(folder.path / "config.json").get("identity")
@@ -203,11 +189,9 @@ def check_state(checkpoint: Checkpoint) -> None:
     rows = state.get("rows")
     whole = (
         isinstance(run, dict)
-        and isinstance(run.get("arguments"), dict)
-        and may_be_remembered(run["arguments"])
+        and isinstance(run.get("recipe"), dict)
         and isinstance(run.get("numerics"), dict)
         and isinstance(state.get("identity"), dict)
-        and isinstance(state["identity"].get("precision"), str)
         and isinstance(state.get("elapsed"), float)
         and isinstance(rows, list)
         and all(isinstance(row, dict) and isinstance(row.get("loss"), float) for row in rows)
@@ -218,22 +202,22 @@ def check_state(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path.name}: expected a run's settings and metrics of {step} steps in state.json, got others; "
             "use another checkpoint"
         )
+    assert run is not None
+    build(run["recipe"], "the run's recipe")
 
 
-def create_folder(given: str | None, request: Request, parent: Path, world: World) -> RunFolder:
+def create_folder(given: str | None, recipe: Recipe, parent: Path, world: World) -> RunFolder:
     """A new run folder, made and locked by rank 0."""
 
     def create() -> RunFolder:
-        return RunFolder.create(
-            parent, request.experiment.name, request.budget_name, request.seed, Path(given) if given else None
-        )
+        return RunFolder.create(parent, recipe.entry.name, recipe.name, recipe.seed, Path(given) if given else None)
 
     folder = together(world, create, when=world.is_first)
     path = from_first(world, folder.path if folder else None)
     return folder or RunFolder(path)  # type: ignore[arg-type]
 
 
-def check_kernels(request: Request, world: World) -> None:
+def check_kernels(recipe: Recipe, world: World) -> None:
     """Refuses an --impl that cannot run here, before anything takes time.
 
     Raises:
@@ -242,7 +226,7 @@ def check_kernels(request: Request, world: World) -> None:
 
     def check() -> None:
         try:
-            kernels.require(request.impl, world.device)
+            kernels.require(implementation(recipe), world.device)
         except kernels.ImplementationError as error:
             raise UsageError(str(error)) from error
 
@@ -255,13 +239,13 @@ def fastest_precision(world: World) -> str:
     return from_first(world, "bf16" if measured == torch.bfloat16 else "fp32")
 
 
-def fix_numerics(stored: Mapping[str, Any] | None, world: World) -> dict[str, Any]:
+def fix_numerics(stored: Mapping[str, Any] | None, library: str | None, world: World) -> dict[str, Any]:
     """What decides a run's last bits beside its settings: measured or looked up by rank 0 when a run starts, kept by
     every rank and every resume, said where another machine cannot keep it."""
     threads = torch.get_num_threads()
     now: dict[str, Any] = {"device": device_name(world), "processes": world.size, "threads": threads}
     if world.device.type == "cpu":
-        library = (stored or {}).get("float32_library")
+        library = (stored or {}).get("float32_library", library)
 
         def choose() -> str:
             return kernels.portable.fix_float32_library(library)
@@ -276,15 +260,15 @@ def fix_numerics(stored: Mapping[str, Any] | None, world: World) -> dict[str, An
     return now
 
 
-def build_model(request: Request, config: ModelConfig) -> nn.Module:
+def build_model(recipe: Recipe, config: ModelConfig) -> nn.Module:
     """The experiment's model on the CPU, float32, the same on every rank."""
-    torch.manual_seed(request.seed)
-    overrides = {**request.overrides, "vocab_size": config.vocab_size, "precision": request.precision}
-    return march.build_model(request.experiment, impl=request.impl, **overrides)
+    torch.manual_seed(recipe.seed)
+    overrides = {**recipe.model, "vocab_size": config.vocab_size, "precision": recipe.precision}
+    return march.build_model(recipe.entry, impl=implementation(recipe), **overrides)
 
 
 def fit_micro_batch(
-    request: Request,
+    recipe: Recipe,
     config: ModelConfig,
     model: nn.Module,
     corruption: SpanCorruption,
@@ -293,12 +277,12 @@ def fit_micro_batch(
 ) -> int:
     """--micro-batch, or `before`, that of the run so far (another would change the order of sums), or what the memory
     estimate allows; tried on the device, halved where it does not fit."""
-    share = share_of_process(request.budget.global_batch, world.size)
+    share = share_of_process(recipe.batch.sequences, world.size)
     lengths = (corruption.input_length, corruption.label_length)
-    impl, precision = request.impl, request.precision
-    attempt = trial(model, lengths, config.vocab_size, precision, request.zero, world)
-    if request.micro_batch is not None:
-        start = request.micro_batch
+    impl, precision = implementation(recipe), recipe.precision
+    attempt = trial(model, lengths, config.vocab_size, precision, recipe.devices.zero, world)
+    if recipe.batch.micro is not None:
+        start = recipe.batch.micro
         if share % start:
             raise UsageError(
                 f"expected --micro-batch to divide the {share} sequences of a process, got {start}; "
@@ -308,8 +292,8 @@ def fit_micro_batch(
         start = before
     else:
         memory = -largest(world, -float(available_memory(world)))
-        partitions = world.size if request.zero else 1
-        states = cost.state_bytes(cost.total_parameters(config), request.precision, partitions)
+        partitions = world.size if recipe.devices.zero else 1
+        states = cost.state_bytes(cost.total_parameters(config), precision, partitions)
         # plainly enough memory for the whole share needs no estimate: 2 s, in which torch imports its compiler
         plain = world.device.type == "cpu" and all(choice(o, impl, world.device) != "triton" for o in OPERATORS)
         if plain and share * sequence_bytes(model, attempt, world) <= cost.room(memory, states):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from models import batch  # noqa: F401 the helpers are found
-from training_support import SMALL, VOCABULARY, build_trainer, process_world, small_budget
+from training_support import SMALL, VOCABULARY, build_trainer, process_world
 
 import march
 from march.data.order import step_indices
@@ -38,8 +38,9 @@ def small_model():
 
 
 def trainer_of(folder, *, clipping=1.0, checkpoint_every=100, steps=4, **settings):
-    budget = small_budget(gradient_clipping=clipping, steps=steps, checkpoint_every=checkpoint_every)
-    return build_trainer(small_model(), budget=budget, folder=folder, **settings)
+    changes = {"optimizer.gradient_clipping": clipping, "schedule.steps": steps, "checkpoints.every": checkpoint_every}
+    changes["devices.zero"] = settings.pop("zero", 1)
+    return build_trainer(small_model(), folder=folder, **changes, **settings)
 
 
 def state_of(trainer):
@@ -178,7 +179,7 @@ def test_replay_says_what_is_not_finite(tmp_path):
     def poisoned(folder, checkpoint=None):
         trainer = build_trainer(
             small_model(),
-            budget=small_budget(checkpoint_every=100),
+            checkpoints__every=100,
             folder=folder,
             checkpoint=checkpoint,
             micro_batch=4,

@@ -27,7 +27,7 @@ def home(tmp_path_factory):
     """A corpus, options, and the uninterrupted run of one process."""
     folder = tmp_path_factory.mktemp("home")
     text = write_corpus(folder / "text.jsonl")
-    options = ["--budget", "demo", "--precision", "fp32", "--files", str(text), "--data-dir", str(folder / "data")]
+    options = ["--recipe", "demo", "--precision", "fp32", "--files", str(text), "--data-dir", str(folder / "data")]
     options += small_overrides()
     done = run_command([*options, "--run-dir", "straight", "--steps", str(STEPS)], cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -142,7 +142,7 @@ def test_every_ending_signal_saves(home, tmp_path, name, fault):
 def test_a_signal_at_the_start_ends_at_once(home, tmp_path):
     run = Run(home, tmp_path, *home[1], "--run-dir", "run", "--steps", str(FAR))
     end = time.monotonic() + 60
-    while "| budget demo" not in run.text():
+    while "| recipe demo" not in run.text():
         assert time.monotonic() < end
         time.sleep(0.05)
     run.process.send_signal(signal.SIGTERM)

@@ -45,7 +45,7 @@ def run(home, tmp_path, monkeypatch):
 
 def options(home) -> list[str]:
     return [
-        "--budget",
+        "--recipe",
         "demo",
         "--files",
         str(home / "text.jsonl"),
@@ -118,7 +118,7 @@ SIDE_FILES = {
     "config.json is a list": write("config.json", "[]"),
     "config.json not UTF-8": write("config.json", b"\xff\xfe"),
     "config.json with an identity that is a list": lambda run: edit_json(run / "config.json", identity=[1]),
-    "config.json with arguments that are a list": lambda run: edit_json(run / "config.json", arguments=[1]),
+    "config.json with a recipe that is a list": lambda run: edit_json(run / "config.json", recipe=[1]),
     "environment.json gone": remove("environment.json"),
     "environment.json cut in half": lambda run: os.truncate(run / "environment.json", 100),
     "environment.json is a list": write("environment.json", "[]"),
@@ -140,7 +140,7 @@ def test_a_whole_checkpoint_is_enough(run, home, damage, fault, capsys):
     assert "Traceback" not in said
     assert is_as_uninterrupted(run, home)
     config = json.loads((run / "config.json").read_text())
-    assert (config["experiment"], config["seed"], config["budget"]["steps"]) == ("Baseline", 42, 6)
+    assert (config["experiment"], config["seed"], config["recipe"]["schedule"]["steps"]) == ("Baseline", 42, 6)
     fault.happened(warnings(said) or "written anew")
 
 
@@ -174,7 +174,7 @@ def test_a_foreign_checkpoint_alone_is_refused(run, home, other, capsys):
     shutil.rmtree(run / "checkpoints")
     shutil.copytree(home / other / "checkpoints", run / "checkpoints")
     assert resume(run, steps=8) == 2
-    field = {"seed": "budget.seed is 1 there, 42 here", "activation": "config.activation is 'gelu' there"}[other]
+    field = {"seed": "seed is 1 there, 42 here", "activation": "config.activation is 'gelu' there"}[other]
     assert field in one_line(capsys.readouterr().err)
     assert metrics(run) == metrics(home / "run")
 
@@ -212,11 +212,13 @@ def test_a_state_that_is_not_a_runs_is_passed_over(run, home, changes, older, ca
 
 
 @pytest.mark.fault("options of other types in a checkpoint with a right hash", "refused in one line")
-@pytest.mark.parametrize("arguments", [{"seed": "x"}, {"steps": []}, {"set": 3}, {"exp": 3}, {"files": 1}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{"seed": "x"}, {"schedule": []}, {"model": 3}, {"experiment": 3}, {"data": {"files": 1}}], ids=str
+)
 def test_options_of_other_types_are_refused(run, arguments, capsys):
     file = run / "checkpoints" / tag_of(4) / "state.json"
     told = json.loads(file.read_text())["run"]
-    edit_json(file, run={**told, "arguments": {**told["arguments"], **arguments}})
+    edit_json(file, run={**told, "recipe": {**told["recipe"], **arguments}})
     rehash(file.parent)
     assert main(["--resume", str(run)]) == 2
     one_line(capsys.readouterr().err)
@@ -232,7 +234,7 @@ def test_a_disk_full_at_the_start(home, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.fault("another run's config.json damaged in the same folder, --resume without a name", "passed over")
-@pytest.mark.parametrize("content", [b"{", b"{}", b"[]", b"\xff", b'{"experiment": 3, "budget": 4}'], ids=str)
+@pytest.mark.parametrize("content", [b"{", b"{}", b"[]", b"\xff", b'{"experiment": 3, "recipe": 4}'], ids=str)
 def test_a_damaged_neighbour_is_passed_over(run, home, content):
     (run.parent / "neighbour").mkdir()
     (run.parent / "neighbour/config.json").write_bytes(content)
@@ -244,7 +246,7 @@ def test_a_damaged_neighbour_is_passed_over(run, home, content):
 @pytest.mark.fault("the newest run's config.json damaged, --resume without a name", "found by its checkpoint")
 def test_the_newest_run_is_found_by_its_checkpoint(run, home):
     (run / "config.json").write_text("{")
-    assert main(["--resume", "--budget", "demo", "--steps", "6"]) == 0
+    assert main(["--resume", "--recipe", "demo", "--steps", "6"]) == 0
     assert is_as_uninterrupted(run, home)
 
 
@@ -357,7 +359,7 @@ def test_a_folder_and_its_config_say_the_seed(home, run, monkeypatch):
     assert main([*options(home), "--seed", "7", "--steps", "1"]) == 0
     (made,) = run.parent.glob("Baseline-demo-seed7-*")
     config = json.loads((made / "config.json").read_text())
-    assert (config["seed"], config["budget"]["seed"], config["identity"]["budget"]["seed"]) == (7, 7, 7)
+    assert (config["seed"], config["recipe"]["seed"], config["identity"]["seed"]) == (7, 7, 7)
     assert json.loads((made / "summary.json").read_text())["seed"] == 7
 
 
@@ -384,7 +386,7 @@ def test_a_launchers_leftovers_are_refused_at_once(variables, tmp_path, monkeypa
     monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
     begin = time.monotonic()
     try:
-        code = main(["--budget", "demo", "--steps", "1"])
+        code = main(["--recipe", "demo", "--steps", "1"])
     except SystemExit as ended:
         code = ended.code
     assert code == 2

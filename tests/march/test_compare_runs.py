@@ -12,12 +12,12 @@ from march.compare.cell import lock
 
 def write_run(folder, experiment, seed, *, rows=0, **summary):
     folder.mkdir(parents=True)
-    budget = {"name": "demo"}
+    recipe = {"name": "demo"}
     config = {
         "experiment": experiment,
         "seed": seed,
         "control": "Baseline",
-        "budget": budget,
+        "recipe": recipe,
         "started": f"2026-01-0{seed}",
     }
     config["difference"] = {"in_this_run": {"dropout": [0.1, 0.2]}}

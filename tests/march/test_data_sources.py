@@ -16,6 +16,7 @@ import pytest
 from march.data import DataError, ensure
 from march.data.__main__ import main
 from march.data.corpora import files, open_corpus, wikipedia
+from march.data.description import Description
 from march.data.prepare import location
 from march.data.progress import bar
 from march.training.arguments import build_parser, check
@@ -161,22 +162,22 @@ def test_wikipedia_from_a_copy(wiki, tmp_path, hf_cache):
 def test_wikipedia_with_options_is_prepared_by_the_command_that_training_advises(wiki, tmp_path, hf_cache, capsys):
     data = ["--vocab-size", "375", "--data-dir", str(tmp_path / "data"), "--limit", "20"]
     arguments = ["--source", "wikipedia", "--dataset", str(wiki), "--snapshot", "20990101.en", *data]
-    described = check(build_parser().parse_args(["--budget", "paper", *arguments]), cuda=False)
+    described = check(build_parser().parse_args(["--recipe", "paper", *arguments]), cuda=False)
     assert not described.comparable
     with pytest.raises(DataError, match=r"prepared Wikipedia at .*-first20-v375, got none") as caught:
-        described.data.require_prepared()
+        Description.of(described.data).require_prepared()
     command = str(caught.value).split("python -m march.data ")[1].split(" once")[0]
     assert main(shlex.split(command)) == 0
-    described.data.require_prepared()
-    prepared = described.data.open()
+    Description.of(described.data).require_prepared()
+    prepared = Description.of(described.data).open()
     assert prepared.manifest["documents"] == 20
     # two datasets of one snapshot are two stores, and the folder alone will do
     other = check(build_parser().parse_args([*arguments[:2], *arguments[4:]]), cuda=False)
-    assert "-first20-v375" in str(location(other.data.corpus(), tmp_path, 375))
+    assert "-first20-v375" in str(location(Description.of(other.data).corpus(), tmp_path, 375))
     with pytest.raises(DataError, match="prepared Wikipedia at"):
-        other.data.require_prepared()
+        Description.of(other.data).require_prepared()
     by_folder = check(build_parser().parse_args(["--data", str(prepared.path)]), cuda=False)
-    assert by_folder.data.open().manifest == prepared.manifest
+    assert Description.of(by_folder.data).open().manifest == prepared.manifest
 
 
 def test_wikipedia_streams_in_order_and_samples_every_file(wiki, monkeypatch, hf_cache):

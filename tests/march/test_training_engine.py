@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from training_support import SMALL, VOCABULARY, build_trainer, process_world, small_budget
+from training_support import SMALL, VOCABULARY, build_trainer, process_world, small_recipe
 
 import march
 from march import experiments
@@ -40,7 +40,7 @@ def reduced(name):
 def test_every_experiment_trains_two_steps_and_changes_every_live_weight(name):
     model = march.build_model(name, **reduced(name))
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
-    outcome = build_trainer(model, budget=small_budget(steps=2)).run()
+    outcome = build_trainer(model, schedule__steps=2).run()
     assert outcome.steps == 2
     assert np.isfinite([outcome.first_loss, outcome.final_loss, outcome.eval_loss]).all()
     unchanged = [key for key, value in model.named_parameters() if torch.equal(value, before[key])]
@@ -61,7 +61,7 @@ def test_loss_does_not_depend_on_the_micro_batch_with_dropout_on():
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation():
-    first = {p: build_trainer(small_model(dropout=p), budget=small_budget(steps=1, eval_every=1)) for p in (0.0, 0.4)}
+    first = {p: build_trainer(small_model(dropout=p), schedule__steps=1, evaluation__every=1) for p in (0.0, 0.4)}
     for trainer in first.values():
         trainer.run()
     assert abs(first[0.0].rows[0]["loss"] - first[0.4].rows[0]["loss"]) > 1e-3
@@ -72,7 +72,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation():
 
 def test_accumulated_gradient_is_the_mean_over_the_global_batch():
     """Against autograd over the whole batch at once, without an engine."""
-    trainer = build_trainer(small_model(), micro_batch=2, budget=small_budget(steps=1, gradient_clipping=1e9))
+    trainer = build_trainer(small_model(), micro_batch=2, schedule__steps=1, optimizer__gradient_clipping=1e9)
     trainer.run()
     plain = small_model()
     (micro,) = build_trainer(small_model(), micro_batch=8)._batches().collate(0)
@@ -86,11 +86,11 @@ def test_accumulated_gradient_is_the_mean_over_the_global_batch():
 
 @pytest.mark.parametrize(("precision", "zero"), [("fp32", 0), ("fp32", 1), ("bf16", 1), ("fp32", 2), ("bf16", 2)])
 def test_resume_is_bitwise(tmp_path, precision, zero):
-    settings = {"precision": precision, "zero": zero, "micro_batch": 4}
+    settings = {"precision": precision, "devices.zero": zero, "micro_batch": 4}
     straight = build_trainer(small_model(), **settings)
     straight.run()
     folder = RunFolder(tmp_path)
-    build_trainer(small_model(), budget=small_budget(steps=2), folder=folder, **settings).run()
+    build_trainer(small_model(), schedule__steps=2, folder=folder, **settings).run()
     checkpoint = Checkpoints(folder.checkpoints, 2).load()
     assert checkpoint.step == 2
     other = small_model()
@@ -109,11 +109,11 @@ def test_resume_is_bitwise(tmp_path, precision, zero):
 
 def test_a_checkpoint_of_one_zero_stage_continues_on_another(tmp_path):
     folder = RunFolder(tmp_path)
-    build_trainer(small_model(), budget=small_budget(steps=2), folder=folder, zero=0).run()
-    straight = build_trainer(small_model(), zero=1)
+    build_trainer(small_model(), schedule__steps=2, folder=folder, devices__zero=0).run()
+    straight = build_trainer(small_model(), devices__zero=1)
     straight.run()
     checkpoint = Checkpoints(folder.checkpoints, 2).load()
-    resumed = build_trainer(small_model(), folder=folder, checkpoint=checkpoint, zero=1)
+    resumed = build_trainer(small_model(), folder=folder, checkpoint=checkpoint, devices__zero=1)
     resumed.run()
     assert [row["loss"] for row in resumed.rows] == pytest.approx([row["loss"] for row in straight.rows], abs=1e-6)
 
@@ -159,8 +159,9 @@ def test_out_of_memory_in_a_step_says_what_to_do():
 
 
 def test_a_tiny_run_overfits_a_few_sequences():
-    budget = small_budget(steps=150, global_batch=4, learning_rate=1e-2, eval_every=1000, checkpoint_every=1000)
-    trainer = build_trainer(small_model(dropout=0.0), budget=budget, micro_batch=4)
+    often = {"evaluation.every": 1000, "checkpoints.every": 1000}
+    changes = {"schedule.steps": 150, "batch.sequences": 4, "optimizer.lr": 1e-2, **often}
+    trainer = build_trainer(small_model(dropout=0.0), micro_batch=4, **changes)
     trainer.plan.train._rows = trainer.plan.train._rows[:4]
     outcome = trainer.run()
     assert outcome.first_loss > 5.0
@@ -168,7 +169,7 @@ def test_a_tiny_run_overfits_a_few_sequences():
 
 
 def test_configuration_is_checked_key_by_key():
-    config = deepspeed_config(small_budget(), "bf16", 1, 2, 2)
+    config = deepspeed_config(small_recipe(precision="bf16"), 2, 2)
     assert config["gradient_accumulation_steps"] == 2
     assert config["train_batch_size"] == 8
     with pytest.raises(UsageError, match="zero_optimisation; did you mean zero_optimization"):
@@ -178,9 +179,9 @@ def test_configuration_is_checked_key_by_key():
     with pytest.raises(UsageError, match=r"gradient_clipping of type float, got '1\.0'"):
         validate({"gradient_clipping": "1.0"})
     with pytest.raises(UsageError, match="multiple of micro-batch x processes, got 3 x 1"):
-        deepspeed_config(small_budget(), "bf16", 1, 3, 1)
+        deepspeed_config(small_recipe(precision="bf16"), 3, 1)
     with pytest.raises(UsageError, match="--zero 1 or higher with bf16"):
-        deepspeed_config(small_budget(), "bf16", 0, 2, 1)
+        deepspeed_config(small_recipe(precision="bf16", devices__zero=0), 2, 1)
 
 
 def test_agreement_helpers_with_one_process():

@@ -12,8 +12,8 @@ import torch
 from training_support import process_world
 
 from march.experiments.published import PUBLISHED, comparison
-from march.training.arguments import NEWEST, build_parser, check, fill_from
-from march.training.budget import DEMO, PAPER, get_budget
+from march.recipe import load
+from march.training.arguments import NEWEST, build_parser, check
 from march.training.checkpoint import Checkpoints, tag_of
 from march.training.errors import RunError, UsageError
 from march.training.files import sha256
@@ -175,17 +175,19 @@ def test_the_same_step_again_replaces_a_damaged_one(saved):
     assert saved.load().warning is None
 
 
-# Budgets and the command line
+# Recipes and the command line
 
 
-def test_paper_budget_is_the_recipe():
-    assert (PAPER.steps, PAPER.global_batch, PAPER.raw_length, PAPER.tokens_per_step) == (1000, 1024, 1024, 1_048_576)
-    assert (PAPER.learning_rate, PAPER.beta1, PAPER.beta2, PAPER.epsilon) == (1e-4, 0.9, 0.95, 1e-8)
-    assert (PAPER.weight_decay, PAPER.gradient_clipping, PAPER.seed) == (0.1, 1.0, 42)
-    assert (PAPER.eval_every, PAPER.eval_sequences, PAPER.vocab_size) == (20, 1000, 30_000)
-    assert PAPER.comparable
-    assert not DEMO.comparable
-    assert not get_budget("paper", steps=10).comparable
+def test_the_paper_recipe_is_the_published_one():
+    paper = load("paper")
+    assert (paper.schedule.steps, paper.schedule.name, paper.schedule.warmup) == (1000, "constant", 0)
+    assert (paper.batch.sequences, paper.batch.sequence_length, paper.batch.tokens) == (1024, 1024, 1_048_576)
+    optimizer = paper.optimizer
+    assert (optimizer.lr, optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (1e-4, 0.9, 0.95, 1e-8)
+    assert (optimizer.weight_decay, optimizer.decay, optimizer.gradient_clipping, paper.seed) == (0.1, "all", 1.0, 42)
+    assert (paper.evaluation.every, paper.evaluation.sequences, paper.data.vocab_size) == (20, 1000, 30_000)
+    assert paper.comparable
+    assert not load("demo").comparable
     with pytest.raises(UsageError, match=r"checkpoint-every: expected a whole number from 1 .* got '0'"):
         request("--checkpoint-every", "0")
 
@@ -194,14 +196,14 @@ def request(*argv, cuda=False):
     return check(build_parser().parse_args(list(argv)), cuda=cuda)
 
 
-def test_default_budget_follows_the_device_and_precision_the_budget_or_experiment():
-    assert request().budget_name == "demo"
+def test_default_recipe_follows_the_device_and_precision_the_recipe_or_experiment():
+    assert request().name == "demo"
     # on a CPU the demo's precision is open until it is measured, unless somebody or the experiment decides
-    assert request().precision_open
-    assert [request(*own).precision_open for own in (["--precision", "bf16"], ["--exp", "BaselineFP32"])] == [False] * 2
+    assert request().precision == "fastest"
+    assert "fastest" not in [request(*own).precision for own in (["--precision", "bf16"], ["--exp", "BaselineFP32"])]
     assert request("--exp", "BaselineFP32").precision == "fp32"
-    assert (request("--budget", "demo", cuda=True).precision, request(cuda=True).precision_open) == ("bf16", False)
-    assert request(cuda=True).budget_name == "paper"
+    assert request("--recipe", "demo", cuda=True).precision == "bf16"
+    assert request(cuda=True).name == "paper"
     assert request(cuda=True).precision == "bf16"
     assert request("--exp", "BaselineFP32", cuda=True).precision == "fp32"
     assert request("--precision", "bf16").config.precision == "bf16"
@@ -219,20 +221,20 @@ def test_a_seed_beyond_32_bits_is_refused():
 
 
 def test_only_the_recipe_itself_is_comparable():
-    assert request("--budget", "paper").comparable
-    assert request("--budget", "paper", "--seed", "7").comparable
+    assert request("--recipe", "paper").comparable
+    assert request("--recipe", "paper", "--seed", "7").comparable
     for change in (["--set", "dropout=0"], ["--precision", "fp32"], ["--steps", "5"], ["--source", "excerpt"]):
-        assert not request("--budget", "paper", *change).comparable
-    assert not request("--budget", "demo").comparable
+        assert not request("--recipe", "paper", *change).comparable
+    assert not request("--recipe", "demo").comparable
 
 
 def test_launcher_arguments_are_accepted_and_resume_fills_what_was_not_given():
     given = build_parser().parse_args(["--local_rank=1", "--resume", "--steps", "9"])
     assert given.resume is NEWEST
-    filled = fill_from(given, {"exp": "Database", "steps": 4, "set": ["dropout=0.2"], "budget": "demo"})
-    again = check(filled, cuda=True)
-    assert (again.experiment.name, again.budget.steps, again.overrides) == ("Database", 9, {"dropout": 0.2})
-    assert again.budget_name == "demo"
+    run = request("--exp", "Database", "--steps", "4", "--set", "dropout=0.2", "--recipe", "demo")
+    again = check(given, cuda=True, run=run.model_dump(exclude_none=True))
+    assert (again.entry.name, again.schedule.steps, again.model) == ("Database", 9, {"dropout": 0.2})
+    assert again.name == "demo"
 
 
 # The micro-batch
@@ -280,8 +282,8 @@ def test_run_folder_never_mixes_two_runs(tmp_path):
     second = RunFolder.create(tmp_path, "Baseline", "demo", 42, None)
     assert first.path != second.path
     assert first.path.name.startswith("Baseline-demo-20")
-    first.write("config.json", {"experiment": "Baseline", "budget": {"name": "demo"}, "started": "2026-01-01"})
-    second.write("config.json", {"experiment": "Database", "budget": {"name": "demo"}, "started": "2026-01-02"})
+    first.write("config.json", {"experiment": "Baseline", "recipe": {"name": "demo"}, "started": "2026-01-01"})
+    second.write("config.json", {"experiment": "Database", "recipe": {"name": "demo"}, "started": "2026-01-02"})
     with pytest.raises(UsageError, match="is running; wait for its end"):
         RunFolder.newest(tmp_path, None, None)
     first.unlock()

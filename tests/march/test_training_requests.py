@@ -46,7 +46,7 @@ def one_line(text: str) -> str:
     return line
 
 
-TRAIN = ["--budget", "demo", "--precision", "fp32", "--steps", "1", *small_overrides()]
+TRAIN = ["--recipe", "demo", "--precision", "fp32", "--steps", "1", *small_overrides()]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_the_share_of_the_peak_is_recorded(texts, monkeypatch):
         (["--exp="], "a value for --exp"),
         (["--resume", ""], "a value for --resume"),
         (["--resume="], "a value for --resume"),
-        (["--budget", ""], "a value for --budget"),
+        (["--recipe", ""], "a value for --recipe"),
         (["--files", ""], "a value for --files"),
         (["--set", ""], "a value for --set"),
         (["--set", "a="], "expected field=value"),
@@ -104,7 +104,7 @@ def test_the_share_of_the_peak_is_recorded(texts, monkeypatch):
         (["--list", "--show", "Baseline"], "got both"),
         (["--show", "Baseline", "--seed", "3"], "--show without --seed"),
         (["--show", "Baselin"], "did you mean Baseline"),
-        (["--show", "Baseline", "--budget", "papr"], "a budget among"),
+        (["--show", "Baseline", "--recipe", "papr"], "a recipe among"),
         (["Baseline"], "expected options only"),
         (["--max-steps", "3"], "an option of train.py"),
         (["--steps", "1e3"], "a whole number from 1"),
@@ -177,7 +177,7 @@ def test_an_ideas_own_parameter_is_counted_and_shown(monkeypatch):
 
 def test_show_heeds_the_budget_and_one_implementation(capsys):
     for impl in ("auto", "torch"):
-        assert main(["--show", "Baseline", "--budget", "demo", "--impl", impl, "--json", *small_overrides()]) == 0
+        assert main(["--show", "Baseline", "--recipe", "demo", "--impl", impl, "--json", *small_overrides()]) == 0
         shown = json.loads(capsys.readouterr().out)
         cost = shown["cost"]
         assert (cost["encoder_length"], cost["decoder_length"], cost["micro_batch_on_8_devices"]) == (115, 26, 2)

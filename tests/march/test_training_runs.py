@@ -26,7 +26,7 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     text = write_corpus(folder / "text.jsonl")
     data = ["--files", str(text), "--data-dir", str(folder / "data")]
-    return ["--budget", "demo", "--precision", "fp32", *data, *small_overrides()]
+    return ["--recipe", "demo", "--precision", "fp32", *data, *small_overrides()]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_python_train_writes_the_run_folder(reference):
     assert "\r" not in done.stderr  # no live line where there is no terminal
     config = json.loads((folder / "config.json").read_text())
     assert config["experiment"] == "Baseline"
-    assert config["budget"]["name"] == "demo"
+    assert config["recipe"]["name"] == "demo"
     assert config["config"]["dim_model"] == 32
     assert config["difference"]["in_this_run"]["dim_model"] == [512, 32]
     (start,) = json.loads((folder / "environment.json").read_text())["starts"]
@@ -97,7 +97,7 @@ def test_the_precision_is_measured_once_for_all_processes_and_kept_by_resume(cor
     assert first.stderr.count("as fast as float32") == 1
     config = json.loads((tmp_path / "run/config.json").read_text())
     chosen = config["identity"]["precision"]
-    assert chosen == config["arguments"]["precision"] == config["config"]["precision"]
+    assert chosen == config["recipe"]["precision"] == config["config"]["precision"]
     again = run_command(["--resume", "run", "--steps", "2"], cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert [start["precision"] for start in json.loads((tmp_path / "run/environment.json").read_text())["starts"]] == [
@@ -147,7 +147,7 @@ def test_resume_refuses_other_settings_and_damaged_checkpoints(corpus, reference
     other = run_command(["--resume", "run", "--steps", "6", "--seed", "1", "--set", "dim_model=64"], cwd=tmp_path)
     assert other.returncode == 2
     line = one_line(other.stderr)
-    assert "budget.seed: the run has 42, asked 1" in line
+    assert "seed: the run has 42, asked 1" in line
     assert "config.dim_model: the run has 32, asked 64" in line
     file = folder / "checkpoints/step-00000004/exp_avg.pt"
     damaged = bytearray(file.read_bytes())
@@ -240,18 +240,18 @@ WRONG = [
     (["--set", "dim_mdel=3"], "did you mean dim_model"),
     (["--set", "num_heads=3.5"], "expected a whole number, or one for each block of a stack"),
     (["--set", "dim_model"], "expected field=value"),
-    (["--budget", "papr"], "expected a budget among paper, demo, got 'papr'"),
+    (["--recipe", "papr"], "expected a recipe among paper, demo or a FILE.toml, got 'papr'"),
     (["--steps", "0"], "--steps: expected a whole number from 1 to 1000000000, got '0'"),
     (["--seed", "x"], "invalid int value: 'x'"),
     (["--seed", "-1"], "expected --seed from 0"),
     (["--precision", "fp16"], "expected --precision bf16 or fp32, got 'fp16'"),
-    (["--zero", "3"], "expected --zero 0, 1 or 2, got 3"),
+    (["--zero", "3"], "devices.zero: expected less than or equal to 2, got 3; stage 3 releases"),
     (["--impl", "tritn"], "expected one of auto, triton, torch, reference"),
     # without a folder it looks in runs/, where there is none
     (["--resume", "--exp", "baseline", "--steps", "4"], "expected a run of Baseline in runs, got none"),
     (["--resume", "nowhere"], "expected a run folder with a config.json, got nowhere"),
     (["--resume", "--run-dir", "x"], "expected --resume or --run-dir, got both"),
-    (["--budget", "paper", "--data-dir", "nowhere"], "python -m march.data prepare --source wikipedia"),
+    (["--recipe", "paper", "--data-dir", "nowhere"], "python -m march.data prepare --source wikipedia"),
     (["--files", "x.txt", "--source", "excerpt"], "expected options of the source excerpt: none, got files"),
 ]
 

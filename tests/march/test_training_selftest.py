@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training_support import ROOT, process_world
+from training_support import ROOT, process_world, small_recipe
 
 import kernels
 from march import experiments
@@ -125,9 +125,7 @@ def test_kernels_are_checked_before_the_trial_that_uses_them(monkeypatch, chosen
         return chosen
 
     monkeypatch.setattr(session, "choose_micro_batch", choose)
-    request = SimpleNamespace(
-        budget=SimpleNamespace(global_batch=4), micro_batch=4, impl="torch", precision="fp32", zero=1
-    )
+    request = small_recipe(**{"batch.sequences": 4, "batch.micro": 4, "devices.impl": "torch"})
     corruption = SimpleNamespace(input_length=31, label_length=13)
     size = session.fit_micro_batch(request, _configuration(), torch.nn.Linear(1, 1), corruption, process_world())
     assert size == chosen

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from march.data import Examples, SpanCorruption
-from march.training.budget import DEMO, Budget
+from march.recipe import Recipe, build, merge, tree_of
+from march.training.arguments import nested
 from march.training.distributed import World, start
 from march.training.loop import Plan, Trainer
 
@@ -37,18 +38,21 @@ def write_corpus(path: Path) -> Path:
     return path
 
 
-def small_budget(**changes) -> Budget:
-    """Four steps of 8 sequences of 32 tokens."""
-    settings = {
-        "steps": 4,
-        "global_batch": 8,
-        "raw_length": 32,
-        "eval_every": 2,
-        "eval_sequences": 5,
-        "checkpoint_every": 2,
-        "keep_checkpoints": 2,
+def small_recipe(**changes) -> Recipe:
+    """Four steps of 8 sequences of 32 tokens, in float32; changes: leaves, dotted or with __ for the dot."""
+    small = {
+        "schedule.steps": 4,
+        "batch.sequences": 8,
+        "batch.sequence_length": 32,
+        "evaluation.every": 2,
+        "evaluation.sequences": 5,
+        "checkpoints.every": 2,
+        "checkpoints.keep": 2,
+        "precision": "fp32",
+        "seed": 7,
     }
-    return Budget(**{**DEMO.to_dict(), **settings, **changes})
+    named = {name.replace("__", "."): value for name, value in changes.items()}
+    return build(merge(tree_of("demo"), nested({**small, **named})))
 
 
 def process_world() -> World:
@@ -57,19 +61,15 @@ def process_world() -> World:
     return start()
 
 
-def build_trainer(model, *, budget=None, micro_batch=8, precision="fp32", zero=1, folder=None, checkpoint=None, seed=7):
+def build_trainer(model, *, micro_batch=8, folder=None, checkpoint=None, **changes):
     """A trainer over tokens drawn from a skewed distribution; the model is built by the caller."""
-    budget = budget or small_budget()
+    recipe = small_recipe(**changes)
     tokens = np.random.default_rng(0).zipf(1.3, 8000).clip(max=VOCABULARY - 112) + 111
-    corruption = SpanCorruption(raw_length=budget.raw_length)
+    corruption = SpanCorruption(raw_length=recipe.batch.sequence_length)
     plan = Plan(
-        experiment="test",
-        budget=budget,
-        seed=seed,
-        precision=precision,
-        zero=zero,
+        recipe=recipe,
         micro_batch=micro_batch,
-        train=Examples(tokens.astype(np.uint16), corruption, seed),
+        train=Examples(tokens.astype(np.uint16), corruption, recipe.seed),
         validation=Examples(tokens[:2000].astype(np.uint16), corruption, 0),
     )
     return Trainer(plan, model, process_world(), folder, checkpoint, quiet=True)

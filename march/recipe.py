@@ -1,0 +1,400 @@
+"""What a run is: one typed tree, frozen and checked, of which experiments and options are changes. No torch here.
+
+A leaf has a dotted name: optimizer.lr. A shipped recipe (march/recipes) or a file of TOML gives them all, or what
+differs from another recipe, which it names: from = "demo". Precedence: recipe, then experiment, then --set and options.
+"""
+
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from march import config as configuration
+from march import experiments
+from march.config import ConfigError, ModelConfig, nearest
+from march.console import UsageError
+
+SHIPPED = Path(__file__).with_name("recipes")
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Moment = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Group(BaseModel):
+    """A table of the recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Data(Group):
+    """The text: `store`, a prepared folder, or a source with its options (march.data)."""
+
+    source: str | None = None
+    vocab_size: Annotated[int, Field(ge=357, le=2**16)] | None = None  # None: what the source or its text has
+    directory: str = "data"  # of prepared stores
+    store: str | None = None
+    files: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
+    field: str | None = None
+    column: str | None = None
+    separator: str | None = None
+    encoding: str | None = None
+    snapshot: str | None = None
+    dataset: str | None = None
+    limit: Annotated[int, Field(ge=1, le=10**12)] | None = None
+
+    @model_validator(mode="after")
+    def _one_text(self) -> "Data":
+        if (self.source is None) is (self.store is None):
+            got = "none" if self.source is None else f"{self.source} and {self.store}"
+            raise ValueError(f"expected one of data.source and data.store, got {got}; name a source or a folder")
+        return self
+
+
+class Optimizer(Group):
+    """AdamW. decay: what weight_decay is for, every parameter or those of two dimensions and more."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0, le=1000)]
+    beta1: Moment = 0.9
+    beta2: Moment = 0.95
+    epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.1
+    decay: Literal["all", "matrices"] = "all"
+    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0  # largest norm; 0: none
+
+
+class Schedule(Group):
+    """The learning rate's way over `steps` optimiser steps; `factor` has the formulas.
+
+    warmup: steps. final: the last step's share of lr. decay: the share of the steps that warmup_stable_decay falls in.
+    """
+
+    name: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "constant"
+    steps: Count
+    warmup: Annotated[int, Field(ge=0, le=10**9)] = 0
+    final: Share | None = None  # 0 where the schedule falls
+    decay: Annotated[float, Field(gt=0, le=1)] | None = None  # 0.2 in warmup_stable_decay
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Schedule":
+        if self.name == "constant" and self.final is not None:
+            raise ValueError("expected schedule.final with a schedule that falls, got constant; leave final out")
+        if self.name != "warmup_stable_decay" and self.decay is not None:
+            raise ValueError(f"expected schedule.decay with warmup_stable_decay, got {self.name}; leave decay out")
+        if self.warmup + (self._decaying if self.name == "warmup_stable_decay" else 0) > self.steps:
+            raise ValueError(
+                f"expected schedule.warmup and decay within {self.steps} steps, got a warm-up of {self.warmup}; "
+                "use a shorter one"
+            )
+        return self
+
+    @property
+    def _decaying(self) -> int:
+        return max(1, round((0.2 if self.decay is None else self.decay) * self.steps))
+
+    def factor(self, step: int) -> float:
+        """Of lr in step 1, 2, ...: step / warmup, then with p the share of the rest that is done, and f = final:
+        1 (constant), 1 - (1 - f) p (linear), f + (1 - f) (1 + cos(pi p)) / 2 (cosine); warmup_stable_decay is 1, then
+        linear over its last steps."""
+        if step <= self.warmup:
+            return step / self.warmup
+        if self.name == "constant":
+            return 1.0
+        begin = self.steps - self._decaying if self.name == "warmup_stable_decay" else self.warmup
+        done = max(0, step - begin) / (self.steps - begin)
+        left = (1 + math.cos(math.pi * done)) / 2 if self.name == "cosine" else 1 - done
+        final = self.final or 0.0
+        return final + (1 - final) * left
+
+
+class Batch(Group):
+    """sequences: of an optimiser step, over all processes; sequence_length: corpus tokens, before span corruption;
+    micro: sequences at once in a process, None for what fits."""
+
+    sequences: Count
+    sequence_length: Annotated[int, Field(ge=1, le=2**20)]
+    micro: Count | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Corpus tokens that one optimiser step sees."""
+        return self.sequences * self.sequence_length
+
+
+class Evaluation(Group):
+    """every: steps; sequences: of the validation split, at most."""
+
+    every: Count
+    sequences: Count
+
+
+class Checkpoints(Group):
+    """every: steps, and the last one; keep: the newest so many."""
+
+    every: Count
+    keep: Count
+
+
+class Logging(Group):
+    curve: bool = True
+
+
+class Devices(Group):
+    """zero: ZeRO's stage; impl: of the operators; float32_library: of products on a CPU, None for the faster."""
+
+    zero: Annotated[int, Field(ge=0, le=2)] = 1
+    impl: str = "auto"
+    float32_library: str | None = None
+
+
+class Recipe(Group):
+    """One run. model: the fields that the run changes in its experiment. precision: the experiment's, or `fastest`,
+    bf16 where the experiment asks for it and rank 0 measures it faster than float32."""
+
+    name: str
+    label: str = ""
+    experiment: str = "Baseline"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42  # dropout keys have 32 bits
+    precision: Literal["experiment", "fastest", "bf16", "fp32"] = "experiment"
+    model: dict[str, Any] = {}
+    data: Data
+    optimizer: Optimizer
+    schedule: Schedule
+    batch: Batch
+    evaluation: Evaluation
+    checkpoints: Checkpoints
+    logging: Logging = Logging()
+    devices: Devices = Devices()
+
+    @model_validator(mode="after")
+    def _resumes(self) -> "Recipe":
+        if self.optimizer.decay == "matrices" and self.devices.zero:  # tried: a resumed run then differs
+            raise ValueError(
+                "expected --zero 0 with optimizer.decay=matrices, got ZeRO, which loses its moments; set it"
+            )
+        return self
+
+    @property
+    def entry(self) -> experiments.Experiment:
+        return experiments.get(self.experiment)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's, before the text's vocabulary is known; ConfigError where fields cannot be."""
+        decided = {"precision": self.precision} if self.precision in ("bf16", "fp32") else {}
+        return experiments.configuration(self.entry, **{**self.model, **decided})
+
+    @property
+    def comparable(self) -> bool:
+        """May the losses stand beside the published ones? The recipe, the text and the model as published."""
+        from march.data.description import Description
+
+        paper = load("paper")
+        free = {"experiment", "seed", "precision", "model", "data", "checkpoints", "logging", "devices", "label"}
+        own = [dict(leaves(recipe.model_dump(exclude=free | {"name"}))) for recipe in (self, paper)]
+        for tree in own:
+            del tree["batch.micro"]
+        published = experiments.configuration(self.entry).precision
+        unchanged = not self.model and self.config.precision == published and own[0] == own[1]
+        return unchanged and self.entry.file is None and Description.of(self.data).is_plain(paper.data)
+
+    def learning_rate(self, step: int) -> float:
+        return self.optimizer.lr * self.schedule.factor(step)
+
+    def changes(self) -> str:
+        """Leaves that differ from the shipped recipe of the same name, for people."""
+        if not (SHIPPED / f"{self.name}.toml").is_file():
+            return ""
+        base = dict(leaves(load(self.name).model_dump()))
+        own = {**dict.fromkeys(base), **dict(leaves(self.model_dump()))}
+        quiet = {"experiment", "seed", "precision", "devices.float32_library", "batch.micro", "data.directory"}
+        return ", ".join(f"{n} {v}" for n, v in own.items() if n not in quiet and v != base.get(n) and v is not None)
+
+    def resume_fingerprint(self, config: ModelConfig, data: Mapping[str, str]) -> dict[str, Any]:
+        """What a run must share with the one it continues: all but where it runs and what it writes. data: SHA-256 of
+        the store's files. Steps are free only where the learning rate does not depend on them."""
+        free = {"name", "label", "experiment", "precision", "model", "data", "checkpoints", "logging", "devices"}
+        tree = self.model_dump(exclude={**dict.fromkeys(free, True), "batch": {"micro"}})
+        if self.schedule.name == "constant":
+            del tree["schedule"]["steps"]
+        # the hash of an experiment's own file may change where that is asked for
+        model = {n: self.entry.name if v == config.idea else v for n, v in configuration.to_dict(config).items()}
+        decided = {"precision": config.precision, "config": model, "data": dict(data)}
+        return {"experiment": self.entry.name, **decided, **tree}
+
+    def toml(self) -> str:
+        """`load` gives it back."""
+        tree = self.model_dump()
+        groups = {name: tree.pop(name) for name in [n for n, v in tree.items() if isinstance(v, dict)]}
+        tables = [("", tree), *((f"\n[{name}]\n", group) for name, group in groups.items() if group)]
+        return "".join(
+            head + "".join(f"{name} = {_toml(value)}\n" for name, value in table.items() if value is not None)
+            for head, table in tables
+            if any(value is not None for value in table.values())
+        )
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("optimizer.lr", 1e-4), ..."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _fields() -> Iterator[tuple[str, Any]]:
+    for name, field in Recipe.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Group):
+            yield from ((f"{name}.{leaf}", below) for leaf, below in kind.model_fields.items())
+        elif name != "model":
+            yield name, field
+
+
+LEAVES: dict[str, Any] = dict(_fields())
+
+
+def names() -> list[str]:
+    """The shipped recipes."""
+    return sorted((path.stem for path in SHIPPED.glob("*.toml")), reverse=True)
+
+
+def tree_of(recipe: str) -> dict[str, Any]:
+    """The checked tree of a shipped recipe or a file, with what it starts from below it.
+
+    Raises:
+        UsageError: no such recipe, no TOML, a key, type or value that cannot be.
+    """
+    seen: list[Path] = []
+    trees: list[dict[str, Any]] = []
+    while True:
+        path = SHIPPED / f"{recipe}.toml" if recipe in names() else Path(recipe)
+        if recipe not in names() and path.suffix != ".toml":
+            near = nearest(recipe, names(), 1)
+            raise UsageError(
+                f"expected a recipe among {', '.join(names())} or a FILE.toml, got {recipe[:60]!r}; "
+                f"{f'did you mean {near[0]}?' if near else 'give one of these after --recipe'}"
+            )
+        if path.resolve() in seen:
+            raise UsageError(f'{path}: expected a recipe that ends somewhere, got from = "{recipe}" of itself; mend it')
+        seen.append(path.resolve())
+        try:
+            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            what = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            raise UsageError(f"expected a recipe of TOML in {path}, got {what}; mend or name another") from error
+        base = tree.pop("from", None)
+        trees.append(_typed(tree, str(path)))
+        if base is None:
+            break
+        if not isinstance(base, str):
+            raise UsageError(f'{path}: expected from = "NAME or FILE.toml", got {base!r}; give text')
+        recipe = str(path.parent / base) if base.endswith(".toml") else base
+    merged: dict[str, Any] = {}
+    for tree in reversed(trees):
+        merged = merge(merged, tree)
+    return merged
+
+
+def load(recipe: str) -> Recipe:
+    """The recipe of a shipped name or a file; UsageError where it cannot be, in one line."""
+    return build(tree_of(recipe), recipe)
+
+
+def _typed(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The tree, its keys known; UsageError otherwise, with the nearest."""
+    for name, value in tree.items():
+        group = name in Recipe.model_fields and name not in LEAVES
+        if group is not isinstance(value, Mapping) and (group or name in LEAVES):
+            raise UsageError(f"{where}: expected {name} {'as a table' if group else 'as a value'}, got {value!r:.60}")
+        if group and name == "model":
+            for field, given in value.items():
+                model_field(field, given)
+        for leaf in () if name == "model" else [f"{name}.{leaf}" for leaf in value] if group else [name]:
+            if leaf not in LEAVES:
+                raise UsageError(f"{where}: {unknown(leaf)}")
+    return dict(tree)
+
+
+def model_field(name: str, value: Any) -> Any:
+    """The checked value of a field of the model; ConfigError otherwise."""
+    if name in ("precision", "idea"):
+        other = "the recipe's own precision" if name == "precision" else "experiment = 'FILE.py:NAME'"
+        raise ConfigError(f"model.{name}: expected {other}, got model.{name}; move it")
+    return configuration.check_type(name, value)
+
+
+def unknown(name: str) -> str:
+    """That there is no leaf `name`, and the nearest."""
+    known = [*LEAVES, *(f"model.{field}" for field in configuration.FIELDS)]
+    same = [leaf for leaf in known if leaf.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = same or nearest(name, known)
+    return f"expected a leaf of the recipe, got {name[:60]!r}; " + (
+        f"did you mean {', '.join(close)}?" if close else "see docs/training.md"
+    )
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the leaves of `changes`. Another text takes nothing of the old one's but the folder of stores."""
+    merged = {**base, **changes}
+    for name in changes:
+        if isinstance(changes[name], Mapping):
+            merged[name] = {**base.get(name, {}), **changes[name]}
+    text = {name for name in changes.get("data", {}) if name != "directory"}
+    if text:
+        old, new = base.get("data", {}), dict(changes["data"])
+        kept = {"directory": old["directory"]} if "directory" in old else {}
+        if "files" in text and "source" not in text and "store" not in text:
+            new["source"] = "files"
+        same = "store" not in text and new.get("source", old.get("source")) == old.get("source")
+        merged["data"] = {**({n: v for n, v in old.items() if n != "store"} if same else kept), **new}
+    return merged
+
+
+def build(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """The recipe of a whole tree; UsageError or ConfigError in one line."""
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UsageError(_one_line(error, where)) from None
+    recipe = recipe.model_copy(update={"model": {n: model_field(n, value) for n, value in recipe.model.items()}})
+    _ = recipe.config  # its fields go together
+    return recipe
+
+
+def _one_line(error: ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"] if part in Recipe.model_fields or "." not in str(part))
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    if first["type"] == "missing":
+        return f'{where}: expected {name}, got none; add it, or what the recipe starts from: from = "paper"'
+    return f"{name}: expected {expected(first)}, got {first['input']!r:.60}; {fix(name)}"
+
+
+def expected(error: Any) -> str:
+    """Of one of pydantic's errors."""
+    return error["msg"].removeprefix("Input should ").removeprefix("be ").removeprefix("a valid ")
+
+
+def fix(name: str) -> str:
+    """What to do about a wrong value of leaf `name`."""
+    if name == "devices.zero":
+        return "stage 3 releases weights that the operators read across modules; 1 is the default"
+    if name == "optimizer.name":
+        return "Muon wants matrices, of which ZeRO makes flat parts"
+    usual = dict(leaves(load("demo").model_dump())).get(name) if name in LEAVES else None
+    return "give one of that kind" if usual is None else f"the demo has {usual}"
