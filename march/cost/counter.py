@@ -16,7 +16,6 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from kernels.compile_only.record import Launch
 
@@ -181,6 +180,8 @@ class Counter(TorchDispatchMode):
             self._track(x, name)
         if func.is_view or name in _FREE or name in _ALLOCATE:
             return out
+        from torch.utils.flop_counter import flop_registry  # which imports Triton: a run on a CPU has no use for it
+
         packet = func._overloadpacket
         product = _product(name, args)
         flops = 0
