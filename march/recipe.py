@@ -8,6 +8,7 @@ import json
 import math
 import tomllib
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,9 +25,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Moment = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Group(BaseModel):
-    """A table of the recipe."""
-
+class Group(BaseModel):  # a table
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
@@ -173,9 +172,7 @@ class Recipe(Group):
     @model_validator(mode="after")
     def _resumes(self) -> "Recipe":
         if self.optimizer.decay == "matrices" and self.devices.zero:  # tried: a resumed run then differs
-            raise ValueError(
-                "expected --zero 0 with optimizer.decay=matrices, got ZeRO, which loses its moments; set it"
-            )
+            raise ValueError("expected --zero 0 with optimizer.decay=matrices, got ZeRO; a resumed run would differ")
         return self
 
     @property
@@ -297,16 +294,13 @@ def tree_of(recipe: str) -> dict[str, Any]:
             what = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
             raise UsageError(f"expected a recipe of TOML in {path}, got {what}; mend or name another") from error
         base = tree.pop("from", None)
-        trees.append(_typed(tree, str(path)))
+        trees.append(_known(tree, str(path)))
         if base is None:
             break
         if not isinstance(base, str):
             raise UsageError(f'{path}: expected from = "NAME or FILE.toml", got {base!r}; give text')
         recipe = str(path.parent / base) if base.endswith(".toml") else base
-    merged: dict[str, Any] = {}
-    for tree in reversed(trees):
-        merged = merge(merged, tree)
-    return merged
+    return reduce(merge, reversed(trees), {})
 
 
 def load(recipe: str) -> Recipe:
@@ -314,7 +308,7 @@ def load(recipe: str) -> Recipe:
     return build(tree_of(recipe), recipe)
 
 
-def _typed(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _known(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The tree, its keys known; UsageError otherwise, with the nearest."""
     for name, value in tree.items():
         group = name in Recipe.model_fields and name not in LEAVES
@@ -365,14 +359,19 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def build(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """The recipe of a whole tree; UsageError or ConfigError in one line."""
+    """The recipe of a whole tree, whose experiment is there; UsageError or ConfigError in one line."""
+    recipe = typed(tree, where)
+    _ = recipe.config  # its fields go together
+    return recipe
+
+
+def typed(tree: Mapping[str, Any], where: str) -> Recipe:
+    """The recipe of a whole tree, whose experiment may be a file that has gone; UsageError or ConfigError."""
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise UsageError(_one_line(error, where)) from None
-    recipe = recipe.model_copy(update={"model": {n: model_field(n, value) for n, value in recipe.model.items()}})
-    _ = recipe.config  # its fields go together
-    return recipe
+    return recipe.model_copy(update={"model": {n: model_field(n, value) for n, value in recipe.model.items()}})
 
 
 def _one_line(error: ValidationError, where: str) -> str:

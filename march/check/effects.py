@@ -1,5 +1,6 @@
 """What a file changes beside itself: other experiments would be others while it is loaded."""
 
+import hashlib
 import importlib
 import sys
 from types import FunctionType
@@ -22,7 +23,7 @@ def snapshot() -> dict[str, Any]:
         "torch.is_grad_enabled()": torch.is_grad_enabled(),
         "torch.get_num_threads()": torch.get_num_threads(),
         "torch's deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "torch's generator": torch.get_rng_state().sum().item(),
+        "torch's generator": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
     }
     for name, module in [*sys.modules.items()]:
         if name.split(".")[0] not in ("kernels", "march") or name.startswith("march.experiments.own."):

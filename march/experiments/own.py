@@ -8,9 +8,9 @@ The file holds an `Experiment`; its `parts` say what of the file's code stands w
     self_attention, cross_attention, unified_attention, database_attention, feedforward
                             subclasses of march.model.Sublayer
 
-The parts belong to that experiment alone: its configuration names them by the file's hash, no other does. A file is one
-module, loaded from the bytes that were hashed; march.experiments.own.<...> imports it anew in another process, so a
-model can be pickled.
+The parts belong to that experiment alone: its configuration names them by the file's hash and place, no other does. A
+file is one module, loaded from the bytes that were hashed; march.experiments.own.<...> imports it anew in another
+process, so a model can be pickled.
 """
 
 import contextlib
@@ -88,7 +88,9 @@ def fields(experiment: Experiment) -> dict[str, str]:
     if experiment.file is None and not experiment.parts:
         return {}
     base = {} if experiment.base is None or not is_spec(experiment.base) else load(experiment.base).parts
-    found = register(f"{experiment.name}@{(experiment.sha256 or '')[:16]}", {**base, **experiment.parts})
+    # of the place too: the same bytes in another folder are other classes, and each process has to find the same name
+    key = hashlib.sha256(f"{experiment.sha256}{experiment.file}".encode()).hexdigest()[:16]
+    found = register(f"{experiment.name}@{key}", {**base, **experiment.parts})
     if experiment.file is not None:
         SPECS[found["idea"]] = experiment.spec
     return found

@@ -19,7 +19,7 @@ from march.config import ModelConfig
 from march.data import DataError, Examples, SpanCorruption, Store
 from march.data.description import Description
 from march.data.vocabulary import SMALLEST
-from march.recipe import Recipe, build
+from march.recipe import Recipe, typed
 from march.training import selftest
 from march.training.arguments import implementation
 from march.training.checkpoint import Checkpoint, Checkpoints
@@ -203,7 +203,7 @@ def check_state(checkpoint: Checkpoint) -> None:
             "use another checkpoint"
         )
     assert run is not None
-    build(run["recipe"], "the run's recipe")
+    typed(run["recipe"], "the run's recipe")
 
 
 def create_folder(given: str | None, recipe: Recipe, parent: Path, world: World) -> RunFolder:
