@@ -13,7 +13,7 @@ TEST := $(RUN) OMP_NUM_THREADS=1 python -m pytest -n $(JOBS)
 .PHONY: help setup train test test-all faults compile-all gpu study check format clean
 
 help:
-	@echo "make train [EXP=Baseline] [ARGS='--budget demo']   set up, then train an experiment"
+	@echo "make train [EXP=Baseline] [ARGS='--recipe demo']   set up, then train an experiment"
 	@echo "make test                                          set up, then the tests that CI runs"
 	@echo "make test-all                                      the slow ones too"
 	@echo "make faults                                        what each injected fault led to, a table"
