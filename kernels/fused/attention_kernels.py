@@ -552,9 +552,10 @@ def _attention_bwd_dkdv_kernel(
         real = offs_n < 0
         for pair in range(lo_pair, hi_pair):
             real |= real_keys(lengths_ptr, mask_ptr, stride_mb, bk + pair // GROUP, offs_n, Lk)
-    if handed_ptr is not None or PRECISION == "tf32x3":
+    if handed_ptr is not None or PRECISION == "tf32x3" or K > 112:
         # adds 0, which the compiler does not know: it otherwise keeps addresses from before the loop, and with those of
-        # the loads spills 6 registers at K 128 (254 are used now, 190 instead of 193 at 64), in float32 one
+        # the loads spills 6 registers at K 128 (254 are used now, 190 instead of 193 at 64), of the stores alone two
+        # (216 are used now), in float32 one
         local_n += tl.program_id(1)
     row, left = PARTS * heads, Lk - start_n
     out_row = ((tl.cast(split, tl.int64) * Bk + bk) * Lk + start_n) * row + g

@@ -329,7 +329,14 @@ def _distance(x: Tensor, oracle: Tensor) -> tuple[float, float]:
 
 
 def _compare(
-    name: str, got: Tensor, formula: Tensor, oracle: Tensor, dtype: torch.dtype, exact_zeros: bool, floor: float
+    name: str,
+    got: Tensor,
+    formula: Tensor,
+    oracle: Tensor,
+    dtype: torch.dtype,
+    exact_zeros: bool,
+    floor: float,
+    times: float,
 ) -> str | None:
     if got.shape != oracle.shape or got.dtype != formula.dtype:
         return f"{name}: got {got.dtype} {list(got.shape)}, expected {formula.dtype} {list(oracle.shape)}"
@@ -337,7 +344,7 @@ def _compare(
         return f"{name}: {int((~torch.isfinite(got)).sum())} of {got.numel()} values are not finite"
     error, bend = _distance(got, oracle)
     formula_error, formula_bend = _distance(formula, oracle)
-    budget = 2 * formula_error + floor
+    budget = times * formula_error + floor
     # float16 rounds each value by up to 2^-11, which alone bends a vector by 1e-7: what the formula bends it is allowed
     bend_budget = 1e-6 if dtype == torch.float32 else 1e-6 + 2 * formula_bend
     if not error <= budget:
@@ -362,14 +369,15 @@ def check(
     unused: tuple[str, ...] = (),
     cancelling: tuple[str, ...] = (),
     cancelled: float = 1e-5,
+    times: float = 2,
     seed: int = 0,
     again: bool = False,
 ) -> Result:
     """Asserts that `impl` is right at `inputs` (tensors or None by argument name) and `kwargs` in `dtype`.
 
     Floating inputs are rounded to `dtype` first, so that the oracle sees what the operator sees. For outputs and every
-    gradient: error at most twice that of the plain formula in `dtype`, plus 1e-5, relative to the largest value;
-    1 - cosine at most 1e-6 (float16: plus twice the formula's); exact zeros where formula and oracle have them, but
+    gradient: error at most twice (gradients: `times`) that of the plain formula in `dtype`, plus 1e-5, relative to the
+    largest value; 1 - cosine at most 1e-6 (float16: plus twice the formula's); exact zeros where formula and oracle have them, but
     for `cancelling`: inputs whose gradient has zeros that are differences of equal numbers (softmax over one key), to
     which `cancelled` is added in place of 1e-5.
     Also: inputs and outputs unchanged by backward, nothing written out of bounds, and with `again` the same from a
@@ -401,6 +409,7 @@ def check(
                 dtype,
                 name not in cancelling,
                 cancelled if name in cancelling else 1e-5,
+                2 if kind == "outputs" else times,
             )
         )
     ]

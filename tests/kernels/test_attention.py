@@ -228,10 +228,14 @@ def test_masks_depend_neither_on_tiles_nor_on_micro_batches(monkeypatch):
         torch.testing.assert_close(one, whole[b : b + 1], rtol=1e-5, atol=1e-6)
 
 
+# D = O dO from an O of 16 bits alone, as flash-attention and torch's SDPA have it: see docs/kernels/attention.md
+ROUNDED_O = {torch.float32: 2, torch.float16: 3}
+
+
 def _sweep(width, causal, dtype):
     kwargs = {"causal": causal, "dropout": dropout(0.1), "key_lengths": torch.tensor([150, 77])}
     cancelling = ("q", "k") if causal else ()
-    check("attention", case(2, 150, 150, 2, 1, width), kwargs, dtype, cancelling=cancelling)
+    check("attention", case(2, 150, 150, 2, 1, width), kwargs, dtype, cancelling=cancelling, times=ROUNDED_O[dtype])
 
 
 @pytest.mark.slow
@@ -244,6 +248,7 @@ def test_sweep(width, causal, dtype):
 
 
 def test_float16_over_peaked_probabilities():
-    """Queries that are keys too: there dS is a small difference, and D = O dO from an O of 16 bits alone leaves dQ at
-    2.3 times the formula's error (2.8 in the sweep at K 96)."""
-    check("attention", case(1, 40, 40, heads=2, groups=1, width=64), {}, torch.float16)
+    """Queries that are keys too: there dS is a small difference, and an O of 16 bits leaves dQ at 2.3 times the
+    formula's error (2.8 in the sweep at K 96)."""
+    inputs = case(1, 40, 40, heads=2, groups=1, width=64)
+    check("attention", inputs, {}, torch.float16, times=ROUNDED_O[torch.float16])

@@ -124,7 +124,7 @@ def test_what_no_offset_could_hold_is_refused(name):
 def test_rows_that_backward_could_not_address_are_refused():
     q = _meta(1 << 20, 64, 8, 16)
     with pytest.raises(ValueError, match=r"2\^29 rows of queries"):
-        fused_attention.empty_rows(q, q, 64, False, 0.1)
+        fused_attention.empty_rows(q, [q, q], 64, False, 0.1)
 
 
 def test_rows_are_copied_only_where_they_must_be():

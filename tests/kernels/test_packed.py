@@ -295,12 +295,20 @@ def test_the_seam_says_which_row_width_it_wants(operator, width, dtype, impl, wa
 @pytest.mark.parametrize(
     ("form", "shapes", "message"),
     [
-        ("self_attention", [(2, 5, 2, 4, 8)], r"qkv as \[B, L, 3, H, K\], got \[2, 5, 2, 4, 8\]"),
+        ("self_attention", [(2, 5, 2, 4, 8)], r"qkv as \[B, Lk, 3, H, K\], got \[2, 5, 2, 4, 8\]"),
         ("self_attention", [(2, 5, 4, 8)], r"x.unflatten\(-1, \(3, H, K\)\)"),
-        ("cross_attention", [(2, 5, 4, 8), (2, 5, 3, 4, 8)], r"kv as \[B, L, 2, H, K\]"),
-        ("cross_attention", [(2, 5, 4, 8), (3, 5, 2, 4, 8)], r"kv as \[2 or 1, Lk, G, K\]"),
-        ("packed_unified_attention", [(2, 5, 3, 4, 8), (2, 5, 4, 8)], r"kv_other as \[B, L, 2, H, K\]"),
-        ("packed_unified_attention", [(2, 5, 3, 4, 8), (2, 5, 2, 4, 16)], "k_other of width 8"),
+        ("cross_attention", [(2, 5, 4, 8), (2, 5, 3, 4, 8)], r"kv as \[2 or 1, Lk, 2, G, 8\], got \[2, 5, 3, 4, 8\]"),
+        ("cross_attention", [(2, 5, 4, 8), (3, 5, 2, 4, 8)], r"kv as \[2 or 1, Lk, 2, G, 8\], got \[3, 5, 2, 4, 8\]"),
+        (
+            "packed_unified_attention",
+            [(2, 5, 3, 4, 8), (2, 5, 4, 8)],
+            r"kv_other as \[2 or 1, Lk, 2, G', 8\], got \[2, 5, 4, 8\]",
+        ),
+        (
+            "packed_unified_attention",
+            [(2, 5, 3, 4, 8), (2, 5, 2, 4, 16)],
+            r"kv_other as \[2 or 1, Lk, 2, G', 8\], got \[2, 5, 2, 4, 16\]",
+        ),
     ],
 )
 def test_wrong_shapes_say_what_is_expected(form, shapes, message):

@@ -108,7 +108,7 @@ def test_show_works_for_every_experiment(name, capsys, monkeypatch):
     overrides = [
         f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in small_overrides(name).items()
     ]
-    arguments = argparse.Namespace(list=False, show=name, set=overrides, json=False, budget=None, impl=None)
+    arguments = argparse.Namespace(list=False, show=name, set=overrides, json=False, recipe=None, impl=None)
     assert listing.main(arguments) == 0
     out = capsys.readouterr().out
     assert out.startswith(name)
@@ -116,9 +116,9 @@ def test_show_works_for_every_experiment(name, capsys, monkeypatch):
 
 
 def test_list_is_a_table_and_json(capsys):
-    assert listing.main(argparse.Namespace(list=True, show=None, set=None, json=False, budget=None, impl=None)) == 0
+    assert listing.main(argparse.Namespace(list=True, show=None, set=None, json=False, recipe=None, impl=None)) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(experiments.names()) + 1
-    assert listing.main(argparse.Namespace(list=True, show=None, set=None, json=True, budget=None, impl=None)) == 0
+    assert listing.main(argparse.Namespace(list=True, show=None, set=None, json=True, recipe=None, impl=None)) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == experiments.names()
     assert rows[0]["parameters"] == 36_340_224
@@ -126,7 +126,7 @@ def test_list_is_a_table_and_json(capsys):
 
 def test_show_json_has_the_difference_from_the_base(capsys):
     arguments = argparse.Namespace(
-        list=False, show="databasefromheads", set=["dropout=0"], json=True, budget=None, impl=None
+        list=False, show="databasefromheads", set=["dropout=0"], json=True, recipe=None, impl=None
     )
     assert listing.main(arguments) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -140,7 +140,7 @@ def test_show_json_has_the_difference_from_the_base(capsys):
 
 def test_show_refuses_a_wrong_name():
     with pytest.raises(ConfigError, match="did you mean"):
-        listing.main(argparse.Namespace(list=False, show="Databse", set=None, json=False, budget=None, impl=None))
+        listing.main(argparse.Namespace(list=False, show="Databse", set=None, json=False, recipe=None, impl=None))
 
 
 def test_devices_are_found_by_the_name_that_cuda_reports():
