@@ -336,7 +336,7 @@ def _compare(
     dtype: torch.dtype,
     exact_zeros: bool,
     floor: float,
-    times: float,
+    times: float = 2,
 ) -> str | None:
     if got.shape != oracle.shape or got.dtype != formula.dtype:
         return f"{name}: got {got.dtype} {list(got.shape)}, expected {formula.dtype} {list(oracle.shape)}"
@@ -377,9 +377,9 @@ def check(
 
     Floating inputs are rounded to `dtype` first, so that the oracle sees what the operator sees. For outputs and every
     gradient: error at most twice (gradients: `times`) that of the plain formula in `dtype`, plus 1e-5, relative to the
-    largest value; 1 - cosine at most 1e-6 (float16: plus twice the formula's); exact zeros where formula and oracle have them, but
-    for `cancelling`: inputs whose gradient has zeros that are differences of equal numbers (softmax over one key), to
-    which `cancelled` is added in place of 1e-5.
+    largest value; 1 - cosine at most 1e-6 (float16: plus twice the formula's); exact zeros where formula and oracle
+    have them, but for `cancelling`: inputs whose gradient has zeros that are differences of equal numbers (softmax over
+    one key), to which `cancelled` is added in place of 1e-5.
     Also: inputs and outputs unchanged by backward, nothing written out of bounds, and with `again` the same from a
     second backward whose upstream gradients and saved tensors have other strides (of the fused kernels the same bits).
     """
