@@ -139,26 +139,38 @@ class Checkpoints(Group):
 
 
 class Logging(Group):
+    """metrics.jsonl has every step. every: steps from one printed line to the next, None for a twentieth of the run;
+    tensorboard: the same numbers for it; curve: a picture at the end."""
+
+    every: Count | None = None
+    tensorboard: bool = True
     curve: bool = True
 
 
-class Devices(Group):
-    """zero: ZeRO's stage; impl: of the operators; float32_library: of products on a CPU, None for the faster."""
+class Precision(Group):
+    """compute: of weights and activations, the experiment's, or `fastest`: bf16 where the experiment asks for it and
+    rank 0 measures it faster than float32. communication: of gradients between processes, None for that of compute.
+    float32_library: of matmuls on a CPU, None for the faster."""
 
-    zero: Annotated[int, Field(ge=0, le=2)] = 1
-    impl: str = "auto"
+    compute: Literal["experiment", "fastest", "bf16", "fp32"] = "experiment"
+    communication: Literal["bf16", "fp32"] | None = None
     float32_library: str | None = None
 
 
+class Devices(Group):
+    """zero: ZeRO's stage; impl: of the operators."""
+
+    zero: Annotated[int, Field(ge=0, le=2)] = 1
+    impl: str = "auto"
+
+
 class Recipe(Group):
-    """One run. model: the fields that the run changes in its experiment. precision: the experiment's, or `fastest`,
-    bf16 where the experiment asks for it and rank 0 measures it faster than float32."""
+    """One run. model: the fields that the run changes in its experiment."""
 
     name: str
     label: str = ""
     experiment: str = "Baseline"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42  # dropout keys have 32 bits
-    precision: Literal["experiment", "fastest", "bf16", "fp32"] = "experiment"
     model: dict[str, Any] = {}
     data: Data
     optimizer: Optimizer
@@ -167,6 +179,7 @@ class Recipe(Group):
     evaluation: Evaluation
     checkpoints: Checkpoints
     logging: Logging = Logging()
+    precision: Precision = Precision()
     devices: Devices = Devices()
 
     @model_validator(mode="after")
@@ -182,7 +195,8 @@ class Recipe(Group):
     @property
     def config(self) -> ModelConfig:
         """The model's, before the text's vocabulary is known; ConfigError where fields cannot be."""
-        decided = {"precision": self.precision} if self.precision in ("bf16", "fp32") else {}
+        compute = self.precision.compute
+        decided = {"precision": compute} if compute in ("bf16", "fp32") else {}
         return experiments.configuration(self.entry, **{**self.model, **decided})
 
     @property
@@ -191,13 +205,16 @@ class Recipe(Group):
         from march.data.description import Description
 
         paper = load("paper")
-        free = {"experiment", "seed", "precision", "model", "data", "checkpoints", "logging", "devices", "label"}
-        own = [dict(leaves(recipe.model_dump(exclude=free | {"name"}))) for recipe in (self, paper)]
-        for tree in own:
-            del tree["batch.micro"]
+        free = {"name", "label", "experiment", "seed", "model", "data", "checkpoints", "logging", "devices"}
+        partly = {"batch": {"micro"}, "precision": {"compute", "float32_library"}}
+        own = [recipe.model_dump(exclude={**dict.fromkeys(free, True), **partly}) for recipe in (self, paper)]
         published = experiments.configuration(self.entry).precision
         unchanged = not self.model and self.config.precision == published and own[0] == own[1]
         return unchanged and self.entry.file is None and Description.of(self.data).is_plain(paper.data)
+
+    def computing(self, precision: str) -> "Recipe":
+        """With precision.compute decided."""
+        return self.model_copy(update={"precision": self.precision.model_copy(update={"compute": precision})})
 
     def learning_rate(self, step: int) -> float:
         return self.optimizer.lr * self.schedule.factor(step)
@@ -208,7 +225,8 @@ class Recipe(Group):
             return ""
         base = dict(leaves(load(self.name).model_dump()))
         own = {**dict.fromkeys(base), **dict(leaves(self.model_dump()))}
-        quiet = {"experiment", "seed", "precision", "devices.float32_library", "batch.micro", "data.directory"}
+        quiet = {"experiment", "seed", "batch.micro", "data.directory"}
+        quiet |= {"precision.compute", "precision.float32_library"}
         return ", ".join(f"{n} {v}" for n, v in own.items() if n not in quiet and v != base.get(n) and v is not None)
 
     def resume_fingerprint(self, config: ModelConfig, data: Mapping[str, str]) -> dict[str, Any]:
@@ -216,11 +234,12 @@ class Recipe(Group):
         the store's files. Steps are free only where the learning rate does not depend on them."""
         free = {"name", "label", "experiment", "precision", "model", "data", "checkpoints", "logging", "devices"}
         tree = self.model_dump(exclude={**dict.fromkeys(free, True), "batch": {"micro"}})
+        precision = {"compute": config.precision, "communication": self.precision.communication}
         if self.schedule.name == "constant":
             del tree["schedule"]["steps"]
         # the hash of an experiment's own file may change where that is asked for
         model = {n: self.entry.name if v == config.idea else v for n, v in configuration.to_dict(config).items()}
-        decided = {"precision": config.precision, "config": model, "data": dict(data)}
+        decided = {"precision": precision, "config": model, "data": dict(data)}
         return {"experiment": self.entry.name, **decided, **tree}
 
     def toml(self) -> str:
@@ -313,7 +332,8 @@ def _known(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name, value in tree.items():
         group = name in Recipe.model_fields and name not in LEAVES
         if group is not isinstance(value, Mapping) and (group or name in LEAVES):
-            raise UsageError(f"{where}: expected {name} {'as a table' if group else 'as a value'}, got {value!r:.60}")
+            kind, near = ("table", f"; did you mean {_below(name)}?") if group else ("value", "; give one value")
+            raise UsageError(f"{where}: expected {name} as a {kind}, got {value!r:.60}{near}")
         if group and name == "model":
             for field, given in value.items():
                 model_field(field, given)
@@ -326,19 +346,24 @@ def _known(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
 def model_field(name: str, value: Any) -> Any:
     """The checked value of a field of the model; ConfigError otherwise."""
     if name in ("precision", "idea"):
-        other = "the recipe's own precision" if name == "precision" else "experiment = 'FILE.py:NAME'"
+        other = "the recipe's own precision.compute" if name == "precision" else "experiment = 'FILE.py:NAME'"
         raise ConfigError(f"model.{name}: expected {other}, got model.{name}; move it")
     return configuration.check_type(name, value)
 
 
 def unknown(name: str) -> str:
     """That there is no leaf `name`, and the nearest."""
-    known = [*LEAVES, *(f"model.{field}" for field in configuration.FIELDS)]
+    known = [*LEAVES, *(f"model.{field}" for field in configuration.FIELDS if field not in ("precision", "idea"))]
     same = [leaf for leaf in known if leaf.rpartition(".")[2] == name.rpartition(".")[2]]
-    close = same or nearest(name, known)
+    close = [_below(name)] if _below(name) else same or nearest(name, known)
     return f"expected a leaf of the recipe, got {name[:60]!r}; " + (
         f"did you mean {', '.join(close)}?" if close else "see docs/training.md"
     )
+
+
+def _below(group: str) -> str:
+    """The leaves of a group, for people."""
+    return ", ".join(leaf for leaf in LEAVES if leaf.startswith(f"{group}."))
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

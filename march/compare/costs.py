@@ -84,7 +84,7 @@ def setting(words: tuple[str, ...], cuda: bool) -> Setting:
         recipe.batch.sequences,
         recipe.batch.sequence_length,
         recipe.optimizer.lr,
-        recipe.precision,
+        recipe.precision.compute,
         arguments.implementation(recipe),
         text.name,
         per_byte,

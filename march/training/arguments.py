@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -25,7 +25,7 @@ ALIASES: dict[str, tuple[str, Any, str, str]] = {
     "impl": ("devices.impl", str, "NAME", "auto, torch, reference, triton, or attention=flash_attn,glu=torch"),
     "steps": ("schedule.steps", _COUNT, "N", "optimiser steps, instead of the recipe's"),
     "seed": ("seed", int, "N", "initialisation, data order, dropout; default 42"),
-    "precision": ("precision", str, "TYPE", "bf16 or fp32; default the recipe's or the experiment's"),
+    "precision": ("precision.compute", str, "TYPE", "bf16 or fp32; default the recipe's or the experiment's"),
     "micro_batch": ("batch.micro", _COUNT, "N", "sequences at once in a process; default what fits"),
     "zero": ("devices.zero", int, "STAGE", "ZeRO stage 0, 1 or 2; default 1"),
     "checkpoint_every": ("checkpoints.every", _COUNT, "N", "steps; the last one is always saved"),
@@ -96,7 +96,8 @@ def parse_leaf(name: str, text: str) -> Any:
     field = recipe.LEAVES[name]
     if text.lower() == "none" and type(None) in get_args(field.annotation):
         return None
-    value: Any = text.split(",") if name == "data.files" else text
+    listed = any(get_origin(kind) is tuple for kind in (field.annotation, *get_args(field.annotation)))
+    value: Any = text.split(",") if listed else text
     try:
         kind: Any = Annotated[field.annotation, field]
         return TypeAdapter(kind).validate_strings(value)
@@ -108,13 +109,14 @@ def parse_leaf(name: str, text: str) -> Any:
 def parse_set(assignments: list[str]) -> dict[str, Any]:
     """Leaves and values of "leaf=value", fields of the model with or without their prefix, each once; dotted names."""
     found: dict[str, Any] = {}
+    parts = {part for leaf in recipe.LEAVES for part in leaf.split(".")}
     for assignment in assignments:
         name, separator, text = (part.strip() for part in assignment.partition("="))
         model = name.removeprefix("model.")
         if not separator or not text or (model in configuration.FIELDS and name != "precision"):
             field, value = configuration.parse_override(assignment.strip().removeprefix("model."))
             name, value = f"model.{field}", recipe.model_field(field, value)
-        elif "." in name or name in recipe.LEAVES or any(leaf.endswith(f".{name}") for leaf in recipe.LEAVES):
+        elif "." in name or name in parts:
             value = parse_leaf(name, text)
         else:
             configuration.parse_override(assignment)
@@ -135,7 +137,7 @@ def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
 
 def check(arguments: argparse.Namespace, *, cuda: bool, run: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe that `arguments` ask for; `cuda` decides the default one. run: the tree of the run that is continued,
-    for what is not given. Its precision stays `fastest` where that has to be measured.
+    for what is not given. Its precision.compute stays `fastest` where that has to be measured.
 
     Raises:
         UsageError, DataError, march.config.ConfigError: a name or value that cannot be; one line: expected, got, fix.
@@ -148,8 +150,8 @@ def check(arguments: argparse.Namespace, *, cuda: bool, run: Mapping[str, Any] |
             got = f"{_option(leaf)} {changes[leaf]} and {leaf}={value}"
             raise UsageError(f"expected one {leaf}, got {got}; leave one out")
         changes[leaf] = value
-    if changes.get("precision", "bf16") not in ("bf16", "fp32"):
-        raise UsageError(f"expected --precision bf16 or fp32, got {changes['precision']!r}; give one of these")
+    if arguments.precision not in (None, "bf16", "fp32"):
+        raise UsageError(f"expected --precision bf16 or fp32, got {arguments.precision!r}; give one of these")
     if not 0 <= changes.get("seed", 42) < 2**32:
         raise UsageError(f"expected --seed from 0 to 2^32 - 1, got {changes['seed']}; 42 is the recipe's")
     text = sorted(leaf for leaf in changes if leaf.startswith("data.") and leaf != "data.store")
@@ -169,8 +171,11 @@ def check(arguments: argparse.Namespace, *, cuda: bool, run: Mapping[str, Any] |
     description.Description.of(found.data)
     implementation(found)
     own_precision = experiments.configuration(found.entry, **found.model).precision
-    if found.precision == "experiment" or (found.precision == "fastest" and (cuda or own_precision != "bf16")):
-        found = found.model_copy(update={"precision": own_precision})
+    compute = found.precision.compute
+    if compute == "experiment" or (compute == "fastest" and (cuda or own_precision != "bf16")):
+        found = found.computing(own_precision)
+    elif compute == "fastest" and found.devices.zero == 0:  # where bf16 cannot be
+        found = found.computing("fp32")
     return found
 
 

@@ -66,7 +66,7 @@ def deepspeed_config(recipe: Recipe, micro_batch: int, world_size: int) -> dict[
         UsageError: the global batch is no multiple of micro-batch times processes, or the combination of
             ZeRO stage and precision cannot accumulate in float32.
     """
-    precision, zero = recipe.precision, recipe.devices.zero
+    precision, zero = recipe.precision.compute, recipe.devices.zero
     if precision == "bf16" and zero == 0:
         raise UsageError(
             "expected --zero 1 or higher with bf16, got --zero 0, where DeepSpeed accumulates gradients in bf16; "
@@ -91,7 +91,7 @@ def deepspeed_config(recipe: Recipe, micro_batch: int, world_size: int) -> dict[
         "data_types": {"grad_accum_dtype": "fp32"},
         # rounds at every hop between processes; float32 would be exact to 24 bits and cost a twentieth more of a step
         # on 8 GPUs without NVLink (docs/projection.md)
-        "communication_data_type": precision,
+        "communication_data_type": recipe.precision.communication or precision,
         "zero_optimization": {"stage": zero, "overlap_comm": False, "contiguous_gradients": True},
     }
     if precision == "bf16":

@@ -42,7 +42,7 @@ from march.training.watch import Watch
 class Plan:
     """One run, decided: nothing below it reads the command line."""
 
-    recipe: Recipe  # its precision bf16 or fp32
+    recipe: Recipe  # its precision.compute is bf16 or fp32
     micro_batch: int
     train: Examples
     validation: Examples
@@ -115,7 +115,8 @@ class Trainer:
             lost = sum(row != on_disk.get(row["step"]) for row in self.rows)
             if lost:
                 say(world, f"WARNING: {folder.metrics} lacked {lost} of {self.step} steps: written from the checkpoint")
-            self._metrics = Metrics(folder.metrics, folder.tensorboard, self.rows)
+            board = folder.tensorboard if recipe.logging.tensorboard else None
+            self._metrics = Metrics(folder.metrics, board, self.rows)
 
     def run(self) -> Outcome:
         """Train until the recipe's last step, or until a signal; evaluates and saves on the way.
@@ -129,7 +130,8 @@ class Trainer:
                 return self.run()
         stop, self.stop.orderly = self.stop, True
         recipe, world = self.plan.recipe, self.world
-        line = LiveLine(recipe.schedule.steps, self.step, enabled=world.is_first and not self.quiet)
+        shown, every = world.is_first and not self.quiet, recipe.logging.every
+        line = LiveLine(recipe.schedule.steps, self.step, enabled=shown, every=every)
         speeds: list[float] = []
         begin, begin_step = time.perf_counter(), self.step
         stopped = False

@@ -89,8 +89,8 @@ def _train(given) -> int:
                 run = checkpoint.state["run"]["recipe"]
                 run = run | {"experiment": session.kept_file(folder, run["experiment"])}
                 recipe = command_line.check(given, cuda=cuda, run=run)
-            if recipe.precision == "fastest":
-                recipe = recipe.model_copy(update={"precision": session.fastest_precision(world)})
+            if recipe.precision.compute == "fastest":
+                recipe = recipe.computing(session.fastest_precision(world))
             code = _run(recipe, given, folder, checkpoint, world, stop, stack)
             # not in a finally: a rank that failed leaves at once, and the launcher ends the others
             distributed.stop(world)
@@ -157,7 +157,7 @@ def _run(recipe: Recipe, given, folder, checkpoint, world, stop, stack: ExitStac
             )
         say(world, f"continuing {folder.path} after step {checkpoint.step}")
 
-    numerics = session.fix_numerics(before.get("numerics"), recipe.devices.float32_library, world)
+    numerics = session.fix_numerics(before.get("numerics"), recipe.precision.float32_library, world)
     model = session.build_model(recipe, config)
     same_split = state.get("micro_batch") if state.get("world_size") == world.size else None
     micro_batch = session.fit_micro_batch(recipe, config, model, corruption, world, same_split)
@@ -172,7 +172,7 @@ def _run(recipe: Recipe, given, folder, checkpoint, world, stop, stack: ExitStac
         validation=validation,
         fingerprint=identity,
         run=records.describe(recipe, config, numerics, before),
-        peak_share=session.peak_share(config, corruption, recipe.precision, world),
+        peak_share=session.peak_share(config, corruption, config.precision, world),
     )
     if given.replay is not None:
         trainer = Trainer(plan, model, world, None, checkpoint, stop=stop)

@@ -27,18 +27,19 @@ class Metrics:
     and eval_loss where there was an evaluation.
     """
 
-    def __init__(self, file: Path, tensorboard: Path, rows: Sequence[Mapping[str, Any]]):
-        """Begin with `rows`, those of the steps before; what else is in the file belongs to steps that run again."""
+    def __init__(self, file: Path, tensorboard: Path | None, rows: Sequence[Mapping[str, Any]]):
+        """Begin with `rows`, those of the steps before; what else is in the file belongs to steps that run again.
+        tensorboard: its folder, None for none."""
         self.rows = [dict(row) for row in rows]
         self._path = file
         self._descriptor: int | None = None
         self._written = 0
         self._said: set[str] = set()
+        self._board: Board | None = None
         step = self.rows[-1]["step"] if self.rows else 0
         try:
-            self._board: Board | None = Board(tensorboard, step)
+            self._board = None if tensorboard is None else Board(tensorboard, step)
         except OSError as error:
-            self._board = None
             self._warn("tensorboard/", error)
         self._write()
 
@@ -158,9 +159,11 @@ class LiveLine:
     """One line that is rewritten on a terminal; elsewhere a plain line every few steps. Silent on other ranks, and when
     the terminal has gone."""
 
-    def __init__(self, steps: int, start: int, *, enabled: bool, stream: TextIO = sys.stderr, every: int | None = None):
+    def __init__(
+        self, steps: int, start: int, *, enabled: bool, stream: TextIO | None = None, every: int | None = None
+    ):
         self._bar = None
-        self._stream = stream
+        self._stream = stream = stream or sys.stderr
         self._steps = steps
         self._enabled = enabled
         self._every = every or max(1, steps // 20)

@@ -77,7 +77,7 @@ def write_start(
     try:
         folder.write("config.json", {**plan.run, "identity": plan.fingerprint})
         measured = {"float32_library": plan.run["numerics"].get("float32_library")}
-        as_run: dict[str, Any] = {"devices": recipe.devices.model_copy(update=measured)}
+        as_run: dict[str, Any] = {"precision": recipe.precision.model_copy(update=measured)}
         as_run |= {"batch": recipe.batch.model_copy(update={"micro": plan.micro_batch})}
         write_text(folder.path / "recipe.toml", recipe.model_copy(update=as_run).toml())
         if recipe.entry.file is not None:
@@ -89,7 +89,7 @@ def write_start(
         environment(
             world,
             seed=recipe.seed,
-            precision=recipe.precision,
+            precision=recipe.precision.compute,
             zero=recipe.devices.zero,
             impl=implementation(recipe),
             optimizer=type(trainer.engine.basic_optimizer).__module__,
@@ -183,5 +183,6 @@ def closing_lines(
             lines.append(comparison(recipe.entry.name, control, end["mean_last_losses"], end["eval_loss"]))
         else:
             lines.append("these losses cannot be compared with the published ones, nor with another recipe's")
-    lines.append(f"{folder.path}: config.json, metrics.jsonl, summary.json, {folder.curve.name}")
+    curve = f", {folder.curve.name}" if recipe.logging.curve else ""
+    lines.append(f"{folder.path}: config.json, metrics.jsonl, summary.json{curve}")
     return "\n".join(lines)

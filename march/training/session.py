@@ -93,7 +93,7 @@ def require_memory(recipe: Recipe, world: World) -> None:
     vocabulary = recipe.model.get("vocab_size") or recipe.data.vocab_size or SMALLEST
     config = configuration.override(recipe.config, vocab_size=vocabulary)
     parameters = cost.total_parameters(config)
-    needed = cost.state_bytes(parameters, recipe.precision, world.size if recipe.devices.zero else 1)
+    needed = cost.state_bytes(parameters, recipe.precision.compute, world.size if recipe.devices.zero else 1)
     total = total_memory(world)
     if needed > total:
         raise UsageError(
@@ -263,7 +263,7 @@ def fix_numerics(stored: Mapping[str, Any] | None, library: str | None, world: W
 def build_model(recipe: Recipe, config: ModelConfig) -> nn.Module:
     """The experiment's model on the CPU, float32, the same on every rank."""
     torch.manual_seed(recipe.seed)
-    overrides = {**recipe.model, "vocab_size": config.vocab_size, "precision": recipe.precision}
+    overrides = {**recipe.model, "vocab_size": config.vocab_size, "precision": recipe.precision.compute}
     return march.build_model(recipe.entry, impl=implementation(recipe), **overrides)
 
 
@@ -279,7 +279,7 @@ def fit_micro_batch(
     estimate allows; tried on the device, halved where it does not fit."""
     share = share_of_process(recipe.batch.sequences, world.size)
     lengths = (corruption.input_length, corruption.label_length)
-    impl, precision = implementation(recipe), recipe.precision
+    impl, precision = implementation(recipe), recipe.precision.compute
     attempt = trial(model, lengths, config.vocab_size, precision, recipe.devices.zero, world)
     if recipe.batch.micro is not None:
         start = recipe.batch.micro

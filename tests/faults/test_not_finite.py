@@ -21,14 +21,14 @@ SETTINGS = {
     "float32": {"zero": 1},
     "float32, no ZeRO": {"zero": 0},
     "float32, ZeRO 2": {"zero": 2},
-    "bf16": {"precision": "bf16"},
-    "bf16, ZeRO 2": {"precision": "bf16", "zero": 2},
+    "bf16": {"precision__compute": "bf16"},
+    "bf16, ZeRO 2": {"precision__compute": "bf16", "zero": 2},
     "float32, accumulation": {"micro_batch": 2},
     "no ZeRO, accumulation": {"micro_batch": 2, "zero": 0},
-    "bf16, accumulation": {"micro_batch": 4, "precision": "bf16"},
+    "bf16, accumulation": {"micro_batch": 4, "precision__compute": "bf16"},
     "float32, no clipping": {"clipping": 0.0},
     "no ZeRO, no clipping": {"zero": 0, "clipping": 0.0},
-    "bf16, ZeRO 2, no clipping": {"precision": "bf16", "zero": 2, "clipping": 0.0},
+    "bf16, ZeRO 2, no clipping": {"precision__compute": "bf16", "zero": 2, "clipping": 0.0},
 }
 
 
@@ -93,7 +93,7 @@ def test_no_weight_depends_on_deepspeeds_check(clipping, monkeypatch):
     from deepspeed.runtime.zero import stage_1_and_2
 
     monkeypatch.setattr(stage_1_and_2, "is_invalid_grad_norm", lambda norm: False)
-    trainer = trainer_of(None, precision="bf16", zero=2, clipping=clipping)
+    trainer = trainer_of(None, precision__compute="bf16", zero=2, clipping=clipping)
     trainer.engine.optimizer.check_grad_overflow = False
     poison_gradient(trainer, 1, math.nan)
     before = state_of(trainer)["model"]

@@ -337,7 +337,13 @@ os._exit(4)
 @pytest.mark.fault("a gradient not finite on rank 1 of 2", "both ranks stop before their weights see it")
 @pytest.mark.parametrize(
     "settings",
-    [{"zero": 0}, {"zero": 1}, {"zero": 2}, {"precision": "bf16"}, {"precision": "bf16", "zero": 2, "clipping": 0.0}],
+    [
+        {"zero": 0},
+        {"zero": 1},
+        {"zero": 2},
+        {"precision__compute": "bf16"},
+        {"precision__compute": "bf16", "zero": 2, "clipping": 0.0},
+    ],
     ids=str,
 )
 def test_one_rank_that_is_not_finite_stops_both(tmp_path, settings):

@@ -53,6 +53,8 @@ def valid() -> st.SearchStrategy:
             "data.separator": st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=5),
             "devices.zero": st.sampled_from([0, 1, 2]),
             "logging.curve": st.booleans(),
+            "logging.every": st.integers(1, 10**9),
+            "precision.communication": st.sampled_from(["bf16", "fp32"]),
             "model": st.sampled_from([{}, {"dropout": 0.25}, {"num_heads": (2, 4, 8)}, {"qk_norm": True}]),
         },
     )
@@ -103,7 +105,16 @@ def test_any_text_is_a_value_of_its_leaf_or_one_line(name, text):
         ('from = "demo"\n[batch]\nsequences = 2.0', "batch.sequences: expected integer"),
         ('from = "demo"\n[model]\nnum_head = 3', "did you mean num_heads"),
         ('from = "demo"\n[model]\nnum_heads = [3]', "one for each block"),
-        ('from = "demo"\n[model]\nprecision = "bf16"', "the recipe's own precision"),
+        ('from = "demo"\n[model]\nprecision = "bf16"', "the recipe's own precision.compute"),
+        ('from = "demo"\nprecision = "fp32"', "precision as a table, got 'fp32'; did you mean precision.compute,"),
+        (
+            'from = "demo"\nlogging = true',
+            "logging as a table, got True; did you mean logging.every, ",
+        ),
+        ('from = "demo"\n[precision]\ncompute = "fp16"', "precision.compute: expected 'experiment', 'fastest',"),
+        ('from = "demo"\n[devices]\nfloat32_library = "x"', "did you mean precision.float32_library?"),
+        ('from = "demo"\n[logging]\nevery = 0', "logging.every: expected greater than or equal to 1, got 0"),
+        ('from = "demo"\n[logging]\ntensorboards = true', "did you mean logging.tensorboard"),
         ('from = "demo"\n[schedule]\nfinal = 0.1', "a schedule that falls, got constant"),
         ('from = "demo"\n[schedule]\nname = "linear"\nwarmup = 251', "within 250 steps"),
         ('from = "demo"\n[schedule]\nname = "warmup_stable_decay"\nwarmup = 201', "within 250 steps"),
@@ -200,7 +211,7 @@ def small_model():
 def test_the_schedule_and_the_decay_reach_the_weights_and_resume_exactly(precision, zero, tmp_path):
     falling = {"schedule.name": "cosine", "schedule.warmup": 2, "schedule.final": 0.1}
     falling |= {"optimizer.decay": "matrices"} if zero == 0 else {}
-    falling |= {"precision": precision, "devices.zero": zero, "checkpoints.every": 2}
+    falling |= {"precision.compute": precision, "devices.zero": zero, "checkpoints.every": 2}
     straight = build_trainer(small_model(), folder=RunFolder(tmp_path), **falling)
     straight.run()
     made = straight.plan.recipe
@@ -235,6 +246,38 @@ def test_weight_decay_is_for_what_it_says(decay):
     for name, before in begin.items():
         share = 1e-3 * 50.0 if decay == "all" or before.ndim > 1 else 0.0
         torch.testing.assert_close(plain[name] - decayed[name], share * before.detach(), rtol=1e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["precision", "logging", "optimizer", "devices"])
+def test_a_group_in_place_of_a_leaf_names_its_leaves(name):
+    with pytest.raises(UsageError, match=f"got '{name}'; did you mean {name}\\.") as refused:
+        asked("--set", f"{name}=fp32")
+    assert is_refusal(str(refused.value)) is None
+
+
+# logging and precision
+
+
+def test_what_is_logged_is_what_was_asked_for(tmp_path, capsys):
+    changes = {"logging.every": 3, "logging.tensorboard": False, "schedule.steps": 7}
+    trainer = build_trainer(small_model(), folder=RunFolder(tmp_path), **changes)
+    trainer.quiet = False
+    trainer.run()
+    assert [line.split()[1] for line in capsys.readouterr().err.splitlines() if line.startswith("step ")] == [
+        f"{step}/7" for step in (1, 3, 6, 7)
+    ]
+    assert not (tmp_path / "tensorboard").exists()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 7
+
+
+@pytest.mark.parametrize(("compute", "zero"), [("fp32", 0), ("bf16", 1), ("bf16", 2)])
+@pytest.mark.parametrize("communication", [None, "bf16", "fp32"])
+def test_gradients_are_communicated_in_the_type_asked_for(communication, compute, zero):
+    changes = {"precision.compute": compute, "precision.communication": communication, "devices.zero": zero}
+    engine = build_trainer(small_model(), **changes).engine
+    expected = {"bf16": torch.bfloat16, "fp32": torch.float32}[communication or compute]
+    assert engine.communication_data_type == expected
+    assert getattr(engine.optimizer, "communication_data_type", expected) == expected
 
 
 # runs

@@ -86,7 +86,7 @@ def test_accumulated_gradient_is_the_mean_over_the_global_batch():
 
 @pytest.mark.parametrize(("precision", "zero"), [("fp32", 0), ("fp32", 1), ("bf16", 1), ("fp32", 2), ("bf16", 2)])
 def test_resume_is_bitwise(tmp_path, precision, zero):
-    settings = {"precision": precision, "devices.zero": zero, "micro_batch": 4}
+    settings = {"precision.compute": precision, "devices.zero": zero, "micro_batch": 4}
     straight = build_trainer(small_model(), **settings)
     straight.run()
     folder = RunFolder(tmp_path)
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_one_zero_stage_continues_on_another(tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_nan_stops_the_run_before_the_weights_see_it(tmp_path, precision):
-    trainer = build_trainer(small_model(), folder=RunFolder(tmp_path), precision=precision)
+    trainer = build_trainer(small_model(), folder=RunFolder(tmp_path), precision__compute=precision)
     model, calls = trainer.engine.module, []
     healthy = model.forward
 
@@ -140,7 +140,7 @@ def test_nan_stops_the_run_before_the_weights_see_it(tmp_path, precision):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_infinite_gradient_with_a_finite_loss_stops_the_run(precision):
     model = small_model()
-    trainer = build_trainer(model, precision=precision)
+    trainer = build_trainer(model, precision__compute=precision)
     parameter = next(p for p in model.parameters() if p.ndim == 2)
     parameter.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(RunError, match=r"gradient norm is (inf|nan|-1\.0) in step 1"):
@@ -169,7 +169,7 @@ def test_a_tiny_run_overfits_a_few_sequences():
 
 
 def test_configuration_is_checked_key_by_key():
-    config = deepspeed_config(small_recipe(precision="bf16"), 2, 2)
+    config = deepspeed_config(small_recipe(precision__compute="bf16"), 2, 2)
     assert config["gradient_accumulation_steps"] == 2
     assert config["train_batch_size"] == 8
     with pytest.raises(UsageError, match="zero_optimisation; did you mean zero_optimization"):
@@ -179,9 +179,9 @@ def test_configuration_is_checked_key_by_key():
     with pytest.raises(UsageError, match=r"gradient_clipping of type float, got '1\.0'"):
         validate({"gradient_clipping": "1.0"})
     with pytest.raises(UsageError, match="multiple of micro-batch x processes, got 3 x 1"):
-        deepspeed_config(small_recipe(precision="bf16"), 3, 1)
+        deepspeed_config(small_recipe(precision__compute="bf16"), 3, 1)
     with pytest.raises(UsageError, match="--zero 1 or higher with bf16"):
-        deepspeed_config(small_recipe(precision="bf16", devices__zero=0), 2, 1)
+        deepspeed_config(small_recipe(precision__compute="bf16", devices__zero=0), 2, 1)
 
 
 def test_agreement_helpers_with_one_process():

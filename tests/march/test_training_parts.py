@@ -199,17 +199,18 @@ def request(*argv, cuda=False):
 def test_default_recipe_follows_the_device_and_precision_the_recipe_or_experiment():
     assert request().name == "demo"
     # on a CPU the demo's precision is open until it is measured, unless somebody or the experiment decides
-    assert request().precision == "fastest"
-    assert "fastest" not in [request(*own).precision for own in (["--precision", "bf16"], ["--exp", "BaselineFP32"])]
-    assert request("--exp", "BaselineFP32").precision == "fp32"
-    assert request("--recipe", "demo", cuda=True).precision == "bf16"
+    assert request().precision.compute == "fastest"
+    assert request("--precision", "bf16").precision.compute == "bf16"
+    assert request("--zero", "0").precision.compute == "fp32"  # where DeepSpeed would sum bf16 gradients in bf16
+    assert request("--exp", "BaselineFP32").precision.compute == "fp32"
+    assert request("--recipe", "demo", cuda=True).precision.compute == "bf16"
     assert request(cuda=True).name == "paper"
-    assert request(cuda=True).precision == "bf16"
-    assert request("--exp", "BaselineFP32", cuda=True).precision == "fp32"
+    assert request(cuda=True).precision.compute == "bf16"
+    assert request("--exp", "BaselineFP32", cuda=True).precision.compute == "fp32"
     assert request("--precision", "bf16").config.precision == "bf16"
-    assert request("--set", "precision=bf16").precision == "bf16"
+    assert request("--set", "precision.compute=bf16").precision.compute == "bf16"
     with pytest.raises(UsageError, match="expected one precision"):
-        request("--precision", "fp32", "--set", "precision=bf16")
+        request("--precision", "fp32", "--set", "precision.compute=bf16")
 
 
 def test_a_seed_beyond_32_bits_is_refused():

@@ -48,7 +48,7 @@ def small_recipe(**changes) -> Recipe:
         "evaluation.sequences": 5,
         "checkpoints.every": 2,
         "checkpoints.keep": 2,
-        "precision": "fp32",
+        "precision.compute": "fp32",
         "seed": 7,
     }
     named = {name.replace("__", "."): value for name, value in changes.items()}
