@@ -54,16 +54,24 @@ class Data(Group):
 
 
 class Optimizer(Group):
-    """AdamW. decay: what weight_decay is for, every parameter or those of two dimensions and more."""
+    """decay: what weight_decay is for, every parameter or those of two dimensions and more. muon: for the weights of
+    linear layers, with steps as large as AdamW's, which has the rest. momentum: muon's, 0.95 where it is None."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "muon"] = "adamw"
     lr: Annotated[float, Field(gt=0, le=1000)]
     beta1: Moment = 0.9
     beta2: Moment = 0.95
     epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.1
     decay: Literal["all", "matrices"] = "all"
+    momentum: Moment | None = None
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0  # largest norm; 0: none
+
+    @model_validator(mode="after")
+    def _has_momentum(self) -> "Optimizer":
+        if self.momentum is not None and self.name != "muon":
+            raise ValueError("expected optimizer.momentum with muon, got adamw; its momentum is optimizer.beta1")
+        return self
 
 
 class Schedule(Group):
@@ -183,9 +191,18 @@ class Recipe(Group):
     devices: Devices = Devices()
 
     @model_validator(mode="after")
-    def _resumes(self) -> "Recipe":
-        if self.optimizer.decay == "matrices" and self.devices.zero:  # tried: a resumed run then differs
-            raise ValueError("expected --zero 0 with optimizer.decay=matrices, got ZeRO; a resumed run would differ")
+    def _goes_together(self) -> "Recipe":
+        muon = self.optimizer.name == "muon"
+        if muon and self.devices.zero:
+            raise ValueError(
+                f"expected --zero 0 with optimizer.name=muon, got {self.devices.zero}: ZeRO cuts matrices into flat "
+                "parts, Muon wants them whole; add --zero 0 (and --precision fp32)"
+            )
+        if self.precision.compute == "bf16" and not self.devices.zero:
+            raise ValueError(
+                "expected --zero 1 or higher with bf16, got --zero 0, where DeepSpeed accumulates gradients in bf16; "
+                f"use {'' if muon else '--zero 1 (same result on one process) or '}--precision fp32"
+            )
         return self
 
     @property
@@ -213,8 +230,8 @@ class Recipe(Group):
         return unchanged and self.entry.file is None and Description.of(self.data).is_plain(paper.data)
 
     def computing(self, precision: str) -> "Recipe":
-        """With precision.compute decided."""
-        return self.model_copy(update={"precision": self.precision.model_copy(update={"compute": precision})})
+        """With precision.compute decided; UsageError where the rest does not go with it."""
+        return typed(merge(self.model_dump(), {"precision": {"compute": precision}}), "recipe")
 
     def learning_rate(self, step: int) -> float:
         return self.optimizer.lr * self.schedule.factor(step)
@@ -418,7 +435,5 @@ def fix(name: str) -> str:
     """What to do about a wrong value of leaf `name`."""
     if name == "devices.zero":
         return "stage 3 releases weights that the operators read across modules; 1 is the default"
-    if name == "optimizer.name":
-        return "Muon wants matrices, of which ZeRO makes flat parts"
     usual = dict(leaves(load("demo").model_dump())).get(name) if name in LEAVES else None
     return "give one of that kind" if usual is None else f"the demo has {usual}"

@@ -1,6 +1,6 @@
 """DeepSpeed's engine: its configuration, checked before and after, and its state by parameter name.
 
-The state that goes into a checkpoint is the float32 master weights and AdamW's two moments under the names of
+The state that goes into a checkpoint is the float32 master weights and the optimiser's moments under the names of
 the model's parameters, gathered from whatever partitions ZeRO made of them. So a checkpoint does not depend on
 the number of processes, the ZeRO stage or the micro-batch.
 """
@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from march.model import Linear
 from march.recipe import Recipe
 from march.training.distributed import World, largest, say, together
 from march.training.errors import UsageError
@@ -63,15 +64,9 @@ def deepspeed_config(recipe: Recipe, micro_batch: int, world_size: int) -> dict[
     """The configuration for one run, as the dict that `deepspeed.initialize` takes; validated.
 
     Raises:
-        UsageError: the global batch is no multiple of micro-batch times processes, or the combination of
-            ZeRO stage and precision cannot accumulate in float32.
+        UsageError: the global batch is no multiple of micro-batch times processes.
     """
     precision, zero = recipe.precision.compute, recipe.devices.zero
-    if precision == "bf16" and zero == 0:
-        raise UsageError(
-            "expected --zero 1 or higher with bf16, got --zero 0, where DeepSpeed accumulates gradients in bf16; "
-            "use --zero 1 (same result on one process) or --precision fp32"
-        )
     per_step = micro_batch * world_size
     if recipe.batch.sequences % per_step:
         raise UsageError(
@@ -136,9 +131,28 @@ class AdamW(torch.optim.AdamW):
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
+class Muon(torch.optim.Optimizer):
+    """torch's Muon (Jordan et al., 2024) of `matrices` and its AdamW of the other groups, as one optimiser."""
+
+    def __init__(self, matrices: list[Tensor], groups: list[dict[str, Any]], momentum: float, **settings: Any):
+        """settings: AdamW's. Muon's steps are scaled to have the size of AdamW's (Liu et al., 2025), so that the
+        learning rate and the decay are both's."""
+        own = {name: settings[name] for name in ("lr", "weight_decay")}
+        muon = torch.optim.Muon(matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw", **own)
+        self.parts = [muon, AdamW(groups, fused=True, **settings)]
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        for part in self.parts:  # the groups are the same objects
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for part in self.parts:
+            part.step()
+
+
 def build_optimizer(model: nn.Module, recipe: Recipe, world: World) -> torch.optim.Optimizer:
-    """AdamW over every parameter: DeepSpeed's FusedAdam on CUDA, torch's AdamW on a CPU. One group, or a second one
-    without decay: norms' weights and biases.
+    """AdamW over every parameter: DeepSpeed's FusedAdam on CUDA, torch's AdamW on a CPU; or Muon. One group, or a
+    second one without decay: norms' weights and biases.
 
     A CUDA machine without nvcc cannot build FusedAdam: torch's fused AdamW, the same update, takes its place, and
     the run says so.
@@ -150,18 +164,25 @@ def build_optimizer(model: nn.Module, recipe: Recipe, world: World) -> torch.opt
         "weight_decay": recipe.optimizer.weight_decay,
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    parameters: list[Any] = trained
+    muon = recipe.optimizer.name == "muon"
+    linear = {module.weight for module in model.modules() if muon and isinstance(module, Linear | nn.Linear)}
+    rest = [p for p in trained if p not in linear]
+    groups = [{"params": rest}]
     if recipe.optimizer.decay == "matrices":
-        groups = {"matrices": [p for p in trained if p.ndim > 1], "others": [p for p in trained if p.ndim < 2]}
-        parameters = [{"params": groups["matrices"]}, {"params": groups["others"], "weight_decay": 0.0}]
-        parameters = [group for group in parameters if group["params"]]
+        groups = [{"params": [p for p in rest if p.ndim > 1]}]
+        groups += [{"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if muon:
+        matrices = [p for p in trained if p in linear]
+        momentum = 0.95 if recipe.optimizer.momentum is None else recipe.optimizer.momentum
+        return Muon(matrices, groups, momentum, **settings)
     if world.device.type == "cuda":
         missing = _cannot_build_fused_adam()
         if largest(world, float(missing is not None)) == 0:
             from deepspeed.ops.adam import FusedAdam
 
             def build() -> torch.optim.Optimizer:
-                return FusedAdam(parameters, adam_w_mode=True, **settings)
+                return FusedAdam(groups, adam_w_mode=True, **settings)
 
             # one process of a node compiles (a minute, once for a machine), the others load its result
             built = together(world, build, when=world.local_rank == 0)
@@ -170,7 +191,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe, world: World) -> torch.opt
             return optimizer
         say(world, f"DeepSpeed's FusedAdam cannot be built ({missing or 'on another rank'}): using torch's fused AdamW")
     # fused: one pass over 36M parameters instead of one for each operation
-    return AdamW(parameters, fused=True, **settings)
+    return AdamW(groups, fused=True, **settings)
 
 
 def _cannot_build_fused_adam() -> str | None:
@@ -256,6 +277,7 @@ def build_engine(model: nn.Module, config: dict[str, Any], recipe: Recipe, world
     }
     if reported != asked:
         raise RuntimeError(f"DeepSpeed's engine runs with {reported}, not with {asked}")
+    _create_optimizer_state(engine)
     return engine
 
 
@@ -292,18 +314,16 @@ def global_norm(engine) -> float:
     return norm if norm >= 0 else math.nan  # -1 stands for infinite and for NaN
 
 
-def gather_state(engine, step: int, world: World) -> dict[str, dict[str, Tensor]] | None:
-    """{"model" | "exp_avg" | "exp_avg_sq": {parameter name: float32 CPU tensor of its shape}}; rank 0 only.
+def gather_state(engine, world: World) -> dict[str, dict[str, Tensor]] | None:
+    """{"model" | "exp_avg" | ...: {parameter name: float32 CPU tensor of its shape}}; rank 0 only.
 
-    Collective: every rank calls it, between two steps. `step` is the number of finished steps; at 0 the moments
-    are not there yet and are left out.
+    Collective: every rank calls it, between two steps.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    keys = (None, *MOMENTS) if step > 0 else (None,)
-    gathered: dict[str, dict[str, Tensor]] = {key or "model": {} for key in keys}
+    gathered: dict[str, dict[str, Tensor]] = {}
     for name, parameter in engine.module.model.named_parameters():
-        for key in keys:
+        for key in (None, *_moments(engine, parameter)):
             if _is_plain(engine):
                 full = parameter if key is None else engine.optimizer.state[parameter][key]
             elif key is None:
@@ -313,7 +333,7 @@ def gather_state(engine, step: int, world: World) -> dict[str, dict[str, Tensor]
             if full is None:
                 raise RuntimeError(f"DeepSpeed gave no {key or 'master weight'} for {name}")
             if world.is_first:
-                gathered[key or "model"][name] = full.detach().to("cpu", torch.float32, copy=True)
+                gathered.setdefault(key or "model", {})[name] = full.detach().to("cpu", torch.float32, copy=True)
     return gathered if world.is_first else None
 
 
@@ -328,42 +348,52 @@ def scatter_state(engine, state: Mapping[str, Mapping[str, Tensor]], step: int, 
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     named = dict(engine.module.model.named_parameters())
-    parts = ("model", *MOMENTS) if step > 0 else ("model",)
-    shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
-    together(world, lambda: _check_state(state, parts, shapes), when=world.is_first)
-    if step > 0:
-        _create_optimizer_state(engine, step)
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, parameter in named.items():
-        for part in parts:
-            if world.is_first:
-                full = state[part][name].to(world.device, torch.float32)
-            else:
-                full = torch.empty(shapes[name], dtype=torch.float32, device=world.device)
-            if world.size > 1:
-                torch.distributed.broadcast(full, src=0)
-            if part == "model":
-                parameter.data.copy_(full)  # rounded to bf16 where that is the parameter's type
-                if not _is_plain(engine):
-                    safe_set_full_fp32_param(parameter, full)
-            elif _is_plain(engine):
-                engine.optimizer.state[parameter][part].copy_(full)
-            else:
-                safe_set_full_optimizer_state(parameter, full, part)
+        for part in ("model", *_moments(engine, parameter)):
+            shapes.setdefault(part, {})[name] = tuple(parameter.shape)
+    together(world, lambda: _check_state(state, shapes), when=world.is_first)
+    for moments in engine.basic_optimizer.state.values():
+        if "step" in moments:
+            moments["step"] = torch.full_like(count, step) if isinstance(count := moments["step"], Tensor) else step
+    for part, name in ((part, name) for part, names in shapes.items() for name in names):
+        parameter = named[name]
+        if world.is_first:
+            full = state[part][name].to(world.device, torch.float32)
+        else:
+            full = torch.empty(shapes[part][name], dtype=torch.float32, device=world.device)
+        if world.size > 1:
+            torch.distributed.broadcast(full, src=0)
+        if part == "model":
+            parameter.data.copy_(full)  # rounded to bf16 where that is the parameter's type
+            if not _is_plain(engine):
+                safe_set_full_fp32_param(parameter, full)
+        elif _is_plain(engine):
+            engine.optimizer.state[parameter][part].copy_(full)
+        else:
+            safe_set_full_optimizer_state(parameter, full, part)
 
 
 def _check_state(
-    state: Mapping[str, Mapping[str, Tensor]], parts: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]
+    state: Mapping[str, Mapping[str, Tensor]], shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
 ) -> None:
-    for part in parts:
+    for part, expected in shapes.items():
         tensors = state.get(part, {})
-        if tensors.keys() != shapes.keys():
-            odd = ", ".join(sorted(tensors.keys() ^ shapes.keys())[:3])
+        if tensors.keys() != expected.keys():
+            odd = ", ".join(sorted(tensors.keys() ^ expected.keys())[:3])
             raise UsageError(f"expected the model's parameters in {part}, got a difference in {odd}; use its own run")
         for name, tensor in tensors.items():
-            if tuple(tensor.shape) != shapes[name]:
+            if tuple(tensor.shape) != expected[name]:
                 raise UsageError(
-                    f"expected {part} of {name} with shape {shapes[name]}, got {tuple(tensor.shape)}; use its own run"
+                    f"expected {part} of {name} with shape {expected[name]}, got {tuple(tensor.shape)}; use its own run"
                 )
+
+
+def _moments(engine, parameter: nn.Parameter) -> tuple[str, ...]:
+    """The names of the optimiser's tensors for a parameter."""
+    if not _is_plain(engine):
+        return MOMENTS
+    return tuple(key for key in engine.optimizer.state[parameter] if key != "step")
 
 
 def _is_plain(engine) -> bool:
@@ -371,17 +401,21 @@ def _is_plain(engine) -> bool:
     return engine.zero_optimization_stage() == 0
 
 
-def _create_optimizer_state(engine, step: int) -> None:
-    """Give AdamW the state that it would create at its first step, so that there is something to copy into."""
-    for group in engine.basic_optimizer.param_groups:
+def _create_optimizer_state(engine) -> None:
+    """Give the optimiser the state that it would create at its first step.
+
+    So there is something to load into, and to save: ZeRO steps one group of parameters after another, and links all of
+    them to their state after the first group's first step, when the other groups have none.
+    """
+    optimizer = engine.basic_optimizer
+    counts = isinstance(optimizer, torch.optim.AdamW | Muon)  # with a tensor, FusedAdam with an integer
+    for group in optimizer.param_groups:
         for flat in group["params"]:
-            moments: dict[str, Any] = {key: torch.zeros_like(flat, dtype=torch.float32) for key in MOMENTS}
-            if isinstance(engine.basic_optimizer, torch.optim.AdamW):
-                moments["step"] = torch.tensor(float(step), device=flat.device)
-            else:
-                moments["step"] = step  # FusedAdam counts with an integer
-            engine.basic_optimizer.state[flat] = moments
-    # ZeRO's views into the moments by parameter; made at the first step otherwise
+            muon = "momentum" in group
+            keys = ("momentum_buffer",) if muon else MOMENTS
+            optimizer.state[flat] = {key: torch.zeros_like(flat, dtype=torch.float32) for key in keys}
+            if not muon:
+                optimizer.state[flat]["step"] = torch.zeros((), device=flat.device) if counts else 0
     link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:
         link()

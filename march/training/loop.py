@@ -365,7 +365,7 @@ class Trainer:
         if self.checkpoints is None or self._saved_step == self.step:
             return
         checkpoints = self.checkpoints
-        tensors = gather_state(self.engine, self.step, self.world)
+        tensors = gather_state(self.engine, self.world)
         state = {
             "elapsed": self.elapsed,
             "identity": self.plan.fingerprint,

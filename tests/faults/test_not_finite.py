@@ -44,7 +44,7 @@ def trainer_of(folder, *, clipping=1.0, checkpoint_every=100, steps=4, **setting
 
 
 def state_of(trainer):
-    return gather_state(trainer.engine, trainer.step, process_world())
+    return gather_state(trainer.engine, process_world())
 
 
 def poison_gradient(trainer, step, value):

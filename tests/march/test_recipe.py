@@ -44,7 +44,7 @@ def valid() -> st.SearchStrategy:
             "optimizer.lr": st.floats(1e-30, 1000),
             "optimizer.beta1": share,
             "optimizer.weight_decay": st.floats(0, 1000),
-            "optimizer.decay": st.just("all"),
+            "optimizer.decay": st.sampled_from(["all", "matrices"]),
             "optimizer.gradient_clipping": st.floats(0, 1e300),
             "schedule.name": st.sampled_from(["constant", "linear", "cosine", "warmup_stable_decay"]),
             "schedule.warmup": st.integers(0, 80),
@@ -87,7 +87,10 @@ def test_any_text_is_a_value_of_its_leaf_or_one_line(name, text):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('from = "demo"\n[optimizer]\ndecay = "matrices"', "expected --zero 0 with"),
+        ('from = "demo"\n[optimizer]\nname = "muon"', "expected --zero 0 with optimizer.name=muon, got 1"),
+        ('from = "demo"\n[optimizer]\nmomentum = 0.9', "expected optimizer.momentum with muon, got adamw"),
+        ('from = "demo"\n[optimizer]\nname = "sgd"', "optimizer.name: expected 'adamw' or 'muon', got 'sgd'"),
+        ('from = "demo"\n[precision]\ncompute = "bf16"\n[devices]\nzero = 0', "--zero 1 or higher with bf16"),
         ("", "expected name, got none"),
         ('from = "papr"', "did you mean paper?"),
         ('from = "mine.toml"', "a recipe that ends somewhere"),
@@ -210,15 +213,14 @@ def small_model():
 @pytest.mark.parametrize(("precision", "zero"), [("fp32", 0), ("fp32", 1), ("bf16", 2)])
 def test_the_schedule_and_the_decay_reach_the_weights_and_resume_exactly(precision, zero, tmp_path):
     falling = {"schedule.name": "cosine", "schedule.warmup": 2, "schedule.final": 0.1}
-    falling |= {"optimizer.decay": "matrices"} if zero == 0 else {}
-    falling |= {"precision.compute": precision, "devices.zero": zero, "checkpoints.every": 2}
+    falling |= {"optimizer.decay": "matrices", "precision.compute": precision, "devices.zero": zero, "checkpoints.every": 2}
     straight = build_trainer(small_model(), folder=RunFolder(tmp_path), **falling)
     straight.run()
     made = straight.plan.recipe
     assert [row["lr"] for row in straight.rows] == [made.learning_rate(step) for step in (1, 2, 3, 4)]
     groups = straight.engine.basic_optimizer.param_groups
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [
-        (made.learning_rate(4), d) for d in ([0.1] if zero else [0.1, 0])
+        (made.learning_rate(4), d) for d in (0.1, 0)
     ]
     checkpoint = Checkpoints(tmp_path / "checkpoints", 2).load(before=4)
     assert checkpoint.step == 2
