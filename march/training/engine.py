@@ -167,13 +167,13 @@ def build_optimizer(model: nn.Module, recipe: Recipe, world: World) -> torch.opt
     muon = recipe.optimizer.name == "muon"
     linear = {module.weight for module in model.modules() if muon and isinstance(module, Linear | nn.Linear)}
     rest = [p for p in trained if p not in linear]
-    groups = [{"params": rest}]
+    groups: list[dict[str, Any]] = [{"params": rest}]
     if recipe.optimizer.decay == "matrices":
         groups = [{"params": [p for p in rest if p.ndim > 1]}]
         groups += [{"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if muon:
-        matrices = [p for p in trained if p in linear]
+        matrices: list[Tensor] = [p for p in trained if p in linear]
         momentum = 0.95 if recipe.optimizer.momentum is None else recipe.optimizer.momentum
         return Muon(matrices, groups, momentum, **settings)
     if world.device.type == "cuda":

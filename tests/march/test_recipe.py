@@ -213,15 +213,14 @@ def small_model():
 @pytest.mark.parametrize(("precision", "zero"), [("fp32", 0), ("fp32", 1), ("bf16", 2)])
 def test_the_schedule_and_the_decay_reach_the_weights_and_resume_exactly(precision, zero, tmp_path):
     falling = {"schedule.name": "cosine", "schedule.warmup": 2, "schedule.final": 0.1}
-    falling |= {"optimizer.decay": "matrices", "precision.compute": precision, "devices.zero": zero, "checkpoints.every": 2}
+    falling |= {"optimizer.decay": "matrices", "checkpoints.every": 2}
+    falling |= {"precision.compute": precision, "devices.zero": zero}
     straight = build_trainer(small_model(), folder=RunFolder(tmp_path), **falling)
     straight.run()
     made = straight.plan.recipe
     assert [row["lr"] for row in straight.rows] == [made.learning_rate(step) for step in (1, 2, 3, 4)]
     groups = straight.engine.basic_optimizer.param_groups
-    assert [(group["lr"], group["weight_decay"]) for group in groups] == [
-        (made.learning_rate(4), d) for d in (0.1, 0)
-    ]
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(made.learning_rate(4), d) for d in (0.1, 0)]
     checkpoint = Checkpoints(tmp_path / "checkpoints", 2).load(before=4)
     assert checkpoint.step == 2
     resumed = build_trainer(small_model(), checkpoint=checkpoint, **falling)
