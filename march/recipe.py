@@ -41,9 +41,13 @@ class Data(Group):
     column: str | None = None
     separator: str | None = None
     encoding: str | None = None
-    snapshot: str | None = None
     dataset: str | None = None
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    snapshot: str | None = None
     limit: Annotated[int, Field(ge=1, le=10**12)] | None = None
+    held_out: Annotated[float, Field(gt=0, lt=0.5)] | None = None
 
     @model_validator(mode="after")
     def _one_text(self) -> "Data":

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from march.console import unescaped, whole
+from march.console import share, unescaped, whole
 from march.data import prepare, vocabulary
 from march.data.corpora import SOURCES, Corpus, open_corpus
 from march.data.errors import DataError
 from march.data.store import MANIFEST, Store
 
 # The options of the sources, as the command line and march.data.corpora call them.
-SOURCE_OPTIONS = ("files", "field", "column", "separator", "encoding", "snapshot", "dataset", "limit")
+SOURCE_OPTIONS = (
+    *("files", "field", "column", "separator", "encoding"),
+    *("snapshot", "dataset", "config", "split", "revision", "limit", "held_out"),
+)
 DIRECTORY = Path("data")
 
 
@@ -26,22 +29,30 @@ def add_arguments(parser: argparse.ArgumentParser, default_source: str) -> None:
         "--vocab-size",
         type=whole(vocabulary.SMALLEST, vocabulary.LARGEST, "30000 is the recipe's"),
         metavar="N",
-        help="tokens (excerpt 4096, wikipedia 30000, files up to 30000)",
+        help="tokens (excerpt 4096, wikipedia 30000, others up to 30000)",
+    )
+    what.add_argument(
+        "--held-out",
+        type=share,
+        metavar="SHARE",
+        help="of the documents, for test and for validation each, drawn by a hash of their text",
     )
     files = parser.add_argument_group("--source files")
     files.add_argument("--files", nargs="+", metavar="GLOB", help=".txt .text .md, .jsonl .ndjson, .parquet")
     files.add_argument("--field", help="field of JSON lines that holds the text (text)")
-    files.add_argument("--column", help="column of parquet that holds the text (text)")
+    files.add_argument("--column", help="column of parquet, or of a dataset, that holds the text (text)")
     files.add_argument(
         "--separator", type=unescaped, help=r"between documents of a text file, such as '\n\n' (a file is one)"
     )
     files.add_argument("--encoding", help="of text files and JSON lines (utf-8)")
-    wikipedia = parser.add_argument_group("--source wikipedia")
-    wikipedia.add_argument("--snapshot", help="configuration of the dataset (20231101.en)")
-    wikipedia.add_argument("--dataset", help="name on the hub, or a folder (wikimedia/wikipedia)")
-    wikipedia.add_argument(
-        "--limit", type=whole(1, 10**12, "leave it out for all"), metavar="N", help="only so many articles, for a trial"
-    )
+    hub = parser.add_argument_group("--source huggingface, and wikipedia, a dataset of its own")
+    hub.add_argument("--dataset", help="name on the hub, or a folder (wikimedia/wikipedia)")
+    hub.add_argument("--config", help="configuration of the dataset, where it has several; --column holds the text")
+    hub.add_argument("--split", help="of the dataset, to train on and to hold out from (train)")
+    hub.add_argument("--revision", help="commit, tag or branch of the dataset (its newest)")
+    hub.add_argument("--snapshot", help="configuration of Wikipedia (20231101.en)")
+    limit = whole(1, 10**12, "leave it out for all")
+    hub.add_argument("--limit", type=limit, metavar="N", help="only so many documents, for a trial")
 
 
 @dataclass(frozen=True)
@@ -95,15 +106,17 @@ class Description:
         return prepare.ensure(self.source, self.directory, self.vocab_size, force=force, **self.options)
 
     def require_prepared(self) -> None:
-        """DataError where opening would start hours of work: Wikipedia that was not prepared."""
-        if self.folder is not None or self.source != "wikipedia":
+        """DataError where opening would start hours of work: a dataset of the hub that was not prepared."""
+        if self.folder is not None or self.source not in ("wikipedia", "huggingface"):
+            return
+        if self.source == "huggingface" and Path(self.options["dataset"]).is_dir():
             return
         corpus = self.corpus()
         path = prepare.location(corpus, self.directory, self.vocab_size)
         if not (path / MANIFEST).exists():
             command = prepare.command(corpus, self.vocab_size, self.directory)
             raise DataError(
-                f"prepared Wikipedia at {path}",
+                f"prepared {'Wikipedia' if self.source == 'wikipedia' else self.options['dataset']} at {path}",
                 "none",
                 f"run {command} once (hours, network), or train on other text: --recipe demo",
             )

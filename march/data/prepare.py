@@ -1,5 +1,6 @@
 """From a corpus to a store: vocabulary, tokens, splits, manifest; all of it or nothing."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,8 @@ def ensure(
     """Opens the store of that source below `directory`, after preparing it if it is not there.
 
     vocab_size: None for the source's own. force: prepare again and replace what is there. The options are those of
-    march.data.corpora (files: files, field, column, separator, encoding; wikipedia: snapshot, dataset, limit).
+    march.data.corpora: held_out of all; files: files, field, column, separator, encoding; wikipedia: snapshot, dataset,
+    limit; huggingface: dataset, config, split, revision, column, limit.
     Only the caller's process prepares; another one that wants the same store waits for it, with a message. A store
     that is damaged or stale is refused with DataError, never replaced unasked.
     """
@@ -66,7 +69,8 @@ def ensure(
 
 def location(corpus: Corpus, directory: Path, vocab_size: int | None) -> Path:
     """The folder of that store."""
-    return directory / f"{corpus.name}-v{requested(corpus, vocab_size)}"
+    held_out = "" if corpus.held_out is None else f"-held-out-{corpus.held_out:g}"
+    return directory / f"{corpus.name}{held_out}-v{requested(corpus, vocab_size)}"
 
 
 def requested(corpus: Corpus, vocab_size: int | None) -> str:
@@ -152,16 +156,15 @@ def _build(corpus: Corpus, folder: Path, final: Path, vocab_size: int | None) ->
     size = tokenizer.get_vocab_size()
     (folder / stores.TOKENIZER).write_text(tokenizer.to_str(pretty=True), "utf-8")
     dtype = np.dtype("<u2" if size <= 65_535 else "<u4")
-    writer = SplitWriter(folder, dtype, size)
+    writer = SplitWriter(folder, dtype, size, corpus.held_out)
     documents = characters = 0
     try:
         with bar("tokenising", corpus.count(), unit="doc") as progress:
-            for tokens, count in _encoded(tokenizer, corpus.documents(), dtype):
-                writer.add(tokens)
-                ended = int(np.count_nonzero(tokens == END_OF_TEXT))
-                documents, characters = documents + ended, characters + count
+            for tokens, count, digests in _encoded(tokenizer, corpus.documents(), dtype):
+                writer.add(tokens, digests)
+                documents, characters = documents + len(digests), characters + count
                 progress.set_postfix_str(f"{characters / 1e6:,.0f}M characters")
-                progress.update(ended)
+                progress.update(len(digests))
         rule = writer.close()
     finally:
         writer.abandon()
@@ -214,21 +217,24 @@ def _train(corpus: Corpus, vocab_size: int | None) -> Tokenizer:
 class _Watched:
     """Texts on their way to the trainer: moves a progress bar, and knows whether there was any text."""
 
-    def __init__(self, texts: Iterable[str], progress: Any):
+    def __init__(self, texts: Iterable[str | Iterable[str]], progress: Any):
         self._texts, self._progress, self.found = texts, progress, False
 
     def __iter__(self) -> Iterator[str]:
         for text in self._texts:
-            self.found = self.found or bool(text.strip())
+            for piece in vocabulary.pieces(text):
+                self.found = self.found or bool(piece.strip())
+                yield piece
             self._progress.update(1)
-            yield text
 
 
-_Piece = tuple[str, bool]  # of a document, and whether it is the last one
+_Piece = tuple[str, bytes | None]  # of a document, and with its last one the hash of the whole
+_Encoded = tuple[np.ndarray, int, list[bytes]]
 
 
-def _encoded(tokenizer: Tokenizer, texts: Iterable[str], dtype: np.dtype) -> Iterator[tuple[np.ndarray, int]]:
-    """Tokens and the number of characters of one batch after another, in order; documents end with END_OF_TEXT.
+def _encoded(tokenizer: Tokenizer, texts: Iterable[str | Iterable[str]], dtype: np.dtype) -> Iterator[_Encoded]:
+    """Tokens, the number of characters, and the hashes of the documents that end, of one batch after another, in order;
+    documents end with END_OF_TEXT.
 
     The tokenizer uses all cores inside a batch (RAYON_NUM_THREADS sets how many); three batches at a time keep
     them busy while Python turns a finished one into an array. Memory stays that of three batches and a document.
@@ -243,30 +249,36 @@ def _encoded(tokenizer: Tokenizer, texts: Iterable[str], dtype: np.dtype) -> Ite
             yield running.popleft().result()
 
 
-def _encode(tokenizer: Tokenizer, batch: list[_Piece], dtype: np.dtype) -> tuple[np.ndarray, int]:
+def _encode(tokenizer: Tokenizer, batch: list[_Piece], dtype: np.dtype) -> _Encoded:
     encodings = tokenizer.encode_batch_fast([text for text, _ in batch])
     tokens = [
-        np.array(encoding.ids + [END_OF_TEXT] * last, dtype=dtype)
-        for encoding, (_, last) in zip(encodings, batch, strict=True)
+        np.array(encoding.ids + [END_OF_TEXT] * (digest is not None), dtype=dtype)
+        for encoding, (_, digest) in zip(encodings, batch, strict=True)
     ]
-    return np.concatenate(tokens), sum(len(text) for text, _ in batch)
+    ended = [digest for _, digest in batch if digest is not None]
+    return np.concatenate(tokens), sum(len(text) for text, _ in batch), ended
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[_Piece]]:
+def _batches(texts: Iterable[str | Iterable[str]]) -> Iterator[list[_Piece]]:
     """Pieces of about vocabulary.PIECE characters together; texts without a visible character are left out."""
     batch: list[_Piece] = []
     size = 0
     for text in texts:
-        if not text or text.isspace():
-            continue
-        done = 0
-        for piece in vocabulary.pieces(text):
-            done += len(piece)
-            batch.append((piece, done == len(text)))
-            size += len(piece)
-            if size >= vocabulary.PIECE:
-                yield batch
-                batch, size = [], 0
+        digest = hashlib.blake2b(digest_size=16)
+        waiting: deque[str] = deque()  # for a visible character
+        visible = False
+        for piece, after in pairwise(chain(vocabulary.pieces(text), [None])):
+            assert piece is not None
+            digest.update(piece.encode("utf-8", "surrogatepass"))
+            waiting.append(piece)
+            visible = visible or bool(piece.strip())
+            while visible and waiting:
+                part = waiting.popleft()
+                batch.append((part, digest.digest() if after is None and not waiting else None))
+                size += len(part)
+                if size >= vocabulary.PIECE:
+                    yield batch
+                    batch, size = [], 0
     if batch:
         yield batch
 
@@ -282,5 +294,5 @@ def command(corpus: Corpus, vocab_size: int | None, directory: Path | None = Non
             continue
         # escapes as the command line takes them, so that it stays one line
         values = value if isinstance(value, list) else [escaped(value) if key == "separator" else str(value)]
-        words += [f"--{key}", *values]
+        words += [f"--{key.replace('_', '-')}", *values]
     return shlex.join([*words, *(["--data-dir", str(directory)] if directory else [])])

@@ -1,7 +1,7 @@
 """Documents to test, validation and training files, in constant memory."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,20 +24,33 @@ class SplitWriter:
     A small one (under 20.48M tokens, of which 2000 sequences would be more than a tenth): whole documents, drawn by
     a fixed hash, up to 5% of the tokens each, and a part of the longest where no document is that short; it fits in
     memory (41 MB), so it is kept there until its end is known. What happened is what close() says.
+
+    held_out: the share of the documents for test, and for validation. Then a hash of a document's text alone decides,
+    so that it stays where it is when others come or go, and its copies with it.
     """
 
-    def __init__(self, folder: Path, dtype: np.dtype, vocab_size: int):
+    def __init__(self, folder: Path, dtype: np.dtype, vocab_size: int, held_out: float | None = None):
         self._folder, self._dtype = folder, dtype
         self._held: list[np.ndarray] = []
         self._train: BinaryIO | None = None
+        self._share = held_out
         self._open_document = hashlib.blake2b(digest_size=16)
         self._held_out: set[bytes] = set()  # documents of test and validation of a large corpus
         self._repeated = 0  # training documents among them
         self.counts = np.zeros(vocab_size, dtype=np.int64)  # of the training tokens
         self.tokens = {"test": 0, "validation": 0, "train": 0}
 
-    def add(self, tokens: np.ndarray) -> None:
-        """The next tokens; a document may go on in the next call."""
+    def add(self, tokens: np.ndarray, digests: Sequence[bytes] = ()) -> None:
+        """The next tokens; a document may go on in the next call. digests: hashes of the documents that end in them,
+        which held_out wants."""
+        if self._share is not None:
+            self._held.append(tokens)
+            if digests:
+                self._write_by_hash(self._share, digests)
+            elif sum(piece.size for piece in self._held) > _BUFFER:
+                got, fix = "a longer one", "say what separates documents, or leave --held-out out"
+                raise DataError(f"documents of at most {_BUFFER:,} tokens with --held-out", got, fix)
+            return
         if self._train is not None:
             self._write_train(tokens)
             return
@@ -53,7 +66,15 @@ class SplitWriter:
 
     def close(self) -> str:
         """Writes what is left; returns how the corpus was split."""
-        if self._train is None:
+        if self._share is not None:
+            if empty := [name for name, count in self.tokens.items() if not count]:
+                got = f"none in {' and '.join(empty)} of a share of {self._share:g}"
+                raise DataError("documents in each split", got, "add text, or choose another --held-out")
+            said = (
+                f"{self._share:g} of the documents each are test and validation, by a hash of their text: "
+                "{test:,} and {validation:,} tokens".format(**self.tokens)
+            )
+        elif self._train is None:
             said = self._split_small()
         else:
             said = "the first 1000 sequences of 1024 tokens are test, the next 1000 validation"
@@ -67,6 +88,24 @@ class SplitWriter:
         """Closes the open file after an error; what was written is of no use."""
         if self._train is not None:
             self._train.close()
+
+    def _write_by_hash(self, share: float, digests: Sequence[bytes]) -> None:
+        """The documents that are whole; the beginning of the next one is kept."""
+        stream = np.concatenate(self._held)
+        ends = np.flatnonzero(stream == END_OF_TEXT) + 1
+        drawn = np.array([int.from_bytes(digest[:8], "big") / 2**64 for digest in digests])
+        owner = np.repeat(np.minimum(drawn / share, 2).astype(int), np.diff(ends, prepend=0))
+        whole, self._held = stream[: ends[-1]], [stream[ends[-1] :]]
+        if self._train is None:
+            self._write("test", stream[:0])
+            self._write("validation", stream[:0])
+            self._open_train()
+        for number, split in enumerate(("test", "validation")):
+            part = whole[owner == number]
+            with (self._folder / f"{split}.bin").open("ab") as file:
+                file.write(part.astype(self._dtype, copy=False).tobytes())
+            self.tokens[split] += int(part.size)
+        self._write_train(whole[owner == 2])
 
     def _split_small(self) -> str:
         stream = np.concatenate([*self._held, np.zeros(0, dtype=self._dtype)])

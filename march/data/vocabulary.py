@@ -40,7 +40,7 @@ PIECE = 2**20
 _END_OF_WORD = re.compile(r"[!-~](?=[ \n])")
 
 
-def train(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> Tokenizer:
+def train(texts: Iterable[str | Iterable[str]], vocab_size: int, min_frequency: int = 2) -> Tokenizer:
     """A tokenizer of at most vocab_size tokens; fewer when no pair is left that occurs min_frequency times."""
     check_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
@@ -70,21 +70,25 @@ def train(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> Toke
     return Tokenizer.from_str(json.dumps({**json.loads(tokenizer.to_str()), "added_tokens": []}))
 
 
-def pieces(text: str) -> Iterator[str]:
-    """`text` in pieces of at most PIECE characters, cut between words: the tokens of all are those of the whole.
+def pieces(text: str | Iterable[str]) -> Iterator[str]:
+    """`text`, or what its parts make, in pieces of at most PIECE characters, cut between words: the tokens of all are
+    those of the whole.
 
     A word that goes on for longer is cut where the piece is full.
     """
-    start = 0
-    while len(text) - start > PIECE:
-        end = start + PIECE
-        for tail in (2**12, PIECE):  # the last end of a word is nearly always close
-            if found := list(_END_OF_WORD.finditer(text, max(start, end - tail), end)):
-                end = found[-1].end()
-                break
-        yield text[start:end]
-        start = end
-    yield text[start:]
+    rest = ""
+    for part in (text,) if isinstance(text, str) else text:
+        whole, start = rest + part, 0
+        while len(whole) - start > PIECE:
+            end = start + PIECE
+            for tail in (2**12, PIECE):  # the last end of a word is nearly always close
+                if found := list(_END_OF_WORD.finditer(whole, max(start, end - tail), end)):
+                    end = found[-1].end()
+                    break
+            yield whole[start:end]
+            start = end
+        rest = whole[start:]
+    yield rest
 
 
 def check_size(vocab_size: int) -> None:

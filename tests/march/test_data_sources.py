@@ -15,7 +15,7 @@ import pytest
 
 from march.data import DataError, ensure
 from march.data.__main__ import main
-from march.data.corpora import files, open_corpus, wikipedia
+from march.data.corpora import files, huggingface, open_corpus
 from march.data.description import Description
 from march.data.prepare import location
 from march.data.progress import bar
@@ -141,9 +141,9 @@ def test_the_vocabulary_of_files_follows_from_their_size(tmp_path):
 
 
 def test_unknown_sources_and_options_are_refused(tmp_path):
-    with pytest.raises(DataError, match="a source of excerpt, wikipedia, files"):
+    with pytest.raises(DataError, match="a source of excerpt, wikipedia, huggingface, files"):
         ensure("wiki", tmp_path)
-    with pytest.raises(DataError, match="options of the source excerpt: none, got files"):
+    with pytest.raises(DataError, match="options of the source excerpt: held_out, got files"):
         ensure("excerpt", tmp_path, files=["a.txt"])
 
 
@@ -183,7 +183,7 @@ def test_wikipedia_with_options_is_prepared_by_the_command_that_training_advises
 def test_wikipedia_streams_in_order_and_samples_every_file(wiki, monkeypatch, hf_cache):
     corpus = open_corpus("wikipedia", dataset=str(wiki), snapshot="20990101.en")
     assert list(corpus.documents()) == TEXTS
-    monkeypatch.setattr(wikipedia, "SAMPLE_DOCUMENTS", 4)
+    monkeypatch.setattr(huggingface, "SAMPLE_DOCUMENTS", 4)
     assert list(corpus.sample()) == [TEXTS[0], TEXTS[1], TEXTS[15], TEXTS[16]]
     limited = open_corpus("wikipedia", dataset=str(wiki), snapshot="20990101.en", limit=3)
     assert list(limited.documents()) == list(limited.sample()) == TEXTS[:3]
@@ -198,11 +198,11 @@ def test_a_hub_that_does_not_resolve_is_said_at_once(monkeypatch):
     def refuse(*_):
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr(wikipedia.socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(wikipedia.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(huggingface.socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(huggingface.urllib.request, "getproxies", dict)
     with pytest.raises(DataError, match="access to the dataset wikimedia/wikipedia, got OSError: Name or service"):
-        wikipedia._resolve("wikimedia/wikipedia")
-    wikipedia._resolve(str(ROOT))  # a folder needs no network
+        huggingface._resolve("wikimedia/wikipedia")
+    huggingface._resolve(str(ROOT))  # a folder needs no network
 
 
 # the command line

@@ -2,7 +2,6 @@
 
 import codecs
 import glob
-import hashlib
 import json
 import os
 import re
@@ -15,7 +14,8 @@ from march.data.corpora.base import Corpus
 from march.data.errors import DataError
 
 _KINDS = {".txt": "text", ".text": "text", ".md": "text", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
-LARGEST_DOCUMENT = 256 * 2**20  # characters of a document or of a line of JSON: it is held in memory
+LARGEST_DOCUMENT = 256 * 2**20  # characters between separators, or of a line of JSON: they are held in memory
+LARGEST_TEXT = 16 * 2**20  # bytes of a file that is one document; a larger one is read in parts
 _PARQUET_BYTES = 64 * 2**20  # of a column, read at once
 
 
@@ -44,6 +44,7 @@ class Files(Corpus):
     encoding: str = "utf-8"
 
     def __post_init__(self):
+        super().__post_init__()
         patterns = (self.files,) if isinstance(self.files, str) else tuple(map(str, self.files))
         if not all(patterns) or not patterns:
             raise DataError("at least one file or pattern", "none", "name them, as in --files 'texts/*.txt'")
@@ -62,7 +63,7 @@ class Files(Corpus):
 
     @property
     def name(self) -> str:
-        return "files-" + hashlib.sha256(json.dumps(self.options(), sort_keys=True).encode()).hexdigest()[:8]
+        return f"files-{self.digest(self.options())}"
 
     def paths(self) -> list[Path]:
         """The files, sorted, each once; DataError when a pattern matches none or an ending is unknown."""
@@ -89,11 +90,13 @@ class Files(Corpus):
         stats = [(str(path), path.stat()) for path in self.paths()]
         return {"files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]}
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[str | Iterable[str]]:
         for path in self.paths():
             kind = _KINDS[path.suffix.lower()]
-            if kind == "text":
+            if kind == "text" and self.separator is not None:
                 yield from (text for _, text in self._parts(path, self.separator))
+            elif kind == "text":
+                yield self._pieces(path) if path.stat().st_size > LARGEST_TEXT else "".join(self._pieces(path))
             elif kind == "json":
                 yield from self._json_lines(path)
             else:
@@ -102,21 +105,19 @@ class Files(Corpus):
     def attribution(self) -> str:
         return "The tokens beside this file were made from:\n" + "".join(f"{path}\n" for path in self.paths())
 
-    def _parts(self, path: Path, separator: str | None) -> Iterator[tuple[int, str]]:
-        """What stands between separators, counted from 1; all of the file without one."""
+    def _parts(self, path: Path, separator: str) -> Iterator[tuple[int, str]]:
+        """What stands between separators, counted from 1."""
         # where the separator has LF, a file's CR LF is one too
-        pattern = None if separator is None else re.compile(re.escape(separator).replace("\\\n", "\r?\n"))
+        pattern = re.compile(re.escape(separator).replace("\\\n", "\r?\n"))
         rest, number = "", 0
         for piece in self._pieces(path):
-            *done, rest = pattern.split(rest + piece) if pattern else [rest + piece]
+            *done, rest = pattern.split(rest + piece)
             for part in done:
                 number += 1
                 yield number, part
             if len(rest) > LARGEST_DOCUMENT:
                 where = f"{path} from document {number + 1} on" if number else str(path)
-                fix = "say what separates documents, as in --separator '\\n\\n'"
-                if separator is not None:
-                    fix = f"it has no {separator!r} there: correct the separator or divide the file"
+                fix = f"it has no {separator!r} there: correct the separator or divide the file"
                 raise DataError(f"documents of at most {LARGEST_DOCUMENT >> 20} MiB", f"a longer one in {where}", fix)
         yield number + 1, rest
 
