@@ -273,7 +273,7 @@ def test_pieces_have_the_tokens_of_the_whole(tokenizer, text, size):
         pieces = list(vocabulary.pieces(text))
         assert "".join(pieces) == text
         assert max(map(len, pieces)) <= size
-        tokens = np.concatenate([np.zeros(0, "<u2"), *(t for t, _ in _encoded(tokenizer, [text], np.dtype("<u2")))])
+        tokens = np.concatenate([np.zeros(0, "<u2"), *(t for t, *_ in _encoded(tokenizer, [text], np.dtype("<u2")))])
         if all(piece.startswith((" ", "\n")) for piece in pieces[1:]):  # cut between words, not inside a long one
             assert tokens.tolist() == whole
         assert tokenizer.decode(tokens[:-1].tolist()) == (text if text.strip() else "")
@@ -441,7 +441,7 @@ def test_a_damaged_original_is_mended(prepared, tmp_path):
         (["prepare", "--vocab-size", "9" * 5000], "a whole number from 357 to"),
         (["prepare", "--workers", "100000"], "a whole number from 1 to 1024"),
         (["prepare", "--limit", "0"], "a whole number from 1"),
-        (["prepare", "--source", "wiki"], "a source of excerpt, wikipedia, files"),
+        (["prepare", "--source", "wiki"], "a source of excerpt, wikipedia, huggingface, files"),
         (["prepare", "--source", "wikipedia", "--snapshot", "../x"], "a snapshot such as"),
         (["prepare", "--files", "x.txt", "--limit", "3"], "options of the source files"),
         (["prepare", "--files", "x.txt", "--separator", r"\xzz"], "expected an escape"),
