@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import io
-import math
 import os
 import re
 import signal
@@ -95,17 +94,6 @@ def whole(smallest: int, largest: int, fix: str) -> Callable[[str], int]:
         return number
 
     return parse
-
-
-def share(text: str) -> float:
-    """A type for add_argument: a number above 0 and below 0.5."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < 0.5:
-        raise argparse.ArgumentTypeError(f"expected a share above 0 and below 0.5, got {text[:40]!r}; 0.05 is usual")
-    return number
 
 
 def quiet_pipe(run: Callable[..., int], *arguments: Any) -> int:

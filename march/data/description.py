@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from march.console import share, unescaped, whole
+from march.console import unescaped, whole
 from march.data import prepare, vocabulary
 from march.data.corpora import SOURCES, Corpus, open_corpus
 from march.data.errors import DataError
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser, default_source: str) -> None:
     )
     what.add_argument(
         "--held-out",
-        type=share,
+        type=float,
         metavar="SHARE",
         help="of the documents, for test and for validation each, drawn by a hash of their text",
     )

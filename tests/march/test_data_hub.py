@@ -195,8 +195,9 @@ def test_a_share_is_the_same_by_option_set_and_file(tmp_path):
     assert {data.held_out for data in found} == {0.25}
     assert len({Description.of(data).corpus() for data in found}) == 1
     for wrong in ("0", "0.5", "nan", "x"):
-        with pytest.raises(UsageError, match="expected a share above 0 and below"):
-            build_parser().parse_args(["--held-out", wrong])
+        with pytest.raises(UsageError, match=r"held[-_]out"):
+            check(build_parser().parse_args(["--held-out", wrong]), cuda=False)
+        assert main(["prepare", "--held-out", wrong, "--data-dir", str(tmp_path)]) == 2
 
 
 def test_a_document_without_an_end_is_not_held_in_memory(tmp_path, monkeypatch):

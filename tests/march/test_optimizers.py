@@ -14,6 +14,7 @@ import march
 from march.model import Linear
 from march.training.checkpoint import Checkpoints
 from march.training.engine import gather_state
+from march.training.errors import NonFiniteError
 from march.training.runfolder import RunFolder
 
 # ZeRO's stage, precision, and what differs from the demo's optimiser
@@ -44,7 +45,8 @@ def is_matrix(model, name) -> bool:
 @pytest.mark.parametrize("momentum", [None, 0.5])
 def test_muon_is_torchs_of_linear_layers_and_adamw_of_the_rest(decay, momentum):
     changes = {"optimizer.decay": decay, "optimizer.momentum": momentum, "optimizer.weight_decay": 3.0}
-    trainer = build_trainer(small_model(), **{"optimizer.name": "muon", "devices.zero": 0, **changes})
+    changes |= {"optimizer.name": "muon", "devices.zero": 0, "schedule.name": "linear"}
+    trainer = build_trainer(small_model(), **changes)
     names = {parameter: name for name, parameter in trainer.engine.module.model.named_parameters()}
     steps = []
     trainer.engine.basic_optimizer.register_step_pre_hook(
@@ -65,7 +67,9 @@ def test_muon_is_torchs_of_linear_layers_and_adamw_of_the_rest(decay, momentum):
     undecayed = {"weight_decay": 0.0} if decay == "matrices" else {}
     groups = [{"params": tables}, {"params": vectors, **undecayed}]
     adamw = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), weight_decay=3.0, fused=True)
-    for gradients in steps:
+    for step, gradients in enumerate(steps, 1):
+        for group in (*muon.param_groups, *adamw.param_groups):
+            group["lr"] = 1e-3 * (1 - step / 4)
         for name, gradient in gradients.items():
             parameters[name].grad = gradient
         muon.step()
@@ -93,6 +97,19 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(setting, tmp_path):
     for part, tensors in theirs.items():
         assert tensors.keys() == ours[part].keys()
         assert not [name for name, tensor in tensors.items() if not torch.equal(tensor, ours[part][name])], part
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=IDS)
+def test_a_gradient_of_the_last_group_that_is_not_finite_changes_no_weight(setting):
+    """ZeRO steps one group after another: the first one waits for the others' gradients to be looked at."""
+    trainer = build_trainer(small_model(), **{**setting, "optimizer.gradient_clipping": 0.0})
+    before = gather_state(trainer.engine, process_world())
+    gain = next(p for name, p in trainer.engine.module.named_parameters() if name.endswith("decoder.final_norm.gain"))
+    gain.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(NonFiniteError, match=r"gradient norm is (inf|nan) in step 1"):
+        trainer.run()
+    after = gather_state(trainer.engine, process_world())
+    assert all(torch.equal(x, after[part][name]) for part, named in before.items() for name, x in named.items())
 
 
 RANK = """
@@ -135,10 +152,20 @@ def test_two_processes_are_one_and_resume_bit_for_bit(tmp_path):
     errors = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
     found = json.loads(Path(tmp_path, "found.json").read_text())
-    for setting, (straight, resumed) in zip(SETTINGS, found, strict=True):
+    stages = {}
+    for number, (setting, (straight, resumed)) in enumerate(zip(SETTINGS, found, strict=True)):
         assert resumed == straight, setting
         alone = build_trainer(small_model(), **setting)
         alone.run()
+        # one process goes on where two stopped
+        checkpoint = Checkpoints(tmp_path / str(number) / "checkpoints", 2).load(before=4)
+        behind = build_trainer(small_model(), checkpoint=checkpoint, **setting)
+        behind.run()
+        key = tuple(value for name, value in setting.items() if name != "devices.zero")
+        stages.setdefault(key, alone)  # what ZeRO cuts changes nothing
+        for ours, theirs in zip(alone.rows, stages[key].rows, strict=True):
+            assert (ours["loss"], ours["grad_norm"]) == pytest.approx((theirs["loss"], theirs["grad_norm"]), rel=2e-3)
+        assert [row["loss"] for row in behind.rows[2:]] == pytest.approx(straight[2:], abs=2e-3), setting
         # what Muon orthogonalises is rounded to bf16, as gradients are between processes
         exact = setting["precision.compute"] == "fp32" and "optimizer.name" not in setting
         assert straight == pytest.approx([row["loss"] for row in alone.rows], abs=1e-5 if exact else 2e-3), setting
