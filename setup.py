@@ -32,6 +32,7 @@ setup(
         "filelock>=3.12",
         "psutil>=5.9",
         "tokenizers>=0.20",
+        "safetensors>=0.4",  # march export
         "datasets>=3.2",
         "pyarrow>=15",
         "gensim>=4.3",  # carries the 107 Wikipedia articles of the embedded corpus

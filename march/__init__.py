@@ -1,6 +1,7 @@
 """march: a laboratory for transformer architectures under one budget.
 
-`march.build_model(name, ...)` builds an experiment's model; `march.load_predecessor` and `march.to_predecessor`
+`march.build_model(name, ...)` builds an experiment's model; `march.load("runs/x")` gives a trained one with its
+tokenizer and recipe; `march.load_predecessor` and `march.to_predecessor`
 exchange weights with the original's checkpoints. The names load torch when they are first used.
 """
 
@@ -17,13 +18,18 @@ if _found is None or not Path(_found.origin or "").with_name("fused").is_dir():
     )
 
 __version__ = "0.1.0"
-__all__ = ["build_model", "load_predecessor", "to_predecessor"]
+_MODULES = {
+    "build_model": "march.model",
+    "load": "march.trained",
+    "load_predecessor": "march.predecessor.weights",
+    "to_predecessor": "march.predecessor.weights",
+}
+__all__ = ["build_model", "load", "load_predecessor", "to_predecessor"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
+    if name in _MODULES:
         import importlib
 
-        module = "march.model" if name == "build_model" else "march.predecessor.weights"
-        return getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'march' has no attribute {name!r}")

@@ -334,7 +334,7 @@ def tree_of(recipe: str) -> dict[str, Any]:
             what = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
             raise UsageError(f"expected a recipe of TOML in {path}, got {what}; mend or name another") from error
         base = tree.pop("from", None)
-        trees.append(_known(tree, str(path)))
+        trees.append(_beside(_known(tree, str(path)), path.parent))
         if base is None:
             break
         if not isinstance(base, str):
@@ -346,6 +346,12 @@ def tree_of(recipe: str) -> dict[str, Any]:
 def load(recipe: str) -> Recipe:
     """The recipe of a shipped name or a file; UsageError where it cannot be, in one line."""
     return build(tree_of(recipe), recipe)
+
+
+def _beside(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The tree; the file of an experiment of its own is the one beside the recipe, where there is one."""
+    file, _, name = str(tree.get("experiment", "")).rpartition(":")
+    return {**tree, "experiment": f"{folder / file}:{name}"} if file and (folder / file).is_file() else tree
 
 
 def _known(tree: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -108,10 +108,6 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     return (_sum_to_odd(product, addend) if unsure.any() else total).astype(a.dtype)
 
 
-def fma_ftz(a: Array, b: Array, c: Array) -> Array:
-    return flush(fma(flush(a), flush(b), flush(c)))
-
-
 def extreme(a: Array, b: Array, greatest: bool, nan: bool = False) -> Array:
     """max, or min: of a number and NaN the number (nan: NaN); +0 is greater than -0; a NaN is the canonical one."""
     function = (np.maximum if nan else np.fmax) if greatest else (np.minimum if nan else np.fmin)
@@ -130,24 +126,8 @@ def divide_approx(a: Array, b: Array) -> Array:
     return np.where(beyond, a * np.copysign(F4.type(0), b), a / b) if beyond.any() else a / b
 
 
-def exp2(x: Array) -> Array:
-    return np.exp2(x)
-
-
-def exp2_ftz(x: Array) -> Array:
-    return flush(np.exp2(flush(x)))
-
-
-def log2_ftz(x: Array) -> Array:
-    return np.log2(flush(x))
-
-
 def rsqrt(x: Array) -> Array:
     return (1.0 / np.sqrt(x.astype(F8))).astype(F4)
-
-
-def rsqrt_ftz(x: Array) -> Array:
-    return rsqrt(flush(x))
 
 
 # ---------------------------------------------------------------- conversions

@@ -32,6 +32,15 @@ def _rule(opcode: str, result: str, sources: str, expression: str) -> None:
     RULES[opcode] = Rule(result, tuple(sources.split()), expression)
 
 
+def _float32(opcode: str, sources: int, expression: str, result: str = "f32") -> None:
+    """And its .ftz: subnormal sources and results are zeros of their sign. opcode: {} is where that stands."""
+    _rule(opcode.format(""), result, " ".join(["f32"] * sources), expression)
+    flushed = expression.replace("{", "A.flush({").replace("}", "})")
+    _rule(
+        opcode.format(".ftz"), result, " ".join(["f32"] * sources), flushed if result == "b" else f"A.flush({flushed})"
+    )
+
+
 def _integers() -> None:
     for bits in (16, 32, 64):
         u, s = f"u{bits}", f"s{bits}"
@@ -71,50 +80,47 @@ def _integers() -> None:
 
 
 def _floats() -> None:
-    f = "f32"
     for opcode, expression in {"add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}"}.items():
         for rounding in ("", ".rn"):
-            _rule(f"{opcode}{rounding}.f32", f, "f32 f32", expression)
-        flushed = expression.replace("{0}", "A.flush({0})").replace("{1}", "A.flush({1})")
-        _rule(f"{opcode}.ftz.f32", f, "f32 f32", f"A.flush({flushed})")
+            _float32(f"{opcode}{rounding}{{}}.f32", 2, expression)
         _rule(f"{opcode}.f16", "f16", "f16 f16", expression)
         for pair in ("f16x2", "bf16x2"):
             _rule(f"{opcode}.{pair}", "u32", "u32 u32", f"A.{opcode}_{pair}({{0}}, {{1}})")
             _rule(f"{opcode}.rn.{pair}", "u32", "u32 u32", f"A.{opcode}_{pair}({{0}}, {{1}})")
-    _rule("fma.rn.f32", f, "f32 f32 f32", "A.fma({0}, {1}, {2})")
-    _rule("fma.rn.ftz.f32", f, "f32 f32 f32", "A.fma_ftz({0}, {1}, {2})")
+    _float32("fma.rn{}.f32", 3, "A.fma({0}, {1}, {2})")
     _rule("fma.rn.f16", "f16", "f16 f16 f16", "A.fma({0}, {1}, {2})")
     _rule("fma.rn.bf16", "u16", "u16 u16 u16", "A.fma_bf16({0}, {1}, {2})")
     for pair in ("f16x2", "bf16x2"):
         _rule(f"fma.rn.{pair}", "u32", "u32 u32 u32", f"A.fma_{pair}({{0}}, {{1}}, {{2}})")
     for name, greatest in (("max", True), ("min", False)):
         for suffix, nan in (("", False), (".NaN", True)):
-            _rule(f"{name}{suffix}.f32", f, "f32 f32", f"A.extreme({{0}}, {{1}}, {greatest}, {nan})")
+            _float32(f"{name}{{}}{suffix}.f32", 2, f"A.extreme({{0}}, {{1}}, {greatest}, {nan})")
             _rule(f"{name}{suffix}.f16", "f16", "f16 f16", f"A.extreme({{0}}, {{1}}, {greatest}, {nan})")
             for pair in ("f16x2", "bf16x2"):
                 code = f"A.extreme_{pair}({{0}}, {{1}}, {greatest}, {nan})"
                 _rule(f"{name}{suffix}.{pair}", "u32", "u32 u32", code)
     _rule("neg.f32", "u32", "u32", "{0} ^ A.U4.type(0x80000000)")
     _rule("abs.f32", "u32", "u32", "{0} & A.U4.type(0x7FFFFFFF)")
-    _rule("abs.ftz.f32", f, f, "np.abs(A.flush({0}))")
+    _rule("abs.ftz.f32", "f32", "f32", "np.abs(A.flush({0}))")
+    _rule("neg.ftz.f32", "f32", "f32", "-A.flush({0})")
     _rule("neg.f16", "u16", "u16", "{0} ^ A.U2.type(0x8000)")
     for pair in ("f16x2", "bf16x2"):
         _rule(f"neg.{pair}", "u32", "u32", "{0} ^ A.U4.type(0x80008000)")
         _rule(f"abs.{pair}", "u32", "u32", "{0} & A.U4.type(0x7FFF7FFF)")
     for name in ("div.full", "div.rn"):
-        _rule(f"{name}.f32", f, "f32 f32", "{0} / {1}")
-    _rule("div.approx.f32", f, "f32 f32", "A.divide_approx({0}, {1})")
-    _rule("ex2.approx.f32", f, f, "A.exp2({0})")
-    _rule("ex2.approx.ftz.f32", f, f, "A.exp2_ftz({0})")
-    _rule("lg2.approx.f32", f, f, "np.log2({0})")
-    _rule("lg2.approx.ftz.f32", f, f, "A.log2_ftz({0})")
-    _rule("rsqrt.approx.f32", f, f, "A.rsqrt({0})")
-    _rule("rsqrt.approx.ftz.f32", f, f, "A.rsqrt_ftz({0})")
-    _rule("sqrt.rn.f32", f, f, "np.sqrt({0})")
-    _rule("rcp.rn.f32", f, f, "A.F4.type(1) / {0}")
-    for kind in ("f32", "f16"):
-        for name, expression in COMPARISONS.items():
-            _rule(f"setp.{name}.{kind}", "b", f"{kind} {kind}", expression)
+        _float32(f"{name}{{}}.f32", 2, "{0} / {1}")
+    _float32("div.approx{}.f32", 2, "A.divide_approx({0}, {1})")
+    _float32("ex2.approx{}.f32", 1, "np.exp2({0})")
+    _float32("lg2.approx{}.f32", 1, "np.log2({0})")
+    _float32("rsqrt.approx{}.f32", 1, "A.rsqrt({0})")
+    for rounding in ("rn", "approx"):
+        _float32(f"sqrt.{rounding}{{}}.f32", 1, "np.sqrt({0})")
+        _float32(f"rcp.{rounding}{{}}.f32", 1, "A.F4.type(1) / {0}")
+    # the sign of the first, the value of the second
+    _rule("copysign.f32", "u32", "u32 u32", "({0} & A.U4.type(0x80000000)) | ({1} & A.U4.type(0x7FFFFFFF))")
+    for name, expression in COMPARISONS.items():
+        _float32(f"setp.{name}{{}}.f32", 2, expression, "b")
+        _rule(f"setp.{name}.f16", "b", "f16 f16", expression)
     _rule("selp.f32", "u32", "u32 u32 b", "np.where({2}, {0}, {1})")
 
 
@@ -149,8 +155,8 @@ def _conversions() -> None:
                     code = f"A.to_integer(np.{function}({{0}}), {dtype})"
                     _rule(f"cvt.{rounding}.{kind}{bits}.f32", f"{kind}{bits}", "f32", code)
     for rounding, function in (("rzi", "trunc"), ("rni", "rint"), ("rmi", "floor"), ("rpi", "ceil")):
-        _rule(f"cvt.{rounding}.f32.f32", "f32", "f32", f"np.{function}({{0}})")
-    _rule("cvt.sat.f32.f32", "f32", "f32", "np.nan_to_num(np.fmin(np.fmax({0}, 0), 1) + A.F4.type(0), nan=0.0)")
+        _float32(f"cvt.{rounding}{{}}.f32.f32", 1, f"np.{function}({{0}})")
+    _float32("cvt{}.sat.f32.f32", 1, "np.nan_to_num(np.fmin(np.fmax({0}, 0), 1) + A.F4.type(0), nan=0.0)")
 
 
 _integers()

@@ -106,7 +106,7 @@ def sha256(path: Path) -> str:
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest with a digest of itself, so that a flipped bit in it is noticed too."""
-    text = json.dumps({**manifest, "digest": _digest(manifest)}, indent=1, sort_keys=True)
+    text = json.dumps({**manifest, "digest": digest(manifest)}, indent=1, sort_keys=True)
     (path / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
@@ -134,10 +134,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        digest = manifest.pop("digest")
+        written = manifest.pop("digest")
     except (ValueError, KeyError, AttributeError, TypeError):
         raise _damaged(path, f"a readable {MANIFEST}", "one that is not", {}) from None
-    if digest != _digest(manifest):
+    if written != digest(manifest):
         raise _damaged(path, f"{MANIFEST} as it was written", "changed text", {})
     if manifest["format"] != FORMAT:
         got = f"format {manifest['format']}: it is stale"
@@ -145,7 +145,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _digest(manifest: dict[str, Any]) -> str:
+def digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of what JSON can hold."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 

@@ -15,6 +15,7 @@ from march import experiments
 from march.config import ModelConfig
 from march.data import Store
 from march.data.description import Description
+from march.data.store import TOKENIZER
 from march.experiments import own
 from march.experiments.published import comparison
 from march.recipe import Recipe
@@ -82,6 +83,7 @@ def write_start(
         write_text(folder.path / "recipe.toml", recipe.model_copy(update=as_run).toml())
         if recipe.entry.file is not None:
             folder.keep(recipe.entry.file, own.source(recipe.entry))
+        write_text(folder.path / TOKENIZER, store.tokenizer().to_str())
         folder.write("summary.json", {"finished": False, "stopped_by": "no end yet: running, or killed"})
     except OSError as error:
         raise RunError(f"{folder.path} could not be written to: {error.strerror}; free space there first") from error

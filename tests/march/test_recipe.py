@@ -5,21 +5,17 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_training_requests import is_refusal
-from training_support import SMALL, VOCABULARY, build_trainer, losses, small_overrides, small_recipe, write_corpus
+from training_support import losses, small_overrides, small_recipe, write_corpus
 
-import march
 from march import recipe
 from march.config import ConfigError
 from march.console import UsageError
 from march.training import distributed
 from march.training.arguments import ALIASES, build_parser, check, parse_leaf, table
-from march.training.checkpoint import Checkpoints
 from march.training.main import main
-from march.training.runfolder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,56 +78,6 @@ def test_any_text_is_a_value_of_its_leaf_or_one_line(name, text):
     except (UsageError, ConfigError) as error:
         return is_refusal(str(error))
     assert dict(recipe.leaves(made.model_dump()))[name] == value
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ('from = "demo"\n[optimizer]\nname = "muon"', "expected --zero 0 with optimizer.name=muon, got 1"),
-        ('from = "demo"\n[optimizer]\nmomentum = 0.9', "expected optimizer.momentum with muon, got adamw"),
-        ('from = "demo"\n[optimizer]\nname = "sgd"', "optimizer.name: expected 'adamw' or 'muon', got 'sgd'"),
-        ('from = "demo"\n[precision]\ncompute = "bf16"\n[devices]\nzero = 0', "--zero 1 or higher with bf16"),
-        ("", "expected name, got none"),
-        ('from = "papr"', "did you mean paper?"),
-        ('from = "mine.toml"', "a recipe that ends somewhere"),
-        ("from = 3", 'expected from = "NAME'),
-        ("[optimizer", "a recipe of TOML"),
-        ('from = "demo"\n[optimiser]\nlr = 3', "did you mean optimizer"),
-        ('from = "demo"\n[optimizer]\nlearning_rate = 3', "got 'optimizer.learning_rate'"),
-        ('from = "demo"\nlr = 3', "did you mean optimizer.lr?"),
-        ('from = "demo"\noptimizer = 3', "optimizer as a table"),
-        ('from = "demo"\n[seed]\na = 3', "seed as a value"),
-        ('from = "demo"\nseed = true', "seed: expected integer, got True"),
-        ('from = "demo"\nseed = "3"', "seed: expected integer, got '3'"),
-        ('from = "demo"\n[optimizer]\nlr = nan', "optimizer.lr: expected"),
-        ('from = "demo"\n[optimizer]\nlr = inf', "optimizer.lr: expected"),
-        ('from = "demo"\n[batch]\nsequences = 2.0', "batch.sequences: expected integer"),
-        ('from = "demo"\n[model]\nnum_head = 3', "did you mean num_heads"),
-        ('from = "demo"\n[model]\nnum_heads = [3]', "one for each block"),
-        ('from = "demo"\n[model]\nprecision = "bf16"', "the recipe's own precision.compute"),
-        ('from = "demo"\nprecision = "fp32"', "precision as a table, got 'fp32'; did you mean precision.compute,"),
-        (
-            'from = "demo"\nlogging = true',
-            "logging as a table, got True; did you mean logging.every, ",
-        ),
-        ('from = "demo"\n[precision]\ncompute = "fp16"', "precision.compute: expected 'experiment', 'fastest',"),
-        ('from = "demo"\n[devices]\nfloat32_library = "x"', "did you mean precision.float32_library?"),
-        ('from = "demo"\n[logging]\nevery = 0', "logging.every: expected greater than or equal to 1, got 0"),
-        ('from = "demo"\n[logging]\ntensorboards = true', "did you mean logging.tensorboard"),
-        ('from = "demo"\n[schedule]\nfinal = 0.1', "a schedule that falls, got constant"),
-        ('from = "demo"\n[schedule]\nname = "linear"\nwarmup = 251', "within 250 steps"),
-        ('from = "demo"\n[schedule]\nname = "warmup_stable_decay"\nwarmup = 201', "within 250 steps"),
-        ('from = "demo"\n[data]\nstore = "a"\nsource = "excerpt"', "one of data.source and data.store"),
-        ('from = "demo"\nexperiment = "Baselin"', "did you mean Baseline"),
-    ],
-)
-def test_a_file_that_cannot_be_is_refused_in_one_line(text, expected, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["--recipe", written(tmp_path, text)]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
-    assert expected in line
-    assert len(line) < 500
-    assert not Path("runs").exists()
 
 
 def test_an_option_is_another_name_of_its_leaf():
@@ -205,80 +151,11 @@ def test_each_schedule_is_its_formula_at_every_step(name, warmup, final):
         assert rates[-1] == pytest.approx(made.optimizer.lr * final, abs=1e-18)
 
 
-def small_model():
-    torch.manual_seed(3)
-    return march.build_model("Baseline", **{**SMALL, "vocab_size": VOCABULARY})
-
-
-@pytest.mark.parametrize(("precision", "zero"), [("fp32", 0), ("fp32", 1), ("bf16", 2)])
-def test_the_schedule_and_the_decay_reach_the_weights_and_resume_exactly(precision, zero, tmp_path):
-    falling = {"schedule.name": "cosine", "schedule.warmup": 2, "schedule.final": 0.1}
-    falling |= {"optimizer.decay": "matrices", "checkpoints.every": 2}
-    falling |= {"precision.compute": precision, "devices.zero": zero}
-    straight = build_trainer(small_model(), folder=RunFolder(tmp_path), **falling)
-    straight.run()
-    made = straight.plan.recipe
-    assert [row["lr"] for row in straight.rows] == [made.learning_rate(step) for step in (1, 2, 3, 4)]
-    groups = straight.engine.basic_optimizer.param_groups
-    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(made.learning_rate(4), d) for d in (0.1, 0)]
-    checkpoint = Checkpoints(tmp_path / "checkpoints", 2).load(before=4)
-    assert checkpoint.step == 2
-    resumed = build_trainer(small_model(), checkpoint=checkpoint, **falling)
-    resumed.run()
-    assert [(row["loss"], row["lr"]) for row in resumed.rows] == [(row["loss"], row["lr"]) for row in straight.rows]
-
-
-@pytest.mark.parametrize("decay", ["all", "matrices"])
-def test_weight_decay_is_for_what_it_says(decay):
-    """AdamW decays by lr x weight_decay before its step, whatever the gradient: the difference of two runs shows it."""
-
-    def after_one_step(weight_decay):
-        changes = {
-            "schedule.steps": 1,
-            "devices.zero": 0,
-            "optimizer.decay": decay,
-            "optimizer.weight_decay": weight_decay,
-        }
-        trainer = build_trainer(small_model(), **changes)
-        trainer.train_to(1)
-        return {name: p.detach().clone() for name, p in trainer.engine.module.model.named_parameters()}
-
-    begin, plain, decayed = dict(small_model().named_parameters()), after_one_step(0.0), after_one_step(50.0)
-    for name, before in begin.items():
-        share = 1e-3 * 50.0 if decay == "all" or before.ndim > 1 else 0.0
-        torch.testing.assert_close(plain[name] - decayed[name], share * before.detach(), rtol=1e-3, atol=2e-6)
-
-
 @pytest.mark.parametrize("name", ["precision", "logging", "optimizer", "devices"])
 def test_a_group_in_place_of_a_leaf_names_its_leaves(name):
     with pytest.raises(UsageError, match=f"got '{name}'; did you mean {name}\\.") as refused:
         asked("--set", f"{name}=fp32")
     assert is_refusal(str(refused.value)) is None
-
-
-# logging and precision
-
-
-def test_what_is_logged_is_what_was_asked_for(tmp_path, capsys):
-    changes = {"logging.every": 3, "logging.tensorboard": False, "schedule.steps": 7}
-    trainer = build_trainer(small_model(), folder=RunFolder(tmp_path), **changes)
-    trainer.quiet = False
-    trainer.run()
-    assert [line.split()[1] for line in capsys.readouterr().err.splitlines() if line.startswith("step ")] == [
-        f"{step}/7" for step in (1, 3, 6, 7)
-    ]
-    assert not (tmp_path / "tensorboard").exists()
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 7
-
-
-@pytest.mark.parametrize(("compute", "zero"), [("fp32", 0), ("bf16", 1), ("bf16", 2)])
-@pytest.mark.parametrize("communication", [None, "bf16", "fp32"])
-def test_gradients_are_communicated_in_the_type_asked_for(communication, compute, zero):
-    changes = {"precision.compute": compute, "precision.communication": communication, "devices.zero": zero}
-    engine = build_trainer(small_model(), **changes).engine
-    expected = {"bf16": torch.bfloat16, "fp32": torch.float32}[communication or compute]
-    assert engine.communication_data_type == expected
-    assert getattr(engine.optimizer, "communication_data_type", expected) == expected
 
 
 # runs
