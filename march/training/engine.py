@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from march.model import Linear
 from march.recipe import Recipe
-from march.training.distributed import World, largest, say, together
+from march.training.distributed import World, all_reduce_max, log_rank0, run_on_rank
 from march.training.errors import UsageError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -178,18 +178,20 @@ def build_optimizer(model: nn.Module, recipe: Recipe, world: World) -> torch.opt
         return Muon(matrices, groups, momentum, **settings)
     if world.device.type == "cuda":
         missing = _cannot_build_fused_adam()
-        if largest(world, float(missing is not None)) == 0:
+        if all_reduce_max(world, float(missing is not None)) == 0:
             from deepspeed.ops.adam import FusedAdam
 
             def build() -> torch.optim.Optimizer:
                 return FusedAdam(groups, adam_w_mode=True, **settings)
 
             # one process of a node compiles (a minute, once for a machine), the others load its result
-            built = together(world, build, when=world.local_rank == 0)
-            optimizer = together(world, lambda: built or build())
+            built = run_on_rank(world, build, when=world.local_rank == 0)
+            optimizer = run_on_rank(world, lambda: built or build())
             assert optimizer is not None
             return optimizer
-        say(world, f"DeepSpeed's FusedAdam cannot be built ({missing or 'on another rank'}): using torch's fused AdamW")
+        log_rank0(
+            world, f"DeepSpeed's FusedAdam cannot be built ({missing or 'on another rank'}): using torch's fused AdamW"
+        )
     # fused: one pass over 36M parameters instead of one for each operation
     return AdamW(groups, fused=True, **settings)
 
@@ -293,7 +295,7 @@ def guard_gradients(engine, world: World, refuse: Callable[[str, float], object]
         norm = 0.0 if _is_plain(engine) else global_norm(engine)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         bad = not math.isfinite(norm) or not all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
-        if largest(world, float(bad)):
+        if all_reduce_max(world, float(bad)):
             refuse("gradient norm", math.nan if math.isfinite(norm) else norm)
 
     optimizer.register_step_pre_hook(before_step)
@@ -352,7 +354,7 @@ def scatter_state(engine, state: Mapping[str, Mapping[str, Tensor]], step: int, 
     for name, parameter in named.items():
         for part in ("model", *_moments(engine, parameter)):
             shapes.setdefault(part, {})[name] = tuple(parameter.shape)
-    together(world, lambda: _check_state(state, shapes), when=world.is_first)
+    run_on_rank(world, lambda: _check_state(state, shapes), when=world.is_first)
     for moments in engine.basic_optimizer.state.values():
         if "step" in moments:
             moments["step"] = torch.full_like(count, step) if isinstance(count := moments["step"], Tensor) else step

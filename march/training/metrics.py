@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from march.training.distributed import say
+from march.training.distributed import log_rank0
 from march.training.files import first_line, write_text
 
 
@@ -63,7 +63,7 @@ class Metrics:
     def close(self) -> None:
         self._write()
         if self._written < len(self.rows):
-            say(
+            log_rank0(
                 None,
                 f"WARNING: {self._path} lacks the last {len(self.rows) - self._written} steps; a checkpoint has them",
             )
@@ -95,7 +95,7 @@ class Metrics:
     def _warn(self, what: str, error: Exception) -> None:
         if what not in self._said:
             self._said.add(what)
-            say(None, f"WARNING: {what} could not be written ({first_line(error)}): training goes on without")
+            log_rank0(None, f"WARNING: {what} could not be written ({first_line(error)}): training goes on without")
 
 
 class Board:
