@@ -94,7 +94,6 @@ def write_start(
             precision=recipe.precision.compute,
             zero=recipe.devices.zero,
             impl=implementation(recipe),
-            optimizer=type(trainer.engine.basic_optimizer).__module__,
             impl_chosen=kernels.describe(implementation(recipe), world.device),
             numerics=plan.run["numerics"],
             micro_batch=plan.micro_batch,
