@@ -14,8 +14,8 @@ serves a whole row or column; an element costs one integer multiply-add and a co
 Elements of a row are pairwise independent over A and B; tests/kernels/test_dropout.py checks frequency and the
 correlation between neighbours, rows, heads, sites, steps, sequences and 2 x 2 blocks.
 
-Streams [B, L, D] use head 0, position i, column d. Attention probabilities use query i and key j; the second segment
-of `unified_attention` counts its columns from SEGMENT_COLUMNS.
+Streams [B, L, D] use head 0, position i, column d. Attention probabilities use query i and key j; a second segment of
+keys counts its columns from SEGMENT_COLUMNS.
 """
 
 from dataclasses import dataclass

@@ -25,8 +25,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kernels import packed, reference
-from kernels.calls import Call, cases_of, fused_function, generic_call, results, uncovered
+from kernels import reference
+from kernels.calls import Call, cases_of, fused_function, generic_calls, results, uncovered
 from kernels.operators import OPERATORS
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ def evaluate(
 def disagreements(call: Call, function: Callable, device: torch.device) -> list[str]:
     """What of `function`'s outputs and gradients is further from the float64 formula than the call's dtype explains."""
     inputs, kwargs = call.draw(device)
-    formula = packed.resolve(call.operator, reference)
+    formula = getattr(reference, call.operator)
     own = {n: x for n, x in kwargs.items() if n not in ("logits", "recompute")}  # how, not what
     oracle = evaluate(call.operator, formula, inputs, own, torch.float64, call)
     plain = evaluate(call.operator, formula, inputs, own, call.dtype, call)
@@ -179,11 +179,10 @@ def _compare(call: Call, name: str, function: Callable, device: torch.device) ->
 
     problems = disagreements(call, function, device)
     if problems:
-        operator = packed.operator_of(call.operator)
         raise ImplementationError(
             f"{call.operator}: impl={name!r} disagrees with the reference formula on {device} in {call.dtype} ("
             + "; ".join(problems)
-            + f"); its kernel is wrong on this device: use impl={{{operator!r}: 'torch'}} and report it"
+            + f"); its kernel is wrong on this device: use impl={{{call.operator!r}: 'torch'}} and report it"
         )
 
 
@@ -193,10 +192,13 @@ def verify(operator: str, name: str, function: Callable, device: torch.device, d
     Returns "remembered" or "passed in N s"; raises ImplementationError on disagreement, and where torch.compile or a
     CUDA graph's capture surrounds the first use.
     """
-    own = name not in OPERATORS[packed.operator_of(operator)].libraries
-    call = generic_call(operator, dtype, contract_dropout=own)
-    key = fingerprint(device, operator, name, dtype)
-    return _checked(key, device, lambda: _compare(call, name, function, device), operator)
+    calls = generic_calls(operator, dtype, library=name in OPERATORS[operator].libraries)
+
+    def check() -> None:
+        for call in calls:
+            _compare(call, name, function, device)
+
+    return _checked(fingerprint(device, operator, name, dtype), device, check, operator)
 
 
 def verify_step(
