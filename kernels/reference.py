@@ -70,17 +70,10 @@ def _per_head(x: Tensor, batch: int, heads: int) -> Tensor:
 
 @unpacked
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *second: Tensor,
-    scale: float,
-    causal: bool = False,
-    key_lengths: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    dropout: Dropout | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *second: Tensor, scale: float, causal: bool = False,
+    key_lengths: Tensor | None = None, key_mask: Tensor | None = None, dropout: Dropout | None = None,
     as_published: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """dropout(softmax(scale Q K^T + mask)) V over one segment of keys or two; contract in kernels.api.attention.
 
     as_published: the original's mask [padding | causal] over keys [own | other], which lets a query see future
@@ -111,15 +104,9 @@ def attention(
 
 
 def glu(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    kind: str,
-    activation: str = "relu",
-    factor: float = 1.0,
-    dropout: Dropout | None = None,
-    gate_dropout: Dropout | None = None,
-) -> Tensor:
+    x: Tensor, weight: Tensor, *, kind: str, activation: str = "relu", factor: float = 1.0,
+    dropout: Dropout | None = None, gate_dropout: Dropout | None = None,
+) -> Tensor:  # fmt: skip
     """Hidden layer of a feedforward; contract in kernels.api.glu."""
     product = x @ weight.T
     if kind == "plain":
@@ -141,14 +128,9 @@ def rms_norm(y: Tensor, gain: Tensor, eps: float = 1e-6, features: int | None = 
 
 
 def residual_norm(
-    x: Tensor | None,
-    s: Tensor | None,
-    gain: Tensor,
-    *,
-    dropout: Dropout | None = None,
-    eps: float = 1e-6,
+    x: Tensor | None, s: Tensor | None, gain: Tensor, *, dropout: Dropout | None = None, eps: float = 1e-6,
     features: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y = x + dropout(s), z = rms_norm(y) gain; contract in kernels.api.residual_norm."""
     if s is None:
         y = x
@@ -174,14 +156,9 @@ def linear_cross_entropy(
 
 
 def embedding(
-    ids: Tensor,
-    table: Tensor,
-    positions: Tensor,
-    *,
-    combine: str = "average",
-    dropout: Dropout | None = None,
+    ids: Tensor, table: Tensor, positions: Tensor, *, combine: str = "average", dropout: Dropout | None = None,
     position_dropout: Dropout | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """dropout(E[ids]) and dropout(T[:L]), averaged or summed; contract in kernels.api.embedding."""
     unknown = ((ids < 0) | (ids >= table.shape[0]))[..., None]
     tokens = drop(table[ids.masked_fill(unknown[..., 0], 0)], dropout).masked_fill(unknown, torch.nan)

@@ -12,6 +12,7 @@ tensors, torch.func, a default device) does not reach it.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -39,13 +40,9 @@ ERROR_FACTOR, ERROR_FLOOR = 4.0, 1e-4
 
 
 def evaluate(
-    operator: str,
-    function: Callable,
-    inputs: Mapping[str, Any],
-    kwargs: Mapping[str, Any],
-    dtype: torch.dtype,
+    operator: str, function: Callable, inputs: Mapping[str, Any], kwargs: Mapping[str, Any], dtype: torch.dtype,
     call: Call | None = None,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """Outputs and gradients by name, in float64 on the CPU. call: which of them, and in what layouts; without, all."""
 
     def leaf(name: str, x: Any) -> Any:
@@ -121,18 +118,12 @@ def _remembered() -> dict[str, float]:
     return data if isinstance(data, dict) else {}
 
 
-def _remember(key: str, seconds: float) -> None:
-    """Adds one pass; ranks write at once, so the file is replaced whole. A directory that cannot be written costs the
-    check at every start, nothing else."""
-    path = cache_file()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data = _remembered() | {key: round(seconds, 3)}
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(data, file, indent=1)
-        os.replace(file.name, path)
-    except OSError:
-        return
+def write_json(path: Path, data: Any) -> None:
+    """Replaces the file whole or not at all, whoever else writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(json.dumps(data, indent=1) + "\n")
+    os.replace(file.name, path)
 
 
 def _checked(key: str, device: torch.device, check: Callable[[], None], what: str) -> str:
@@ -149,7 +140,9 @@ def _checked(key: str, device: torch.device, check: Callable[[], None], what: st
     start = time.perf_counter()
     _apart(check, device)
     seconds = time.perf_counter() - start
-    _remember(key, seconds)
+    # a directory that cannot be written costs the check at every start, nothing else
+    with contextlib.suppress(OSError):
+        write_json(cache_file(), _remembered() | {key: round(seconds, 3)})
     return f"passed in {seconds:.1f} s"
 
 

@@ -43,16 +43,9 @@ def _require(condition: bool, expected: str, got: object) -> None:
 
 @unpacked
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *second: Tensor,
-    scale: float,
-    causal: bool,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    dropout: Dropout | None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *second: Tensor, scale: float, causal: bool, key_lengths: Tensor | None,
+    key_mask: Tensor | None, dropout: Dropout | None,
+) -> Tensor:  # fmt: skip
     """Contract in kernels.api.attention, except for the dropout's generator."""
     flash = library()
     _require(not second, "one segment of keys", "two")

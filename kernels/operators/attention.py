@@ -37,17 +37,9 @@ FORMS = tuple(_form(first, second) for first in _FIRST for second in _SECOND)
 
 
 def _sizes(
-    batch: int,
-    queries: int,
-    keys: int,
-    heads: int,
-    width: int,
-    *,
-    value_width: int | None = None,
-    key_heads: int | None = None,
-    key_batch: int | None = None,
-    segments: int = 1,
-) -> dict[str, int]:
+    batch: int, queries: int, keys: int, heads: int, width: int, *, value_width: int | None = None,
+    key_heads: int | None = None, key_batch: int | None = None, segments: int = 1,
+) -> dict[str, int]:  # fmt: skip
     """Of two segments, `keys` and what else is said of keys are the second's."""
     sizes = {"form": segments - 1, "B": batch, "Lq": queries, "Lk": keys, "H": heads, "K": width}
     sizes |= {"Kv": width if value_width is None else value_width, "B|1": batch, "G": heads}
@@ -137,13 +129,7 @@ LIMITS = (
     Limit("_*attention_bwd_d*", lambda c: _width(c) <= 64, resident_warps=8),
     # the main loop: beside it are loops over blocks at the causal diagonal and at the end of the keys
     *(
-        Limit(
-            f"_*attention_{kernel}",
-            _at(width, dropout),
-            issue_per_hmma=issue,
-            shared_per_tensor=shared,
-            loop="main",
-        )
+        Limit(f"_*attention_{kernel}", _at(width, dropout), issue_per_hmma=issue, shared_per_tensor=shared, loop="main")
         for kernel, width, dropout, issue, shared in (
             ("fwd_kernel", 32, True, 15.0, None),
             ("fwd_kernel", 64, False, 6.0, 0.95),

@@ -148,13 +148,9 @@ class Operator:
         return found[0] if found else self.contract
 
     def inputs(
-        self,
-        *dims: Any,
-        seed: int = 0,
-        dtype: torch.dtype = torch.float64,
-        device: torch.device | str = "cpu",
+        self, *dims: Any, seed: int = 0, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu",
         **named: Any,
-    ) -> dict[str, Tensor | None]:
+    ) -> dict[str, Tensor | None]:  # fmt: skip
         """Its tensors by name, at dimensions as `sizes` takes them; the same numbers on every device."""
         sizes, draw = self.sizes(*dims, **named), Draw(seed, dtype, device)
         contract = self.forms[sizes["form"]] if self.forms else self.contract

@@ -173,16 +173,9 @@ def _grouped(x: Tensor, batch: int, heads: int) -> Tensor:
 
 @unpacked
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *second: Tensor,
-    scale: float,
-    causal: bool,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    dropout: Dropout | None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *second: Tensor, scale: float, causal: bool, key_lengths: Tensor | None,
+    key_mask: Tensor | None, dropout: Dropout | None,
+) -> Tensor:  # fmt: skip
     """Contract in kernels.api.attention."""
     batch, queries, heads, _ = q.shape
     segments: list[tuple[Tensor, ...]] = [(k, v), second] if second else [(k, v)]
@@ -229,15 +222,9 @@ def _say_library_dropout() -> None:
 
 
 def _library(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    causal: bool,
-    padding: Tensor | None,
-    valid: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, padding: Tensor | None, valid: Tensor | None,
     dropout: Dropout | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """F.scaled_dot_product_attention. padding: bool [B, N] of real keys; valid: bool [B or 1, M, N], instead of both.
 
     No [L, L] tensor without `valid`, which two segments and padding under a causal mask need: one without heads.
