@@ -239,6 +239,9 @@ def _attention_fwd_kernel(
             acc, m, l, q, keys, values, segments[i][2], ckeys_ptr, segments[i][3], row_a, row_b, threshold, scale_log2,
             start_m, key_end, CAUSAL and i == 0, DROPOUT, NEGATIVE, PRECISION, D, K, E, KV, BLOCK_M, BLOCK_N,
         )  # fmt: skip
+    if K > 128:
+        # adds 0, as in dK and dV: at K 192 eleven registers spill that hold addresses from before the loop
+        offs_m += tl.program_id(1)
     l = tl.sum(l, 1)
     seen = l > 0.0
     factor = tl.where(seen, keep_scale / tl.where(seen, l, 1.0), 0.0)[:, None]
@@ -358,6 +361,8 @@ def _attention_bwd_dq_kernel(
             scale_log2, start_m, tl.where(start_m < Lq, key_end, 0), CAUSAL and i == 0, DROPOUT, NEGATIVE, PRECISION,
             D, K, E, KV, BLOCK_M, BLOCK_N,
         )  # fmt: skip
+    if K > 192:
+        offs_m += tl.program_id(1)  # adds 0, as in forward
     row = PARTS * H
     store_rows((dq_ptr + (b64 * Lq * row + h) * K, row * K), dq, factor, offs_m, Lq, D, K)
 

@@ -89,6 +89,8 @@ VARIANTS = [
     {"segments": 2, "padding": "mask"},
     {"dropout": True, "bank": True},
     {"dropout": True, "bank": True, "causal": True},
+    {"bank": True},
+    {"bank": True, "causal": True},
 ]
 
 
