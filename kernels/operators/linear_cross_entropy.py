@@ -80,9 +80,7 @@ RECORD = Operator(
     differentiable=1,
     kernels={
         "_linear_cross_entropy_fwd_kernel": Kernel(
-            "labels_ptr",
-            "top_ptr total_ptr target_ptr",
-            lambda k: 2 * k["tokens"] * k["vocabulary"] * k["width"],
+            "labels_ptr", "top_ptr total_ptr target_ptr", lambda k: 2 * k["tokens"] * k["vocabulary"] * k["width"]
         ),
         "_linear_cross_entropy_join_kernel": Kernel(
             "top_ptr total_ptr target_ptr labels_ptr", "lse_ptr loss_ptr sum_ptr count_ptr"

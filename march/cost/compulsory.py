@@ -18,8 +18,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from kernels.operators import CONTRACTS, saved
-from kernels.packed import operator_of
+from kernels.operators import OPERATORS
 from march.cost.counter import LINEAR, OTHER, Counter, tensor_bytes, tensors, total_bytes
 
 
@@ -40,9 +39,8 @@ class Observer:
         self.compulsory: list[Compulsory] = []
         self._hooked: set[Any] = set()
 
-    def wrap(self, name: str, function: Callable) -> Callable:
-        """`function`, which computes the operator or packed form `name`, observed; labels are the operator's."""
-        operator = operator_of(name)
+    def wrap(self, operator: str, function: Callable) -> Callable:
+        """`function`, which computes `operator`, observed."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self.counter.note_launches()
@@ -54,20 +52,20 @@ class Observer:
                 self.counter.operator = before
             # views of its own: what arrives at them comes from outside the operator
             out = tree_map(lambda x: x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x, out)
-            self._note(name, args, kwargs, out)
+            self._note(operator, args, kwargs, out)
             self._label_backward(operator, tensors((args, kwargs)), tensors(out))
             return out
 
         return call
 
-    def _note(self, name: str, args: tuple, kwargs: Mapping[str, Any], out: Any) -> None:
-        operator, needs = operator_of(name), saved(name)
-        named = dict(zip(CONTRACTS[name].tensors, args, strict=False))
+    def _note(self, operator: str, args: tuple, kwargs: Mapping[str, Any], out: Any) -> None:
+        needs = OPERATORS[operator].saved
+        named = dict(zip(OPERATORS[operator].contract.tensors, args, strict=False))
         given = tensors((args, kwargs))
         outputs = tensors(out)
-        if name == "residual_norm" and named["s"] is None:
+        if operator == "residual_norm" and named["s"] is None:
             outputs = outputs[1:]  # y is x
-        if name == "self_attention":
+        if kwargs.get("return_kv"):
             outputs = outputs[:1]  # keys and values are handed on where they are
         batch, length, heads = tensors(out)[0].shape[:3] if "lse" in needs else (0, 0, 0)
         lse = batch * length * heads * 4
@@ -75,9 +73,9 @@ class Observer:
         wanted = [x for x in named.values() if isinstance(x, Tensor) and x.requires_grad]
         if not wanted:
             return
-        if name == "residual_norm" and kwargs.get("dropout") is None and len(wanted) == 3:
+        if operator == "residual_norm" and kwargs.get("dropout") is None and len(wanted) == 3:
             wanted = wanted[1:]  # one gradient serves x and s
-        needed = [named[one] for one in needs if one in named]
+        needed = [named[one] for one in needs if named.get(one) is not None]
         needed += tensors(out)[:1] if "out" in needs else []
         backward = Compulsory(operator, "backward", total_bytes(needed) + total_bytes(wanted) + lse)
         self.compulsory.append(backward)

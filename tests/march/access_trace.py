@@ -170,18 +170,18 @@ def run(name: str) -> None:
         differentiate(attention.attention(q, k, v, causal=False, key_mask=mask, **common))
     elif name == "packed":
         qkv, q = torch.randn(1, 200, 3, 2, 16, requires_grad=True), torch.randn(1, 40, 2, 16, requires_grad=True)
-        out, kv = attention.self_attention(qkv, causal=False, key_mask=None, **common)
-        read = attention.cross_attention(q, kv, causal=False, key_mask=None, **common)
+        out, kv = attention.attention(qkv, causal=False, return_kv=True, key_mask=None, **common)
+        read = attention.attention(q, kv, causal=False, key_mask=None, **common)
         differentiate((out, read))
     elif name == "shared":
         q, k, v = leaves(cases.attention_inputs(2, 150, 260, 2, 16, key_batch=1, key_heads=1, **wide))
         differentiate(attention.attention(q, k, v, causal=False, key_mask=None, **common))
     elif name == "unified":
-        tensors = leaves(cases.unified_attention_inputs(1, 140, 200, 2, 16, **wide))
+        tensors = leaves(cases.attention_inputs(1, 140, 200, 2, 16, segments=2, **wide))
         # five blocks of queries a head, as many as programs in a wave: the declaration does not know that early queries
         # of a causal head read fewer keys, which shows where a wave splits a head
         with mock.patch.object(tiles_attention, "tile", return_value=tiles_attention.Tile(32, 32, 4, 1)):
-            differentiate(attention.unified_attention(*tensors, key_mask=None, **common))
+            differentiate(attention.attention(*tensors, causal=True, key_mask=None, **common))
     elif name == "glu":
         x, weight = torch.randn(2, 130, 128, requires_grad=True), torch.randn(400, 128, requires_grad=True)
         for recompute in (False, True):

@@ -99,8 +99,6 @@ def test_the_paper_recipe_is_the_published_one():
     assert (paper.evaluation.every, paper.evaluation.sequences, paper.data.vocab_size) == (20, 1000, 30_000)
     assert paper.comparable
     assert not load("demo").comparable
-    with pytest.raises(UsageError, match=r"checkpoint-every: expected a whole number from 1 .* got '0'"):
-        request("--checkpoint-every", "0")
 
 
 def request(*argv, cuda=False):
@@ -122,14 +120,6 @@ def test_default_recipe_follows_the_device_and_precision_the_recipe_or_experimen
     assert request("--set", "precision.compute=bf16").precision.compute == "bf16"
     with pytest.raises(UsageError, match="expected one precision"):
         request("--precision", "fp32", "--set", "precision.compute=bf16")
-
-
-def test_a_seed_beyond_32_bits_is_refused():
-    """Dropout keys have 32: such a seed would have the masks of another one."""
-    assert request("--seed", str(2**32 - 1)).seed == 2**32 - 1
-    for seed in (2**32, 2**40 + 1, 2**63, -1):
-        with pytest.raises(UsageError, match=r"--seed from 0 to 2\^32 - 1"):
-            request("--seed", str(seed))
 
 
 def test_only_the_recipe_itself_is_comparable():
@@ -229,7 +219,8 @@ def test_environment_says_where_and_with_what():
 def test_metrics_of_steps_that_run_again_are_dropped(tmp_path):
     file = tmp_path / "metrics.jsonl"
     rows = [{"step": step, "loss": float(step)} for step in (1, 2, 3)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "lo')
+    stale = {"step": 2, "loss": 9.0}  # of a start that was killed: what came later holds
+    file.write_text("".join(json.dumps(row) + "\n" for row in (rows[0], stale, *rows[1:])) + '{"step": 4, "lo')
     assert read(file) == rows
     metrics = Metrics(file, tmp_path / "tensorboard", read(file)[:2])
     metrics.add({"step": 3, "loss": 30.0, "grad_norm": None})
