@@ -105,8 +105,8 @@ def _compare(given: argparse.Namespace, more: list[str]) -> int:
     choosing = (
         {v.name: plan.grid_cells(v, points, given.grid_seeds, given.runs) for v in compared} if given.grid else {}
     )
-    grid_runs = [cell for by_point in choosing.values() for runs in by_point.values() for cell in runs]
-    judged = [cell for v in compared for cell in v.cells(given.runs)]
+    grid_runs = plan.by_seed(cell for by_point in choosing.values() for runs in by_point.values() for cell in runs)
+    judged = plan.by_seed(cell for v in compared for cell in v.cells(given.runs))
     devices = _devices(given, cuda)
     found = costs.estimates([*grid_runs, *judged], device=given.device, devices=devices, cuda=cuda)
     print_costs(found, given, devices)
@@ -120,7 +120,7 @@ def _compare(given: argparse.Namespace, more: list[str]) -> int:
         for variant in chosen:
             say(f"{variant.name}: {' '.join(variant.chosen)}")
     final = chosen or compared
-    statuses = execute([cell for v in final for cell in v.cells(given.runs)])
+    statuses = execute(plan.by_seed(cell for v in final for cell in v.cells(given.runs)))
     settings = {v.name: costs.setting_of(v.cells(given.runs)[0], cuda) for v in final}
     rows = analysis.rows(final, settings, given.runs, given.margin)
     out = given.out or given.runs / "reports" / _report_name(given, options)

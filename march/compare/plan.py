@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,7 +38,28 @@ class Variant:
     chosen: tuple[str, ...] = ()
 
     def cells(self, parent: Path) -> list[Cell]:
-        return [Cell(self.name, seed, self.options + _set(self.chosen), parent) for seed in self.seeds]
+        options = tuple(changed(self.options, self.chosen))
+        return [Cell(self.name, seed, options, parent) for seed in self.seeds]
+
+
+def changed(options: Sequence[str], values: Iterable[str]) -> list[str]:
+    """train.py's options with `values`, FIELD=VALUE each, in the field's place where it is set already: so a grid's run
+    at the value that others have anyway is the same run."""
+    result = list(options)
+    for value in values:
+        field = value.partition("=")[0] + "="
+        for place in range(1, len(result)):
+            if result[place - 1] == "--set" and result[place].startswith(field):
+                result[place] = value
+                break
+        else:
+            result += ["--set", value]
+    return result
+
+
+def by_seed(cells: Iterable[Cell]) -> list[Cell]:
+    """The first seed of all before the second of any: what is there when the time is over is a table."""
+    return sorted(cells, key=lambda cell: cell.seed)
 
 
 def variants(
@@ -75,7 +96,7 @@ def variants(
                 spec,
                 None if judge == spec else judge,
                 missing,
-                (*options, *_set(_widths(spec, width))),
+                tuple(changed(options, _widths(spec, width))),
                 tuple(range(1, counts[spec] + 1)),
             )
         )
@@ -129,10 +150,6 @@ def _widths(name: str, factor: float | None) -> list[str]:
         scaled = [max(1, round(part * factor)) for part in (value if isinstance(value, tuple) else (value,))]
         sets.append(f"{field}={','.join(map(str, scaled))}")
     return sets
-
-
-def _set(values: Sequence[str]) -> tuple[str, ...]:
-    return tuple(itertools.chain.from_iterable(("--set", value) for value in values))
 
 
 def grid(axes: Sequence[str]) -> list[tuple[str, ...]]:

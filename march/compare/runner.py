@@ -24,7 +24,7 @@ from march.console import UsageError
 from march.training.metrics import clock, read
 
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
-POLL = 0.3  # seconds
+POLL = 0.3  # seconds; longer where looking takes long: 240 runs' statuses took a fifth of a core
 SAID_EVERY = 60.0  # seconds
 Say = Callable[[str], None]
 
@@ -138,7 +138,9 @@ def run_here(cells: Sequence[Cell], slots: Sequence[Slot], *, retry: bool, say: 
                     del running[slot]
                     if cell.status() != RUNNING:  # another comparison's otherwise
                         tried.add(cell)
+            begin = time.perf_counter()
             statuses = progress.update()
+            pause = max(POLL, 20 * (time.perf_counter() - begin))
             mine = {cell for _, cell, _ in running.values()}
             left = [c for c in todo if c not in tried and c not in mine and (retry or statuses[c] not in ENDED)]
             if not left and not running:
@@ -155,7 +157,7 @@ def run_here(cells: Sequence[Cell], slots: Sequence[Slot], *, retry: bool, say: 
                     continue
                 cell = ready.pop(0)
                 running[slot] = (_start(cell, slot, retry, [fd for fd in held if fd is not None]), cell, stack)
-            time.sleep(POLL)
+            time.sleep(pause)
     finally:
         for process, _, _ in running.values():
             process.send_signal(signal.SIGTERM)

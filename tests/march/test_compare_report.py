@@ -112,6 +112,27 @@ def test_a_grid_is_judged_at_the_value_chosen_on_other_seeds(stand_in, tmp_path)
     assert "dropout=0.1" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_the_first_seed_of_all_runs_before_the_second_of_any(stand_in, monkeypatch):
+    asked = []
+    monkeypatch.setattr(runner, "run_here", lambda cells, *_, **__: asked.append(cells) or {})
+    stand_in("Baseline", "SquaredReLU", "QKNorm", "--seeds", "1,Baseline=3")
+    assert [(cell.experiment, cell.seed) for cell in asked[0]] == [
+        *((name, 1) for name in ("Baseline", "SquaredReLU", "QKNorm")),
+        ("Baseline", 2),
+        ("Baseline", 3),
+    ]
+
+
+def test_a_grid_at_the_value_that_all_have_is_the_same_run(tmp_path):
+    options = ("--steps", "9", "--set", "dropout=0.1", "--set", "norm_eps=1", "--lr", "1")
+    (variant,) = plan.variants(["Baseline"], seeds="1", options=options)
+    at = {value: replace(variant, chosen=(f"dropout={value}",)).cells(tmp_path)[0] for value in ("0.1", "0.2")}
+    assert at["0.1"] == variant.cells(tmp_path)[0]
+    assert at["0.2"].options == tuple("dropout=0.2" if word == "dropout=0.1" else word for word in options)
+    (other,) = replace(variant, chosen=("positions=none",)).cells(tmp_path)
+    assert other.options == (*options, "--set", "positions=none")
+
+
 def test_a_report_of_what_is_there_starts_nothing(stand_in, tmp_path):
     assert stand_in("Baseline", "SquaredReLU", "--report-only") == 1
     assert not list(tmp_path.glob("runs/*/run"))
