@@ -35,6 +35,7 @@ from march.training.errors import NonFiniteError, RunError
 from march.training.metrics import LiveLine, Metrics, read
 from march.training.microbatch import is_out_of_memory
 from march.training.runfolder import RunFolder
+from march.training.trackers import About
 from march.training.watch import Watch
 
 
@@ -116,7 +117,15 @@ class Trainer:
             if lost:
                 say(world, f"WARNING: {folder.metrics} lacked {lost} of {self.step} steps: written from the checkpoint")
             board = folder.tensorboard if recipe.logging.tensorboard else None
-            self._metrics = Metrics(folder.metrics, board, self.rows)
+            about = About.of(plan.run) if plan.run else None
+            tracked = self._tracked(checkpoint, max(on_disk, default=0))
+            self._metrics = Metrics(folder.metrics, board, self.rows, about, tracked)
+
+    def _tracked(self, checkpoint: Checkpoint | None, last: int) -> dict[str, int]:
+        """The recipe's trackers and the last step that each one has: `last` of one that the run had before."""
+        before = checkpoint.state.get("run", {}).get("recipe", {}).get("logging", {}) if checkpoint else {}
+        known, asked = before.get("trackers") or (), self.plan.recipe.logging.trackers or ()
+        return {name: last if name in known else 0 for name in asked}
 
     def run(self) -> Outcome:
         """Train until the recipe's last step, or until a signal; evaluates and saves on the way.
@@ -383,6 +392,11 @@ class Trainer:
         self.rows.append(row)
         if self._metrics:
             self._metrics.add(row)
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """What a run ended with, for trackers."""
+        if self._metrics:
+            self._metrics.end(summary)
 
     def _last_eval(self) -> float | None:
         return next((row["eval_loss"] for row in reversed(self.rows) if row.get("eval_loss") is not None), None)
