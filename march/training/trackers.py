@@ -73,8 +73,11 @@ class TensorBoard:
     def __init__(self, folder: Path, step: int, about: About | None = None):
         """What other files there say of steps after `step` does not count. about: becomes hparams."""
         folder.mkdir(exist_ok=True)
-        self.has = step if any(folder.iterdir()) else 0
-        self._path = folder / f"events.out.tfevents.{int(time.time())}.{platform.node()}.{os.getpid()}.{id(self)}"
+        before = len(list(folder.iterdir()))
+        self.has = step if before else 0
+        # read in the order of their names
+        name = f"{int(time.time())}.{platform.node()}.{os.getpid()}.{before:05}"
+        self._path = folder / f"events.out.tfevents.{name}"
         self._write(file_version="brain.Event:2")
         from tensorboard.compat.proto.event_pb2 import SessionLog
 
