@@ -48,7 +48,10 @@ def cpu_slots(number: int) -> list[Slot]:
 
 
 def gpu_slots(groups: str, visible: int) -> list[Slot]:
-    """Groups such as "0,1/2,3" of `visible` GPUs."""
+    """Groups such as "0,1/2,3" of `visible` GPUs; where CUDA_VISIBLE_DEVICES names those, in its order.
+
+    DeepSpeed takes the group from that variable: beside --include or --num_gpus it would count all the host's GPUs.
+    """
     found = [group.split(",") for group in groups.split("/")]
     used = [gpu for group in found for gpu in group]
     if not all(gpu.isdecimal() and int(gpu) < visible for gpu in used) or len(set(used)) < len(used):
@@ -56,14 +59,15 @@ def gpu_slots(groups: str, visible: int) -> list[Slot]:
             f"expected groups of different GPUs from 0 to {visible - 1}, such as 0,1/2,3, got {groups!r}; "
             "leave --gpus out for one group of all"
         )
-    return [
-        Slot(
-            (DEEPSPEED, f"--include=localhost:{','.join(group)}", f"--master_port={29500 + int(group[0])}", str(TRAIN)),
-            {},
-            tuple(f"gpu{gpu}" for gpu in group),
-        )
-        for group in found
-    ]
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(number) for number in range(visible)]
+    slots = []
+    for group in found:
+        own = [names[int(gpu)] for gpu in group]
+        port = 29500 + int(own[0]) if own[0].isdecimal() else 29500 + int(group[0])
+        launcher = (DEEPSPEED, f"--master_port={port}", str(TRAIN))
+        slots.append(Slot(launcher, {"CUDA_VISIBLE_DEVICES": ",".join(own)}, tuple(f"gpu{name}" for name in own)))
+    return slots
 
 
 class Progress:

@@ -118,14 +118,7 @@ class Trainer:
                 say(world, f"WARNING: {folder.metrics} lacked {lost} of {self.step} steps: written from the checkpoint")
             board = folder.tensorboard if recipe.logging.tensorboard else None
             about = About.of(plan.run) if plan.run else None
-            tracked = self._tracked(checkpoint, max(on_disk, default=0))
-            self._metrics = Metrics(folder.metrics, board, self.rows, about, tracked)
-
-    def _tracked(self, checkpoint: Checkpoint | None, last: int) -> dict[str, int]:
-        """The recipe's trackers and the last step that each one has: `last` of one that the run had before."""
-        before = checkpoint.state.get("run", {}).get("recipe", {}).get("logging", {}) if checkpoint else {}
-        known, asked = before.get("trackers") or (), self.plan.recipe.logging.trackers or ()
-        return {name: last if name in known else 0 for name in asked}
+            self._metrics = Metrics(folder.metrics, board, self.rows, about, recipe.logging.trackers or ())
 
     def run(self) -> Outcome:
         """Train until the recipe's last step, or until a signal; evaluates and saves on the way.

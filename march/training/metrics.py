@@ -33,10 +33,10 @@ class Metrics:
         tensorboard: Path | None,
         rows: Sequence[Mapping[str, Any]],
         about: About | None = None,
-        trackers: Mapping[str, int] | None = None,
+        trackers: Sequence[str] = (),
     ):
         """Begin with `rows`, those of the steps before; what else is in the file belongs to steps that run again.
-        tensorboard: its folder, None for none. trackers: names, and the last step that each one has."""
+        tensorboard: its folder, None for none. trackers: of TRACKERS, told what they lack of the rows."""
         self.rows = [dict(row) for row in rows]
         self._path = file
         self._descriptor: int | None = None
@@ -46,9 +46,9 @@ class Metrics:
         step = self.rows[-1]["step"] if self.rows else 0
         if tensorboard is not None:
             self._open("tensorboard/", partial(TensorBoard, tensorboard, step, about))
-        for name, has in (trackers or {}).items():
-            assert about is not None
-            self._open(name, partial(TRACKERS[name], about, file.parent, has))
+        if about is not None:
+            for name in trackers:
+                self._open(name, partial(TRACKERS[name], about, file.parent))
         self._write()
 
     def add(self, row: Mapping[str, Any]) -> None:

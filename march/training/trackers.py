@@ -54,7 +54,7 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
 
 class Tracker(Protocol):
     """Any of its methods may raise: it is left out then, and training goes on. has: the last step that it has from an
-    earlier start."""
+    earlier start; a killed one may not have sent all that metrics.jsonl has."""
 
     has: int
 
@@ -128,8 +128,7 @@ def _plugin(tag: str, data: Any) -> Any:
 class WandB:
     """Weights & Biases; its files in the run's folder."""
 
-    def __init__(self, about: About, folder: Path, has: int):
-        self.has = has
+    def __init__(self, about: About, folder: Path):
         project = {} if os.environ.get("WANDB_PROJECT") else {"project": "march"}
         self._run = importlib.import_module("wandb").init(
             id=about.name,
@@ -140,6 +139,7 @@ class WandB:
             dir=str(folder),
             **project,
         )
+        self.has = self._run.step - 1
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -150,8 +150,7 @@ class WandB:
 
 
 class Trackio:
-    def __init__(self, about: About, folder: Path, has: int):
-        self.has = has
+    def __init__(self, about: About, folder: Path):
         self._run = importlib.import_module("trackio").init(
             project=os.environ.get("TRACKIO_PROJECT") or "march",
             name=about.name,
@@ -159,6 +158,7 @@ class Trackio:
             config=dict(about.settings),
             resume="allow",
         )
+        self.has = getattr(self._run, "_next_step", 0) - 1  # it tells nobody; without, steps come twice
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -169,7 +169,7 @@ class Trackio:
         self._run.finish()
 
 
-TRACKERS: dict[str, Callable[[About, Path, int], Tracker]] = {"wandb": WandB, "trackio": Trackio}
+TRACKERS: dict[str, Callable[[About, Path], Tracker]] = {"wandb": WandB, "trackio": Trackio}
 
 
 def require(names: Sequence[str]) -> None:

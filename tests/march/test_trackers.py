@@ -28,10 +28,12 @@ def row(step):
 
 
 class Package:
-    """wandb and trackio, as far as they are used; `fails` names the calls that raise `error`."""
+    """wandb and trackio, as far as they are used; `fails` names the calls that raise `error`, `has` the last step that
+    the run had on their server."""
 
-    def __init__(self, fails=(), error=RuntimeError):
+    def __init__(self, fails=(), error=RuntimeError, has=0):
         self.calls, self.fails, self.error = [], fails, error
+        self.step = self._next_step = has + 1 if has else 0
         self.summary = SimpleNamespace(update=lambda final: self.call("summary", final))
 
     def call(self, name, *told):
@@ -65,9 +67,9 @@ def tracker(request, monkeypatch):
     return request.param, put
 
 
-def write(folder, steps, *, before=0, has=None, end=None):
+def write(folder, steps, *, before=0, to=(), end=None):
     """Metrics of `steps`, of a run whose first `before` are in a checkpoint."""
-    metrics = Metrics(folder / "metrics.jsonl", folder / "board", [row(s) for s in range(1, before + 1)], ABOUT, has)
+    metrics = Metrics(folder / "metrics.jsonl", folder / "board", [row(s) for s in range(1, before + 1)], ABOUT, to)
     for step in steps:
         metrics.add(row(step))
     metrics.close()
@@ -81,7 +83,7 @@ FINISHED = {"finished": True, "mean_last_losses": 3.5, "eval_loss": 3.25, "test_
 def test_a_run_is_told_whole_and_its_end_once(tmp_path, tracker):
     name, put = tracker
     package = put()
-    write(tmp_path, [1, 2, 3], has={name: 0}, end=FINISHED)
+    write(tmp_path, [1, 2, 3], to=[name], end=FINISHED)
     (begin, told), *middle, (end, *_) = package.calls
     assert (begin, end, package.steps()) == ("init", "finish", [1, 2, 3])
     assert told["name"] == ABOUT.name
@@ -103,8 +105,8 @@ def test_a_run_is_told_whole_and_its_end_once(tmp_path, tracker):
 )
 def test_a_resumed_run_sends_what_its_tracker_lacks(tmp_path, tracker, before, has, steps):
     name, put = tracker
-    package = put()
-    write(tmp_path, range(before + 1, 7), before=before, has={name: has})
+    package = put(has=has)
+    write(tmp_path, range(before + 1, 7), before=before, to=[name])
     assert package.steps() == steps
 
 
@@ -119,7 +121,7 @@ def test_a_run_has_one_name_over_its_starts_and_another_run_another():
 def test_a_tracker_that_fails_is_said_once_and_left_out(tmp_path, tracker, capsys, fails, error):
     name, put = tracker
     package = put(fails={fails}, error=error)
-    write(tmp_path, [1, 2, 3], has={name: 0}, end=FINISHED)
+    write(tmp_path, [1, 2, 3], to=[name], end=FINISHED)
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert f"WARNING: {name} could not be written ({fails}: no network): training goes on without" in said
@@ -130,8 +132,8 @@ def test_a_tracker_that_fails_is_said_once_and_left_out(tmp_path, tracker, capsy
 
 def test_an_evaluation_that_is_made_up_for_reaches_the_trackers(tmp_path, tracker):
     name, put = tracker
-    package = put()
-    metrics = Metrics(tmp_path / "m.jsonl", tmp_path / "board", [row(1)], ABOUT, {name: 1})
+    package = put(has=1)
+    metrics = Metrics(tmp_path / "m.jsonl", tmp_path / "board", [row(1)], ABOUT, [name])
     metrics.replace([{**row(1), "eval_loss": 4.0}])
     assert package.calls[-1] == ("log", 1, {"eval/loss": 4.0})
     assert [event.value for event in board(tmp_path).Scalars("eval/loss")] == [4.0]
