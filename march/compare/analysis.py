@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics as plain
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,17 +185,14 @@ def _judged(row: Row, control: Row, difference: Difference, verdict: Verdict, ma
     if not difference.paired and difference.pairs:
         flags.append("seeds do not pair")
     still = statistics.seeds_needed(difference.spread, margin, comparisons)
-    values = {field: getattr(row, field) for field in row.__dataclass_fields__}
-    return Row(
-        **{
-            **values,
-            "difference": difference,
-            "verdict": verdict,
-            "detectable": statistics.detectable(difference.spread, difference.pairs, comparisons, difference.freedom),
-            "seeds_needed": None if still is None else max(0, still - difference.pairs),
-            "flags": tuple(flags),
-            "claim": judge(row.name, verdict.name, within_margin=verdict.within_margin) or "",
-        }
+    return replace(
+        row,
+        difference=difference,
+        verdict=verdict,
+        detectable=statistics.detectable(difference.spread, difference.pairs, comparisons, difference.freedom),
+        seeds_needed=None if still is None else max(0, still - difference.pairs),
+        flags=tuple(flags),
+        claim=judge(row.name, verdict.name, within_margin=verdict.within_margin) or "",
     )
 
 

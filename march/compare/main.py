@@ -6,17 +6,15 @@ import argparse
 import hashlib
 import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from march.compare import plan, statistics
 from march.config import ConfigError
-from march.console import Parser, UsageError, whole
+from march.console import Parser, UsageError, print_table, whole
 from march.data.errors import DataError
 
 RUNS = Path("runs/compare")
@@ -73,6 +71,7 @@ def build_parser() -> Parser:
 def main(words: Sequence[str] | None = None) -> int:
     """Returns 0 when every run has finished, 1 when some have not, 2 for a mistake."""
     given = list(sys.argv[1:] if words is None else words)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as SIGINT, which a shell's background jobs do not get
     cut = given.index("--") if "--" in given else len(given)
     try:
         return _compare(build_parser().parse_args(given[:cut]), given[cut + 1 :])
@@ -132,6 +131,7 @@ def _compare(given: argparse.Namespace, more: list[str]) -> int:
         commits=analysis.commits(final, given.runs),
         published=published,
         command=["march", "compare", *given.names],
+        reach=plan.PRESETS[given.recipe].reach if given.recipe in plan.PRESETS else (),
     )
     report.print_rows(rows)
     say(f"{page} and beside it report.md, report.json, rows.csv, *.png")
@@ -143,9 +143,9 @@ def _options(given: argparse.Namespace, more: list[str]) -> tuple[list[str], flo
     options: list[str] = []
     width = given.width
     if given.recipe in plan.PRESETS:
-        preset, factor = plan.PRESETS[given.recipe]
-        options += preset
-        width = factor if width is None else width
+        preset = plan.PRESETS[given.recipe]
+        options += preset.options
+        width = preset.width if width is None else width
     elif given.recipe:
         options += ["--recipe", given.recipe]
     options += [word for value in given.set or () for word in ("--set", value)]
@@ -211,36 +211,22 @@ def _executor(given: argparse.Namespace, cuda: bool) -> Any:
 
 def print_costs(found: dict[Any, Any], given: argparse.Namespace, devices: int) -> None:
     """The table of what the comparison takes, on stdout."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("experiment", "runs", "there", "parameters", "FLOPs a run", "memory", "a run", "to do", "how"):
-        table.add_column(heading, justify="left" if heading in ("experiment", "how") else "right", no_wrap=True)
-    names = dict.fromkeys(cell.experiment for cell in found)
-    hours = 0.0
-    for name in names:
+    rows, hours = [], 0.0
+    for name in dict.fromkeys(cell.experiment for cell in found):
         cells = [cell for cell in found if cell.experiment == name]
-        there = sum(cell.ended() is not None for cell in cells)
-        one = found[cells[0]]
-        left = sum(found[cell].seconds for cell in cells if cell.ended() is None)
+        todo = [cell for cell in cells if cell.ended() is None]
+        one, left = found[cells[0]], sum(found[cell].seconds for cell in todo)
         hours += left / 3600
-        table.add_row(
-            name.rpartition("/")[2],
-            str(len(cells)),
-            str(there),
-            f"{one.parameters:,}",
-            f"{one.flops:.3g}",
-            f"{one.memory / 2**30:.1f} GiB",
-            duration(one.seconds),
-            duration(left),
-            one.how,
-        )
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(table)
+        sizes = (f"{one.parameters:,}", f"{one.flops:.3g}", f"{one.memory / 2**30:.1f} GiB")
+        counts = (str(len(cells)), str(len(cells) - len(todo)))
+        rows.append((name.rpartition("/")[2], *counts, *sizes, duration(one.seconds), duration(left), one.how))
+    headings = ("experiment", "runs", "there", "parameters", "FLOPs a run", "memory", "a run", "to do", "how")
+    print_table({name: name not in ("experiment", "how") for name in headings}, rows, width=200)
     at_once = given.at_once if given.cluster else len(given.gpus.split("/")) if given.gpus else given.slots or 1
     where = given.device or ("GPU" if given.cluster or _cuda() else f"{len(os.sched_getaffinity(0))} cores")
-    console.print(
+    print(
         f"{len(found)} runs, {hours:.2f} hours of {devices} x {where}; "
-        f"with {at_once} at once about {duration(hours * 3600 / at_once)}",
-        highlight=False,
+        f"with {at_once} at once about {duration(hours * 3600 / at_once)}"
     )
 
 

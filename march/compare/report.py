@@ -12,14 +12,12 @@ from typing import Any
 
 import jinja2
 import pandas as pd
-from rich.console import Console
-from rich.table import Table
 
 from march.compare import plots, statistics
 from march.compare.analysis import Row, values
-from march.compare.cell import Cell
+from march.compare.cell import ENDED, FINISHED, Cell
 from march.compare.plan import mean_loss
-from march.console import UsageError
+from march.console import UsageError, print_table
 from march.training.files import write_text
 from march.training.metrics import short_number
 
@@ -99,13 +97,17 @@ def write(
     commits: set[str],
     published: Mapping[str, pd.DataFrame],
     command: Sequence[str],
+    reach: Sequence[str] = (),
 ) -> Path:
-    """Write everything into `folder`; returns the page's path.
+    """Write everything into `folder`; returns the page's path. An experiment without a run that ended is a name in a
+    note, and a row of the numbers only. reach: sentences on what may be concluded.
 
     Raises:
         UsageError: the folder cannot be written to.
     """
     records = [values(row) for row in rows]
+    metrics = pd.concat([row.history for row in rows], ignore_index=True).round(5)
+    shown = [row for row in rows if _ended(row)] or rows
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for old in PICTURES:
@@ -120,17 +122,17 @@ def write(
             "setting": _setting(rows),
             "rule": rule(margin),
             "columns": COLUMNS,
-            "rows": [cells(row) for row in rows],
-            "kinds": [_kind(row) for row in rows],
-            "counts": _counts(rows),
+            "rows": [cells(row) for row in shown],
+            "kinds": [_kind(row) for row in shown],
+            "counts": _counts(shown),
             "grid": _grid(grid, rows),
             "notes": _notes(rows, commits),
+            "reach": reach,
             "pictures": [(name, PICTURES[name]) for name in pictures],
         }
         numbers = {"when": content["when"], "margin": margin, "alpha": statistics.ALPHA, "rows": records}
         write_text(folder / "report.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")
         pd.DataFrame(records).drop(columns="losses").to_csv(folder / "rows.csv", index=False)
-        metrics = pd.concat([row.history for row in rows], ignore_index=True).round(5)
         metrics.to_csv(folder / "metrics.csv.gz", index=False, compression={"method": "gzip", "mtime": 1})
         write_text(folder / "report.md", markdown(content))
         data = {name: base64.b64encode((folder / name).read_bytes()).decode() for name in pictures}
@@ -200,12 +202,23 @@ def _grid(
     ]
 
 
+def _ended(row: Row) -> bool:
+    return any(status in ENDED for status in row.statuses.values())
+
+
 def _notes(rows: Sequence[Row], commits: set[str]) -> list[str]:
     notes = []
+    statuses = [status for row in rows for status in row.statuses.values()]
+    done = statuses.count(FINISHED)
+    if done < len(statuses):
+        waiting = ", ".join(row.label for row in rows if not _ended(row))
+        notes.append(
+            f"A partial table: {done} of {len(statuses)} runs have finished; the same command continues."
+            + (f" None yet of {waiting}." if waiting else "")
+        )
     if len(commits) > 1:
         notes.append(f"The runs come from different commits: {', '.join(sorted(commits))}.")
-    least = min(len(row.finite) for row in rows)
-    if least < 2:
+    if any(len(row.finite) < 2 for row in rows if _ended(row)):
         notes.append("An experiment with fewer than two finished seeds gets no verdict: one seed shows no spread.")
     return notes
 
@@ -219,6 +232,7 @@ def markdown(content: Mapping[str, Any]) -> str:
     parts = [f"# {content['title']}", content["setting"]]
     parts.append(", ".join(f"{number} {name}" for _, name, number in content["counts"]))
     parts += [f"**{note}**" for note in content["notes"]]
+    parts += content["reach"]
     columns = content["columns"]
     rule_line = "|" + "|".join("---:" if numeric else "---" for _, _, numeric in columns) + "|"
     table = [line([name for name, _, _ in columns]), rule_line, *(line(row) for row in content["rows"])]
@@ -235,14 +249,8 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 def print_rows(rows: Sequence[Row]) -> None:
     """The verdicts on stdout."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
     shown = ("experiment", "control", "loss", "difference", "shows", "verdict", "beware")
-    places = [index for index, (name, _, _) in enumerate(COLUMNS) if name in shown]
-    for place in places:
-        name, _, numeric = COLUMNS[place]
-        table.add_column(name, justify="right" if numeric else "left")
-    for row in rows:
-        texts = cells(row)
-        table.add_row(*(texts[place] for place in places))
-    console = Console()
-    (console if console.is_terminal else Console(width=220)).print(table)
+    numeric = {name: numeric for name, _, numeric in COLUMNS}
+    places = [list(numeric).index(name) for name in shown]
+    texts = map(cells, rows)
+    print_table({name: numeric[name] for name in shown}, ([row[place] for place in places] for row in texts), width=220)

@@ -96,6 +96,24 @@ def test_failed_runs_are_seen_in_the_table_and_in_the_exit_code(stand_in, tmp_pa
     assert row["loss"] is None
 
 
+def test_a_page_of_what_is_there_says_how_much_that_is(stand_in, tmp_path):
+    assert stand_in("Baseline", "SquaredReLU", "--seeds", "2") == 0
+    words = ("Baseline", "SquaredReLU", "QKNorm", "NoPositions", "--seeds", "3,NoPositions=1", "--report-only")
+    assert stand_in(*words) == 1
+    assert set(rows_of(tmp_path / "out")) == {"Baseline", "SquaredReLU", "QKNorm", "NoPositions"}
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "4 of 10 runs have finished; the same command continues. None yet of QKNorm, NoPositions." in text
+    assert "| QKNorm" not in text
+    assert "1 of 3 runs not finished" in text
+    assert stand_in("QKNorm", "NoPositions", "--report-only") == 1  # nothing at all is a page too
+
+
+def test_a_preset_says_how_far_it_reaches(stand_in, tmp_path):
+    stand_in("Baseline", "--seeds", "1", "--recipe", "mini", "--report-only")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert all(sentence in text for sentence in plan.PRESETS["mini"].reach)
+
+
 def test_one_seed_gets_a_difference_and_no_verdict(stand_in, tmp_path):
     assert stand_in("Baseline", "SquaredReLU", "--seeds", "1") == 0
     row = rows_of(tmp_path / "out")["SquaredReLU"]

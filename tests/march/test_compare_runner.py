@@ -255,13 +255,18 @@ def test_real_runs_killed_on_their_way_compare_as_if_they_were_not(tmp_path, mon
     tables = []
     for runs in ("killed", "whole"):
         words = ["Baseline", "SquaredReLU", "--seeds", "2", "--slots", "1", "--runs", runs, "--out", f"{runs}-out"]
-        if runs == "killed":
+        for number in (signal.SIGTERM, signal.SIGKILL) if runs == "killed" else ():
             words_there = [sys.executable, "-m", "march.compare.main", *words, "--", *options]
             process = subprocess.Popen(words_there, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-            while not list(tmp_path.glob("killed/*/run/checkpoints/*/manifest.json")):
+            before = set(tmp_path.glob("killed/*/run/checkpoints/*/manifest.json"))
+            while set(tmp_path.glob("killed/*/run/checkpoints/*/manifest.json")) <= before:
                 assert process.poll() is None
                 time.sleep(0.1)
-            kill_tree(process, only_it=False)
+            if number == signal.SIGKILL:
+                kill_tree(process, only_it=False)
+            else:  # what `kill` sends, and all that a background job of a shell gets
+                process.send_signal(number)
+                assert process.wait(60) == 130
         assert main.main([*words, "--", *options]) == 0, capsys.readouterr().err
         rows = json.loads((tmp_path / f"{runs}-out/report.json").read_text())["rows"]
         tables.append([(row["experiment"], row["losses"], row["difference"], row["verdict"]) for row in rows])
