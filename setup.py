@@ -17,7 +17,7 @@ setup(
     entry_points={"console_scripts": ["march = march.cli:main"]},
     # tiles that `python -m kernels.tune` measured are part of the kernels
     package_data={
-        "march": ["py.typed", "recipes/*.toml", "compare/*.html", "experiments/*.json"],
+        "march": ["py.typed", "recipes/*.toml", "compare/page.*", "experiments/*.json"],
         "kernels": ["py.typed", "fused/measured/*.json"],
     },
     install_requires=[

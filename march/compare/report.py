@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import pandas as pd
+from markupsafe import Markup, escape
 
 from march.compare import plots, statistics
 from march.compare.analysis import Row, values
@@ -113,7 +115,7 @@ def write(
         for old in PICTURES:
             (folder / old).unlink(missing_ok=True)
         pictures = plots.draw(rows, folder, margin, published)
-        content = {
+        content: dict[str, Any] = {
             "title": f"{rows[0].label} and {len(rows) - 1} others"
             if len(rows) > 2
             else " and ".join(r.label for r in rows),
@@ -134,11 +136,12 @@ def write(
         write_text(folder / "report.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")
         pd.DataFrame(records).drop(columns="losses").to_csv(folder / "rows.csv", index=False)
         metrics.to_csv(folder / "metrics.csv.gz", index=False, compression={"method": "gzip", "mtime": 1})
-        write_text(folder / "report.md", markdown(content))
-        data = {name: base64.b64encode((folder / name).read_bytes()).decode() for name in pictures}
-        template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-        page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
-        write_text(folder / "report.html", page.render(**content, data=data))
+        content["data"] = {name: base64.b64encode((folder / name).read_bytes()).decode() for name in pictures}
+        for kind in ("md", "html"):
+            environment = jinja2.Environment(autoescape=kind == "html", trim_blocks=True, lstrip_blocks=True)
+            environment.filters["breakable"] = lambda name: Markup(re.sub("(?<=[a-z])(?=[A-Z])", "<wbr>", escape(name)))
+            template = Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8")
+            write_text(folder / f"report.{kind}", environment.from_string(template).render(**content) + "\n")
     except OSError as error:
         raise UsageError(
             f"expected to write a report into {folder}, got {error.strerror}; give another --out"
@@ -162,13 +165,23 @@ def rule(margin: float) -> list[str]:
 
 
 def _setting(rows: Sequence[Row]) -> str:
-    kinds = {
-        f"{r.setting.steps} steps of {r.setting.sequences} sequences of {r.setting.length} tokens "
-        f"({short_number(r.setting.tokens)} in all), learning rate {r.setting.learning_rate:g}, {r.setting.precision}, "
-        f"text: {r.setting.text}"
-        for r in rows
-    }
-    return " | ".join(sorted(kinds))
+    """What the runs have in common; where they differ, all the values."""
+
+    def said(style: Callable[[Any], str]) -> str:
+        return " or ".join(sorted({style(row.setting) for row in rows}))
+
+    return ", ".join(
+        map(
+            said,
+            (
+                lambda s: f"{s.steps} steps of {s.sequences} sequences of {s.length} tokens",
+                lambda s: f"{short_number(s.tokens)} tokens in all",
+                lambda s: f"learning rate {s.learning_rate:g}",
+                lambda s: s.precision,
+                lambda s: f"text: {s.text}",
+            ),
+        )
+    )
 
 
 def _kind(row: Row) -> str:
@@ -221,30 +234,6 @@ def _notes(rows: Sequence[Row], commits: set[str]) -> list[str]:
     if any(len(row.finite) < 2 for row in rows if _ended(row)):
         notes.append("An experiment with fewer than two finished seeds gets no verdict: one seed shows no spread.")
     return notes
-
-
-def markdown(content: Mapping[str, Any]) -> str:
-    """The page as Markdown, pictures beside it."""
-
-    def line(values: Sequence[str]) -> str:
-        return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
-
-    parts = [f"# {content['title']}", content["setting"]]
-    parts.append(", ".join(f"{number} {name}" for _, name, number in content["counts"]))
-    parts += [f"**{note}**" for note in content["notes"]]
-    parts += content["reach"]
-    columns = content["columns"]
-    rule_line = "|" + "|".join("---:" if numeric else "---" for _, _, numeric in columns) + "|"
-    table = [line([name for name, _, _ in columns]), rule_line, *(line(row) for row in content["rows"])]
-    parts.append("\n".join(table))
-    for name, points in content["grid"]:
-        values = [f"{'**' * best}{point}: {loss}{'**' * best}" for point, loss, best in points]
-        parts.append(f"{name}: validation loss of the seeds that chose: {', '.join(values)}")
-    parts += [f"![{text}]({name})" for name, text in content["pictures"]]
-    parts += content["rule"]
-    parts.append("\n".join(f"- {name}: {text}" for name, text, _ in columns if text))
-    parts.append(f"{content['command']}, {content['when']}")
-    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def print_rows(rows: Sequence[Row]) -> None:
