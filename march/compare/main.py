@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from march.compare import plan, statistics
+from march.compare.cell import FINISHED, Cell
 from march.config import ConfigError
 from march.console import Parser, UsageError, print_table, whole
 from march.data.errors import DataError
@@ -89,7 +90,6 @@ def say(text: str) -> None:
 
 def _compare(given: argparse.Namespace, more: list[str]) -> int:
     from march.compare import analysis, costs, plots, report
-    from march.compare.cell import FINISHED
 
     if given.device and not given.dry_run:
         raise UsageError("expected --device with --dry-run, got it alone; runs go where this machine's devices are")
@@ -106,9 +106,8 @@ def _compare(given: argparse.Namespace, more: list[str]) -> int:
     )
     grid_runs = plan.by_seed(cell for by_point in choosing.values() for runs in by_point.values() for cell in runs)
     judged = plan.by_seed(cell for v in compared for cell in v.cells(given.runs))
-    devices = _devices(given, cuda)
-    found = costs.estimates([*grid_runs, *judged], device=given.device, devices=devices, cuda=cuda)
-    print_costs(found, given, devices)
+    if given.dry_run or not given.report_only:
+        print_costs([*grid_runs, *judged], given, cuda)
     if given.dry_run:
         return 0
     execute = (lambda cells: {cell: cell.status() for cell in cells}) if given.report_only else _executor(given, cuda)
@@ -209,16 +208,20 @@ def _executor(given: argparse.Namespace, cuda: bool) -> Any:
     return lambda cells: runner.run_here(cells, slots, retry=given.retry, say=say)
 
 
-def print_costs(found: dict[Any, Any], given: argparse.Namespace, devices: int) -> None:
+def print_costs(cells: Sequence[Cell], given: argparse.Namespace, cuda: bool) -> None:
     """The table of what the comparison takes, on stdout."""
+    from march.compare import costs
+
+    devices = _devices(given, cuda)
+    found = costs.estimates(cells, device=given.device, devices=devices, cuda=cuda)
     rows, hours = [], 0.0
     for name in dict.fromkeys(cell.experiment for cell in found):
-        cells = [cell for cell in found if cell.experiment == name]
-        todo = [cell for cell in cells if cell.ended() is None]
-        one, left = found[cells[0]], sum(found[cell].seconds for cell in todo)
+        own = [cell for cell in found if cell.experiment == name]
+        todo = [cell for cell in own if cell.ended() is None]
+        one, left = found[own[0]], sum(found[cell].seconds for cell in todo)
         hours += left / 3600
         sizes = (f"{one.parameters:,}", f"{one.flops:.3g}", f"{one.memory / 2**30:.1f} GiB")
-        counts = (str(len(cells)), str(len(cells) - len(todo)))
+        counts = (str(len(own)), str(len(own) - len(todo)))
         rows.append((name.rpartition("/")[2], *counts, *sizes, duration(one.seconds), duration(left), one.how))
     headings = ("experiment", "runs", "there", "parameters", "FLOPs a run", "memory", "a run", "to do", "how")
     print_table({name: name not in ("experiment", "how") for name in headings}, rows, width=200)

@@ -90,7 +90,8 @@ def forest(rows: Sequence[Row], margin: float) -> Any:
                 1.01, place, row.control, transform=axes.get_yaxis_transform(), va="center", fontsize=8, color=INK
             )
     axes.set_yticks(range(len(known)), [row.label for row in reversed(known)])
-    axes.set_xlabel(f"test loss minus {usual}'s or, where one is named, that control's, nats; {1 - ALPHA:.0%} interval")
+    against = f"{usual}'s" if all(row.control == usual for row in known) else f"{usual}'s, or the named control's"
+    axes.set_xlabel(f"test loss minus {against}, nats; {1 - ALPHA:.0%} interval; left is better")
     axes.set_ylim(-0.7, len(known) - 0.3)
     axes.grid(axis="y", visible=False)
     axes.legend(frameon=False, loc="lower right", fontsize=9)

@@ -1,11 +1,14 @@
 """Trackers beside metrics.jsonl: each gets every step once, over resumes too, and one that fails ends no run."""
 
+import json
 import sys
 from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+from test_training_runs import LAUNCHER, free_port
+from training_support import ROOT, run_command, small_overrides, write_corpus
 
 from march.console import UsageError
 from march.training import arguments, trackers
@@ -180,3 +183,37 @@ def test_a_missing_package_is_one_line_before_the_run_and_none_is_imported_unask
     with pytest.raises(UsageError, match=r"expected 'wandb' or 'trackio', got 'wandb,mlflow'"):
         arguments.check(parse(["--set", "logging.trackers=wandb,mlflow"]), cuda=False)
     assert not set(NAMES) & sys.modules.keys()
+
+
+STAND_IN = """
+import json, os, types
+PATH = os.environ["TOLD"]
+def tell(*what):
+    with open(PATH, "a") as file:
+        print(json.dumps(what), file=file)
+def logged():
+    return [w[1] for w in map(json.loads, open(PATH)) if w[0] == "log"] if os.path.exists(PATH) else []
+def init(**told):
+    tell("init", told.get("id", told["name"]))
+    log = lambda values, step: tell("log", step, "train/loss" in values)
+    last = max(logged(), default=-1) + 1
+    finish = lambda **told: tell("finish")
+    summary = types.SimpleNamespace(update=lambda final: tell("summary", sorted(final)))
+    return types.SimpleNamespace(log=log, finish=finish, summary=summary, step=last, _next_step=last)
+"""
+
+
+@pytest.mark.slow
+def test_one_process_of_two_tells_the_trackers_and_a_resumed_run_goes_on_there(tmp_path):
+    (tmp_path / "wandb.py").write_text(STAND_IN)
+    told = tmp_path / "told.jsonl"
+    environment = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "TOLD": str(told)}
+    options = ["--source", "files", "--files", str(write_corpus(tmp_path / "text.jsonl")), "--vocab-size", "400"]
+    options += ["--precision", "fp32", "--steps", "2", "--set", "logging.trackers=wandb", *small_overrides()]
+    for words in ([*options, "--run-dir", "run"], ["--resume", "run", "--steps", "3"]):
+        launcher = (*LAUNCHER, "--num_gpus", "2", "--master_port", free_port())
+        done = run_command(words, launcher=launcher, cwd=tmp_path, **environment)
+        assert done.returncode == 0, done.stderr
+    (begin, name), *rest = map(json.loads, told.read_text().splitlines())
+    end = [["summary", ["final/eval_loss", "final/loss", "final/test_loss"]], ["finish"]]
+    assert rest == [["log", 1, True], ["log", 2, True], *end, [begin, name], ["log", 3, True], *end]
