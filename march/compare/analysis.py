@@ -196,15 +196,19 @@ def _judged(row: Row, control: Row, difference: Difference, verdict: Verdict, ma
     )
 
 
-def commits(variants: Sequence[Variant], parent: Path) -> set[str]:
-    """The commits and uncommitted changes that the runs came from: one, or they may not be comparable."""
-    found = set()
+def origins(variants: Sequence[Variant], settings: Mapping[str, Setting], parent: Path) -> dict[str, list[str]]:
+    """Where the runs came from: several commits, devices, or results of the precision that each start measures for
+    itself, and they may not be comparable."""
+    found: dict[str, set[str]] = {"commits": set(), "devices": set(), "measured precisions": set()}
     for variant in variants:
         for cell in variant.cells(parent):
             for start in read_or_empty(cell.run / "environment.json").get("starts", []):
                 dirty = " with uncommitted changes" if start.get("uncommitted_changes") else ""
-                found.add(f"{str(start.get('commit'))[:10]}{dirty}")
-    return found
+                found["commits"].add(f"{str(start.get('commit'))[:10]}{dirty}")
+                found["devices"].add(str(start.get("device")))
+                if settings[variant.name].precision == "fastest":
+                    found["measured precisions"].add(str(start.get("precision")))
+    return {what: sorted(values) for what, values in found.items()}
 
 
 def values(row: Row) -> dict[str, Any]:

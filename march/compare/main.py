@@ -127,7 +127,7 @@ def _compare(given: argparse.Namespace, more: list[str]) -> int:
         out,
         margin=given.margin,
         grid={v.name: choosing[v.name] for v in final if v.name in choosing},
-        commits=analysis.commits(final, given.runs),
+        origins=analysis.origins(final, settings, given.runs),
         published=published,
         command=["march", "compare", *given.names],
         reach=plan.PRESETS[given.recipe].reach if given.recipe in plan.PRESETS else (),

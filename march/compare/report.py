@@ -96,7 +96,7 @@ def write(
     *,
     margin: float,
     grid: Mapping[str, Mapping[tuple[str, ...], Sequence[Cell]]],
-    commits: set[str],
+    origins: Mapping[str, Sequence[str]],
     published: Mapping[str, pd.DataFrame],
     command: Sequence[str],
     reach: Sequence[str] = (),
@@ -121,14 +121,14 @@ def write(
             else " and ".join(r.label for r in rows),
             "when": datetime.now(UTC).isoformat(timespec="minutes"),
             "command": " ".join(command),
-            "setting": _setting(rows),
+            "setting": _setting(rows, origins["measured precisions"]),
             "rule": rule(margin),
             "columns": COLUMNS,
             "rows": [cells(row) for row in shown],
             "kinds": [_kind(row) for row in shown],
             "counts": _counts(shown),
             "grid": _grid(grid, rows),
-            "notes": _notes(rows, commits),
+            "notes": _notes(rows, origins),
             "reach": reach,
             "pictures": [(name, PICTURES[name]) for name in pictures],
         }
@@ -164,7 +164,7 @@ def rule(margin: float) -> list[str]:
     ]
 
 
-def _setting(rows: Sequence[Row]) -> str:
+def _setting(rows: Sequence[Row], measured: Sequence[str]) -> str:
     """What the runs have in common; where they differ, all the values."""
 
     def said(style: Callable[[Any], str]) -> str:
@@ -177,7 +177,7 @@ def _setting(rows: Sequence[Row]) -> str:
                 lambda s: f"{s.steps} steps of {s.sequences} sequences of {s.length} tokens",
                 lambda s: f"{short_number(s.tokens)} tokens in all",
                 lambda s: f"learning rate {s.learning_rate:g}",
-                lambda s: s.precision,
+                lambda s: " and ".join(measured) if measured and s.precision == "fastest" else s.precision,
                 lambda s: f"text: {s.text}",
             ),
         )
@@ -219,7 +219,7 @@ def _ended(row: Row) -> bool:
     return any(status in ENDED for status in row.statuses.values())
 
 
-def _notes(rows: Sequence[Row], commits: set[str]) -> list[str]:
+def _notes(rows: Sequence[Row], origins: Mapping[str, Sequence[str]]) -> list[str]:
     notes = []
     statuses = [status for row in rows for status in row.statuses.values()]
     done = statuses.count(FINISHED)
@@ -229,8 +229,9 @@ def _notes(rows: Sequence[Row], commits: set[str]) -> list[str]:
             f"A partial table: {done} of {len(statuses)} runs have finished; the same command continues."
             + (f" None yet of {waiting}." if waiting else "")
         )
-    if len(commits) > 1:
-        notes.append(f"The runs come from different commits: {', '.join(sorted(commits))}.")
+    for what, found in origins.items():
+        if len(found) > 1:
+            notes.append(f"The runs come from different {what}: {', '.join(found)}.")
     if any(len(row.finite) < 2 for row in rows if _ended(row)):
         notes.append("An experiment with fewer than two finished seeds gets no verdict: one seed shows no spread.")
     return notes

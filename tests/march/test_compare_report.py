@@ -114,6 +114,30 @@ def test_a_preset_says_how_far_it_reaches(stand_in, tmp_path):
     assert all(sentence in text for sentence in plan.PRESETS["mini"].reach)
 
 
+def test_runs_of_several_origins_are_pointed_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(costs.Setting, "flops", 1)
+    variants = plan.variants(["Baseline", "BaselineFP32"], seeds="2", options=())
+    settings = {"Baseline": replace(SETTING, precision="fastest"), "BaselineFP32": SETTING}
+    cells = [cell for variant in variants for cell in variant.cells(tmp_path)]
+
+    def notes(*starts):
+        for cell, start in zip(cells, starts, strict=True):
+            cell.run.mkdir(parents=True, exist_ok=True)
+            (cell.run / "environment.json").write_text(json.dumps({"starts": [start]}))
+        found = analysis.origins(variants, settings, tmp_path)
+        return [n for n in report._notes(analysis.rows(variants, settings, tmp_path), found) if "different" in n]
+
+    one = {"commit": "a" * 40, "device": "a CPU", "precision": "bf16", "uncommitted_changes": False}
+    fp32 = {**one, "precision": "fp32"}
+    assert not notes(one, one, fp32, fp32)  # BaselineFP32 is float32 by what it is
+    assert notes(one, fp32, fp32, fp32) == ["The runs come from different measured precisions: bf16, fp32."]
+    other = {**fp32, "commit": "b" * 40, "device": "a GPU", "uncommitted_changes": True}
+    assert notes(one, one, fp32, other) == [
+        "The runs come from different commits: aaaaaaaaaa, bbbbbbbbbb with uncommitted changes.",
+        "The runs come from different devices: a CPU, a GPU.",
+    ]
+
+
 def test_one_seed_gets_a_difference_and_no_verdict(stand_in, tmp_path):
     assert stand_in("Baseline", "SquaredReLU", "--seeds", "1") == 0
     row = rows_of(tmp_path / "out")["SquaredReLU"]
