@@ -156,7 +156,7 @@ def _change(variant: Variant) -> str:
 
 
 def _text(value: Any) -> str:
-    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+    return "/".join(map(str, value)) if isinstance(value, tuple | list) else str(value).lower()
 
 
 def _not_finished(statuses: Mapping[int, str]) -> tuple[str, ...]:

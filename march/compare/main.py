@@ -6,9 +6,11 @@ import argparse
 import hashlib
 import math
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +131,7 @@ def _compare(given: argparse.Namespace, more: list[str]) -> int:
         grid={v.name: choosing[v.name] for v in final if v.name in choosing},
         origins=analysis.origins(final, settings, given.runs),
         published=published,
-        command=["march", "compare", *given.names],
+        command=_command(given, more),
         reach=plan.PRESETS[given.recipe].reach if given.recipe in plan.PRESETS else (),
     )
     report.print_rows(rows)
@@ -154,6 +156,14 @@ def _options(given: argparse.Namespace, more: list[str]) -> tuple[list[str], flo
                 f"expected options of a run after --, got {word}, which the comparison decides; leave it out"
             )
     return [*options, *more], width
+
+
+def _command(given: argparse.Namespace, more: Sequence[str]) -> str:
+    """What gives the same table anywhere: not where it was run."""
+    decide = {f"--{name}": getattr(given, name) for name in ("control", "seeds", "recipe", "width", "margin")}
+    words = [(name, str(value)) for name, value in decide.items() if value is not None]
+    words += [("--grid", axis) for axis in given.grid or ()] + [("--set", value) for value in given.set or ()]
+    return shlex.join(["march", "compare", *given.names, *chain(*words), *(["--", *more] if more else [])])
 
 
 def _report_name(given: argparse.Namespace, options: Sequence[str]) -> str:

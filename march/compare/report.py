@@ -98,7 +98,7 @@ def write(
     grid: Mapping[str, Mapping[tuple[str, ...], Sequence[Cell]]],
     origins: Mapping[str, Sequence[str]],
     published: Mapping[str, pd.DataFrame],
-    command: Sequence[str],
+    command: str,
     reach: Sequence[str] = (),
 ) -> Path:
     """Write everything into `folder`; returns the page's path. An experiment without a run that ended is a name in a
@@ -120,7 +120,7 @@ def write(
             if len(rows) > 2
             else " and ".join(r.label for r in rows),
             "when": datetime.now(UTC).isoformat(timespec="minutes"),
-            "command": " ".join(command),
+            "command": command,
             "setting": _setting(rows, origins["measured precisions"]),
             "rule": rule(margin),
             "columns": COLUMNS,

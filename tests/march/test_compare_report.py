@@ -66,6 +66,7 @@ def test_from_words_to_a_page(stand_in, tmp_path, capsys):
     rows = rows_of(tmp_path / "out")
     verdicts = {name: row["verdict"] for name, row in rows.items()}
     same = statistics.no_difference(statistics.MARGIN)
+    assert rows["QKNorm"]["change"] == "qk_norm true"
     assert verdicts == {"Baseline": None, "SquaredReLU": "better", "NoPositions": "worse", "QKNorm": same}
     assert rows["SquaredReLU"]["pairs"] == 4
     assert rows["SquaredReLU"]["difference"] == pytest.approx(-0.1, abs=0.01)
@@ -102,6 +103,8 @@ def test_a_page_of_what_is_there_says_how_much_that_is(stand_in, tmp_path):
     assert stand_in(*words) == 1
     assert set(rows_of(tmp_path / "out")) == {"Baseline", "SquaredReLU", "QKNorm", "NoPositions"}
     text = (tmp_path / "out" / "report.md").read_text()
+    assert "march compare Baseline SquaredReLU QKNorm NoPositions --seeds 3,NoPositions=1 --margin 0.015" in text
+    assert str(tmp_path) not in text
     assert "4 of 10 runs have finished; the same command continues. None yet of QKNorm, NoPositions." in text
     assert "| QKNorm" not in text
     assert "1 of 3 runs not finished" in text
@@ -112,6 +115,11 @@ def test_a_preset_says_how_far_it_reaches(stand_in, tmp_path):
     stand_in("Baseline", "--seeds", "1", "--recipe", "mini", "--report-only")
     text = (tmp_path / "out" / "report.md").read_text()
     assert all(sentence in text for sentence in plan.PRESETS["mini"].reach)
+
+
+def test_a_change_of_several_numbers_reads_as_on_the_command_line():
+    (variant,) = plan.variants(["ScalingHeadsConstant"], seeds="1", options=())
+    assert analysis._change(variant) == "num_heads 16/8/4, dim_qkv 32/64/128"
 
 
 def test_runs_of_several_origins_are_pointed_out(tmp_path, monkeypatch):
