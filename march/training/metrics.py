@@ -12,10 +12,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
+from march.recipe import Logging
 from march.training.distributed import say
 from march.training.files import first_line, write_text
+from march.training.runfolder import RunFolder
 from march.training.trackers import FINAL, TRACKERS, About, TensorBoard, Tracker, scalars
 
 
@@ -50,6 +52,15 @@ class Metrics:
             for name in trackers:
                 self._open(name, partial(TRACKERS[name], about, file.parent))
         self._write()
+
+    @classmethod
+    def of(cls, folder: RunFolder, logging: Logging, run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Self:
+        """Of a run in its folder, that continues after `rows`. run: what config.json says of it."""
+        on_disk = {row["step"]: row for row in read(folder.metrics)}
+        if lost := sum(row != on_disk.get(row["step"]) for row in rows):
+            say(None, f"WARNING: {folder.metrics} lacked {lost} of {len(rows)} steps: written from the checkpoint")
+        board = folder.tensorboard if logging.tensorboard else None
+        return cls(folder.metrics, board, rows, About.of(run) if run else None, logging.trackers or ())
 
     def add(self, row: Mapping[str, Any]) -> None:
         self.rows.append(dict(row))

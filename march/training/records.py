@@ -137,7 +137,8 @@ def write_end(trainer: Trainer, config: ModelConfig, entropy: float, end: Mappin
         if end["finished"]:
             raise RunError(f"the run is done, but {text}") from error
         say(world, f"WARNING: {text}")
-    trainer.end(summary)
+    if trainer.metrics:
+        trainer.metrics.end(summary)
     if not rows or not recipe.logging.curve:
         return
     try:
