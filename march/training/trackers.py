@@ -89,8 +89,14 @@ class TensorBoard:
                 api_pb2.MetricInfo(name=api_pb2.MetricName(tag=f"final/{name}"), display_name=name)
                 for name in FINAL.values()
             ]
-            experiment = plugin_data_pb2.HParamsPluginData(experiment=api_pb2.Experiment(metric_infos=metrics))
-            self._write(summary=_plugin(metadata.EXPERIMENT_TAG, experiment))
+            types = {bool: api_pb2.DATA_TYPE_BOOL, str: api_pb2.DATA_TYPE_STRING}
+            columns = [
+                api_pb2.HParamInfo(name=name, type=types.get(type(value), api_pb2.DATA_TYPE_FLOAT64))
+                for name, value in about.settings.items()
+            ]
+            experiment = api_pb2.Experiment(hparam_infos=columns, metric_infos=metrics)
+            data = plugin_data_pb2.HParamsPluginData(experiment=experiment)
+            self._write(summary=_plugin(metadata.EXPERIMENT_TAG, data))
             self._write(summary=summary_v2.hparams_pb(dict(about.settings), trial_id=about.name))
 
     def add(self, step: int, values: Mapping[str, float]) -> None:

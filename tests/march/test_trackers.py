@@ -158,6 +158,7 @@ def test_tensorboard_has_the_settings_and_the_final_losses_of_a_run_and_its_resu
         tag: plugin_data_pb2.HParamsPluginData.FromString(content)
         for tag, content in found.PluginTagToContent(metadata.PLUGIN_NAME).items()
     }
+    assert {info.name for info in told[metadata.EXPERIMENT_TAG].experiment.hparam_infos} == set(ABOUT.settings)
     metrics = told[metadata.EXPERIMENT_TAG].experiment.metric_infos
     assert {metric.name.tag for metric in metrics} == {"final/loss", "final/eval_loss", "final/test_loss"}
     start = told[metadata.SESSION_START_INFO_TAG].session_start_info
