@@ -224,7 +224,8 @@ def _notes(rows: Sequence[Row], origins: Mapping[str, Sequence[str]]) -> list[st
     statuses = [status for row in rows for status in row.statuses.values()]
     done = statuses.count(FINISHED)
     if done < len(statuses):
-        waiting = ", ".join(row.label for row in rows if not _ended(row))
+        names = [row.label for row in rows if not _ended(row)]
+        waiting = f"{len(names)} of {len(rows)} experiments" if len(names) > 8 else ", ".join(names)
         notes.append(
             f"A partial table: {done} of {len(statuses)} runs have finished; the same command continues."
             + (f" None yet of {waiting}." if waiting else "")
