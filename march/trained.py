@@ -126,7 +126,7 @@ class Trained:
     @property
     def trained_length(self) -> int:
         """Tokens of the encoder in training: positions behind them have hardly been learnt."""
-        return SpanCorruption(raw_length=self.recipe.batch.sequence_length).input_length
+        return SpanCorruption(sequence_length=self.recipe.batch.sequence_length).input_length
 
     def export(self, folder: Path | str) -> Path:
         """Write the model, its tokenizer and its recipe to a new folder, which `load` reads; returns it.

@@ -3,8 +3,8 @@
 from march.data.corruption import Batch, Examples, SpanCorruption
 from march.data.errors import DataError
 from march.data.order import MicroBatch, Prefetch, step_indices
-from march.data.prepare import ensure
-from march.data.store import Store
+from march.data.prepare import load_or_prepare
+from march.data.store import TokenDataset
 
 __all__ = [
     "Batch",
@@ -13,7 +13,7 @@ __all__ = [
     "MicroBatch",
     "Prefetch",
     "SpanCorruption",
-    "Store",
-    "ensure",
+    "TokenDataset",
+    "load_or_prepare",
     "step_indices",
 ]

@@ -77,9 +77,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _open(path: Path):
-    from march.data.store import Store
+    from march.data.store import TokenDataset
 
-    return Store(path)
+    return TokenDataset(path)
 
 
 def _paths(options: argparse.Namespace) -> list[Path]:

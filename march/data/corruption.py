@@ -30,13 +30,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class SpanCorruption:
-    """The shape of the task: how many of `raw_length` tokens are noise, and in how many spans.
+    """The shape of the task: how many of `sequence_length` tokens are noise, and in how many spans.
 
     noise_density is a share of the tokens in (0, 1), mean_span a number of tokens. Raises DataError when the
     arguments allow no draw, or need more than the vocabulary's 100 sentinels (one a span and one that closes).
     """
 
-    raw_length: int = 1024
+    sequence_length: int = 1024
     noise_density: float = 0.15
     mean_span: float = 3.0
 
@@ -48,25 +48,25 @@ class SpanCorruption:
         if self.num_noise < 1 or self.num_kept < 1 or self.num_spans > min(self.num_kept, self.num_noise):
             raise DataError(
                 "a length with at least one kept and one noise token for every span",
-                f"raw_length {self.raw_length}: {self.num_noise} noise tokens in {self.num_spans} spans, "
+                f"sequence_length {self.sequence_length}: {self.num_noise} noise tokens in {self.num_spans} spans, "
                 f"{self.num_kept} kept",
                 "use longer sequences, a noise_density nearer to 0.15, or longer spans",
             )
         if self.num_spans + 1 > NUM_SENTINELS:
             raise DataError(
                 f"at most {NUM_SENTINELS} sentinels in a sequence",
-                f"{self.num_spans + 1} (raw_length {self.raw_length}, noise_density {self.noise_density}, "
+                f"{self.num_spans + 1} (sequence_length {self.sequence_length}, noise_density {self.noise_density}, "
                 f"mean_span {self.mean_span})",
                 "use shorter sequences or a longer mean_span",
             )
 
     @cached_property
     def num_noise(self) -> int:
-        return round(self.raw_length * self.noise_density)
+        return round(self.sequence_length * self.noise_density)
 
     @cached_property
     def num_kept(self) -> int:
-        return self.raw_length - self.num_noise
+        return self.sequence_length - self.num_noise
 
     @cached_property
     def num_spans(self) -> int:
@@ -101,7 +101,7 @@ class SpanCorruption:
         rows = np.arange(n)[:, None]
 
         # every change between kept and noise toggles; the running sum's parity then marks the noise
-        toggles = np.zeros((n, self.raw_length + 1), dtype=np.uint8)
+        toggles = np.zeros((n, self.sequence_length + 1), dtype=np.uint8)
         noise_starts = kept_ends + noise_ends - noise
         toggles[rows, noise_starts] = 1
         toggles[rows, noise_starts + noise] = 1
@@ -147,22 +147,22 @@ def _interleave(tokens: np.ndarray, positions: np.ndarray, sentinels: np.ndarray
 
 
 class Examples:
-    """A split seen as sequences of `corruption.raw_length` tokens, corrupted when asked for.
+    """A split seen as sequences of `corruption.sequence_length` tokens, corrupted when asked for.
 
     tokens: flat unsigned integers, usually `store.split(name)`; a rest shorter than a sequence is left out.
     The draw is a pure function of (seed, index, epoch), whatever else is in the batch.
     """
 
     def __init__(self, tokens: np.ndarray, corruption: SpanCorruption, seed: int = 42):
-        count = tokens.size // corruption.raw_length
+        count = tokens.size // corruption.sequence_length
         if count < 1:
             raise DataError(
-                f"a split of at least one sequence ({corruption.raw_length} tokens)",
+                f"a split of at least one sequence ({corruption.sequence_length} tokens)",
                 f"{tokens.size} tokens",
                 "use shorter sequences or a larger corpus",
             )
         self.corruption, self.seed = corruption, seed
-        self._rows = tokens[: count * corruption.raw_length].reshape(count, corruption.raw_length)
+        self._rows = tokens[: count * corruption.sequence_length].reshape(count, corruption.sequence_length)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -10,7 +10,7 @@ from march.console import unescaped, whole
 from march.data import prepare, vocabulary
 from march.data.corpora import SOURCES, Corpus, open_corpus
 from march.data.errors import DataError
-from march.data.store import MANIFEST, Store
+from march.data.store import MANIFEST, TokenDataset
 
 # The options of the sources, as the command line and march.data.corpora call them.
 SOURCE_OPTIONS = (
@@ -75,7 +75,7 @@ class Description:
         given = {name: value for name in SOURCE_OPTIONS if (value := getattr(data, name, None)) is not None}
         directory = Path(data.directory or DIRECTORY)
         if store := getattr(data, "store", None):
-            return cls(Store(store).manifest["source"]["name"], {}, directory, folder=Path(store))
+            return cls(TokenDataset(store).manifest["source"]["name"], {}, directory, folder=Path(store))
         source = data.source or ("files" if "files" in given else default_source)
         open_corpus(source, **given)
         return cls(source, given, directory, data.vocab_size)
@@ -93,17 +93,17 @@ class Description:
         source, vocab_size = published.source, published.vocab_size
         if self.folder is None:
             return (self.source, self.vocab_size, bool(self.options)) == (source, vocab_size, False)
-        plain, manifest = SOURCES[source], Store(self.folder).manifest
+        plain, manifest = SOURCES[source], TokenDataset(self.folder).manifest
         return manifest["source"]["name"] == source and (
             prepare.requested(plain.create(), vocab_size) == manifest["vocabulary"]["requested"]
             and manifest["source"]["options"] == plain.create().options()
         )
 
-    def open(self, *, force: bool = False) -> Store:
+    def open(self, *, force: bool = False) -> TokenDataset:
         """The store, prepared if it is not there; `force` prepares it anew."""
         if self.folder is not None:
-            return Store(self.folder)
-        return prepare.ensure(self.source, self.directory, self.vocab_size, force=force, **self.options)
+            return TokenDataset(self.folder)
+        return prepare.load_or_prepare(self.source, self.directory, self.vocab_size, force=force, **self.options)
 
     def require_prepared(self) -> None:
         """DataError where opening would start hours of work: a dataset of the hub that was not prepared."""

@@ -28,17 +28,17 @@ from march.data.corruption import END_OF_TEXT, entropy
 from march.data.errors import DataError
 from march.data.progress import bar
 from march.data.splits import SplitWriter
-from march.data.store import Store
+from march.data.store import TokenDataset
 
 
-def ensure(
+def load_or_prepare(
     source: str = "excerpt",
     directory: Path | str = Path("data"),
     vocab_size: int | None = None,
     *,
     force: bool = False,
     **source_options: Any,
-) -> Store:
+) -> TokenDataset:
     """Opens the store of that source below `directory`, after preparing it if it is not there.
 
     vocab_size: None for the source's own. force: prepare again and replace what is there. The options are those of
@@ -80,9 +80,9 @@ def requested(corpus: Corpus, vocab_size: int | None) -> str:
     return str(vocab_size)
 
 
-def _open(path: Path, corpus: Corpus, vocab_size: int | None) -> Store:
+def _open(path: Path, corpus: Corpus, vocab_size: int | None) -> TokenDataset:
     """The store, if it was made from this corpus as it is now."""
-    found = Store(path)
+    found = TokenDataset(path)
     wanted = {**_identity(corpus), "vocabulary": requested(corpus, vocab_size)}
     have = {**found.manifest["source"], "vocabulary": found.manifest["vocabulary"]["requested"]}
     for key in wanted:

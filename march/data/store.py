@@ -25,7 +25,7 @@ SPLITS = ("train", "validation", "test")
 ALWAYS_HASHED = 64 * 2**20
 
 
-class Store:
+class TokenDataset:
     """A prepared corpus, opened read-only. Raises DataError, with what to do, when it is damaged or stale.
 
     Attributes: path; manifest (dict, see docs/data.md).
@@ -88,7 +88,7 @@ class Store:
             remember_checked(self.path, fresh)
 
     def __repr__(self) -> str:
-        return f"Store({str(self.path)!r}, vocab_size={self.vocab_size})"
+        return f"TokenDataset({str(self.path)!r}, vocab_size={self.vocab_size})"
 
 
 def sha256(path: Path) -> str:

@@ -31,11 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from march.training.distributed import say
+from march.training.distributed import log_rank0
 from march.training.errors import RunError, UsageError
 from march.training.files import first_line, flush_directory, read_json, sha256, write_text
 
-FORMAT = 2
+FORMAT = 3
 _TAG = re.compile(r"step-\d{8}")
 _TEMPORARY = ".incomplete-"
 
@@ -84,13 +84,13 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
 class Checkpoints:
     """The checkpoints of one run. Only rank 0 writes; every rank may read.
 
-    identity: the settings that the run's checkpoints carry in state["identity"]; None: not known, not asked.
+    fingerprint: the settings that the run's checkpoints carry in state["fingerprint"]; None: not known, not asked.
     """
 
-    def __init__(self, directory: Path, keep: int, identity: Mapping[str, Any] | None = None):
+    def __init__(self, directory: Path, keep: int, fingerprint: Mapping[str, Any] | None = None):
         self.directory = directory
         self.keep = keep
-        self.identity = identity
+        self.fingerprint = fingerprint
         self.resumed: str | None = None  # the tag that this process continued from, which it does not remove
 
     def save(
@@ -146,7 +146,7 @@ class Checkpoints:
                 if kept > self.keep:
                     self._remove(self.directory / tag)
             except UsageError as error:
-                say(None, f"WARNING: left as it is: {error}")
+                log_rank0(None, f"WARNING: left as it is: {error}")
 
     def tags(self) -> list[str]:
         """Complete or damaged, oldest first; temporary ones are not listed."""
@@ -165,7 +165,7 @@ class Checkpoints:
         `check` raises UsageError for those that will not do).
 
         A missing or damaged `latest` is not the end: older ones are tried, and `warning` says so. Where the run's
-        identity is not known, it is that of the one which `latest` names.
+        fingerprint is not known, it is that of the one which `latest` names.
 
         Raises:
             UsageError: no whole checkpoint, or `tag` is not the name of one.
@@ -188,9 +188,9 @@ class Checkpoints:
                 problems.append(f"`latest` names {latest!r}, which is not there")
             elif latest != candidates[0]:
                 problems.append(f"`latest` names {latest}, but {candidates[0]} is newer")
-            if self.identity is None and latest in candidates:
+            if self.fingerprint is None and latest in candidates:
                 with contextlib.suppress(UsageError):  # then nothing is known
-                    self.identity = read_json(self.directory / latest / "state.json").get("identity")
+                    self.fingerprint = read_json(self.directory / latest / "state.json").get("fingerprint")
         for candidate in candidates:
             try:
                 found = self._read(self.directory / candidate)
@@ -233,8 +233,8 @@ class Checkpoints:
             raise UsageError(
                 f"{path.name}: expected the state of this step, got step {state.get('step')!r}; it is damaged"
             )
-        if self.identity is not None:
-            odd = differences(state.get("identity"), self.identity)
+        if self.fingerprint is not None:
+            odd = differences(state.get("fingerprint"), self.fingerprint)
             if odd:
                 fields = "; ".join(f"{key} is {theirs!r} there, {ours!r} here" for key, theirs, ours in odd[:4])
                 raise _Foreign(f"{path.name}: expected a checkpoint of this run, got another's ({fields})")
@@ -292,7 +292,7 @@ class Checkpoints:
             while os.path.lexists(aside := self.directory / f"aside-{target.name}-{number}"):
                 number += 1
             os.replace(target, aside)
-            say(None, f"WARNING: {error}: kept as {aside.name}")
+            log_rank0(None, f"WARNING: {error}: kept as {aside.name}")
         else:
             self._remove(target)
 

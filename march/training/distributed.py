@@ -117,7 +117,7 @@ def _init_process_group(device: torch.device, rank: int, size: int) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     waiting = threading.Timer(
-        10, say, (None, f"rank {rank} waits for the other {size - 1} processes of WORLD_SIZE={size} at {where}")
+        10, log_rank0, (None, f"rank {rank} waits for the other {size - 1} processes of WORLD_SIZE={size} at {where}")
     )
     waiting.daemon = True
     if size > 1:
@@ -141,7 +141,7 @@ def stop(world: World) -> None:
         torch_distributed.destroy_process_group()
 
 
-def total(world: World, *values: float) -> list[float]:
+def all_reduce_sum(world: World, *values: float) -> list[float]:
     """The sums of `values` over all ranks, in float64."""
     tensor = torch.tensor(values, dtype=torch.float64, device=world.device)
     if world.size > 1:
@@ -149,7 +149,7 @@ def total(world: World, *values: float) -> list[float]:
     return [float(value) for value in tensor.tolist()]
 
 
-def largest(world: World, value: float) -> float:
+def all_reduce_max(world: World, value: float) -> float:
     """The largest `value` of any rank."""
     tensor = torch.tensor([value], dtype=torch.float64, device=world.device)
     if world.size > 1:
@@ -157,7 +157,7 @@ def largest(world: World, value: float) -> float:
     return float(tensor.item())
 
 
-def gathered(world: World, value: T) -> list[T]:
+def all_gather(world: World, value: T) -> list[T]:
     """Every rank's `value`, by rank."""
     values: list[T] = [value] * world.size
     if world.size > 1:
@@ -165,7 +165,7 @@ def gathered(world: World, value: T) -> list[T]:
     return values
 
 
-def from_first(world: World, value: T) -> T:
+def broadcast_object(world: World, value: T) -> T:
     """Rank 0's `value`, on every rank."""
     if world.size == 1:
         return value
@@ -174,7 +174,7 @@ def from_first(world: World, value: T) -> T:
     return box[0]
 
 
-def together(world: World, action: Callable[[], T], *, when: bool = True) -> T | None:
+def run_on_rank(world: World, action: Callable[[], T], *, when: bool = True) -> T | None:
     """Run `action` on the ranks where `when` holds; if it fails on any, every rank raises.
 
     Without this a full disk on rank 0 would leave the other ranks waiting in their next collective.
@@ -191,10 +191,10 @@ def together(world: World, action: Callable[[], T], *, when: bool = True) -> T |
             result = action()
         except Exception as error:
             failure = error
-    first_failed = -largest(world, -float(world.rank) if failure is not None else -float(world.size))
+    first_failed = -all_reduce_max(world, -float(world.rank) if failure is not None else -float(world.size))
     if first_failed == world.size:
         return result
-    usage = largest(world, float(isinstance(failure, ValueError) and world.rank == first_failed))
+    usage = all_reduce_max(world, float(isinstance(failure, ValueError) and world.rank == first_failed))
     if failure is not None and world.rank == first_failed:
         failure.report = True  # type: ignore[attr-defined]
         raise failure
@@ -203,7 +203,7 @@ def together(world: World, action: Callable[[], T], *, when: bool = True) -> T |
     raise other
 
 
-def say(world: World | None, text: str) -> None:
+def log_rank0(world: World | None, text: str) -> None:
     """Print on rank 0 only, to standard error, where the live line is. A terminal that has gone ends no run."""
     if world is None or world.is_first:
         with contextlib.suppress(OSError, ValueError):

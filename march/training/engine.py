@@ -12,7 +12,6 @@ import importlib.util
 import inspect
 import logging
 import math
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from march.model import Linear
 from march.recipe import Recipe
-from march.training.distributed import World, largest, say, together
+from march.training.distributed import World, all_reduce_max, run_on_rank
 from march.training.errors import UsageError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -80,7 +79,7 @@ def deepspeed_config(recipe: Recipe, micro_batch: int, world_size: int) -> dict[
         "gradient_clipping": recipe.optimizer.gradient_clipping,
         "steps_per_print": 2**31,  # our own lines say it
         "wall_clock_breakdown": False,
-        # FusedAdam and torch's AdamW are both on DeepSpeed's list; a newer DeepSpeed may drop one
+        # torch's AdamW is on DeepSpeed's list; a newer DeepSpeed may drop it
         "zero_allow_untested_optimizer": True,
         # 36M parameters, 16 micro-steps on one GPU: bf16 accumulation would lose what bf16 sums lose
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -150,13 +149,8 @@ class Muon(torch.optim.Optimizer):
             part.step()
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe, world: World) -> torch.optim.Optimizer:
-    """AdamW over every parameter: DeepSpeed's FusedAdam on CUDA, torch's AdamW on a CPU; or Muon. One group, or a
-    second one without decay: norms' weights and biases.
-
-    A CUDA machine without nvcc cannot build FusedAdam: torch's fused AdamW, the same update, takes its place, and
-    the run says so.
-    """
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """torch's AdamW over every parameter, or Muon. One group, or a second one without decay: norms' weights, biases."""
     settings: dict[str, Any] = {
         "lr": recipe.optimizer.lr,
         "betas": (recipe.optimizer.beta1, recipe.optimizer.beta2),
@@ -176,35 +170,8 @@ def build_optimizer(model: nn.Module, recipe: Recipe, world: World) -> torch.opt
         matrices: list[Tensor] = [p for p in trained if p in linear]
         momentum = 0.95 if recipe.optimizer.momentum is None else recipe.optimizer.momentum
         return Muon(matrices, groups, momentum, **settings)
-    if world.device.type == "cuda":
-        missing = _cannot_build_fused_adam()
-        if largest(world, float(missing is not None)) == 0:
-            from deepspeed.ops.adam import FusedAdam
-
-            def build() -> torch.optim.Optimizer:
-                return FusedAdam(groups, adam_w_mode=True, **settings)
-
-            # one process of a node compiles (a minute, once for a machine), the others load its result
-            built = together(world, build, when=world.local_rank == 0)
-            optimizer = together(world, lambda: built or build())
-            assert optimizer is not None
-            return optimizer
-        say(world, f"DeepSpeed's FusedAdam cannot be built ({missing or 'on another rank'}): using torch's fused AdamW")
     # fused: one pass over 36M parameters instead of one for each operation
     return AdamW(groups, fused=True, **settings)
-
-
-def _cannot_build_fused_adam() -> str | None:
-    """What stands in the way of DeepSpeed's CUDA optimiser, or None."""
-    from deepspeed.git_version_info import installed_ops
-    from deepspeed.ops.op_builder import FusedAdamBuilder
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    if installed_ops.get(FusedAdamBuilder.NAME, False):  # compiled when DeepSpeed was installed
-        return None
-    if CUDA_HOME is None or not shutil.which("nvcc", path=f"{CUDA_HOME}/bin"):
-        return "no nvcc; set CUDA_HOME to the toolkit of torch's CUDA version"
-    return None if shutil.which("ninja") else "no ninja; pip install ninja"
 
 
 def compiled_at_first_call(function: Callable | None = None, **options: Any) -> Callable:
@@ -254,8 +221,8 @@ def build_engine(model: nn.Module, config: dict[str, Any], recipe: Recipe, world
     import_muon()
     wrapped = LossOnly(model)
     parameters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    model.to(world.device)  # FusedAdam refuses parameters on another device
-    optimizer = build_optimizer(wrapped, recipe, world)
+    model.to(world.device)
+    optimizer = build_optimizer(wrapped, recipe)
     engine, *_ = deepspeed.initialize(
         model=wrapped, model_parameters=parameters, optimizer=optimizer, config=config, dist_init_required=False
     )
@@ -293,7 +260,7 @@ def guard_gradients(engine, world: World, refuse: Callable[[str, float], object]
         norm = 0.0 if _is_plain(engine) else global_norm(engine)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         bad = not math.isfinite(norm) or not all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
-        if largest(world, float(bad)):
+        if all_reduce_max(world, float(bad)):
             refuse("gradient norm", math.nan if math.isfinite(norm) else norm)
 
     optimizer.register_step_pre_hook(before_step)
@@ -352,10 +319,10 @@ def scatter_state(engine, state: Mapping[str, Mapping[str, Tensor]], step: int, 
     for name, parameter in named.items():
         for part in ("model", *_moments(engine, parameter)):
             shapes.setdefault(part, {})[name] = tuple(parameter.shape)
-    together(world, lambda: _check_state(state, shapes), when=world.is_first)
+    run_on_rank(world, lambda: _check_state(state, shapes), when=world.is_first)
     for moments in engine.basic_optimizer.state.values():
         if "step" in moments:
-            moments["step"] = torch.full_like(count, step) if isinstance(count := moments["step"], Tensor) else step
+            moments["step"].fill_(step)
     for part, name in ((part, name) for part, names in shapes.items() for name in names):
         parameter = named[name]
         if world.is_first:
@@ -408,14 +375,13 @@ def _create_optimizer_state(engine) -> None:
     them to their state after the first group's first step, when the other groups have none.
     """
     optimizer = engine.basic_optimizer
-    counts = isinstance(optimizer, torch.optim.AdamW | Muon)  # with a tensor, FusedAdam with an integer
     for group in optimizer.param_groups:
         for flat in group["params"]:
             muon = "momentum" in group
             keys = ("momentum_buffer",) if muon else MOMENTS
             optimizer.state[flat] = {key: torch.zeros_like(flat, dtype=torch.float32) for key in keys}
             if not muon:
-                optimizer.state[flat]["step"] = torch.zeros((), device=flat.device) if counts else 0
+                optimizer.state[flat]["step"] = torch.zeros((), device=flat.device)
     link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:
         link()

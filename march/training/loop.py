@@ -21,7 +21,7 @@ from march.data import Examples
 from march.data.order import MicroBatch, Prefetch, step_indices
 from march.recipe import Recipe
 from march.training.checkpoint import Checkpoint, Checkpoints
-from march.training.distributed import World, gathered, largest, say, together, total
+from march.training.distributed import World, all_gather, all_reduce_max, all_reduce_sum, log_rank0, run_on_rank
 from march.training.engine import (
     build_engine,
     deepspeed_config,
@@ -173,7 +173,7 @@ class Trainer:
         """Whether any rank was asked to; collective."""
         if self.stop is not None:
             self.stop.progress()
-        return bool(largest(self.world, float(self.stop is not None and self.stop.reason is not None)))
+        return bool(all_reduce_max(self.world, float(self.stop is not None and self.stop.reason is not None)))
 
     def _evaluates(self, step: int) -> bool:
         return step == self.plan.recipe.schedule.steps or step % self.plan.recipe.evaluation.every == 0
@@ -230,7 +230,7 @@ class Trainer:
                     if not math.isfinite(mean_loss):  # before the weights see it
                         self._non_finite("loss", mean_loss, losses)
                     norm = plain_norm(self.engine)
-                    if norm is not None and largest(self.world, float(not math.isfinite(norm))):
+                    if norm is not None and all_reduce_max(self.world, float(not math.isfinite(norm))):
                         self._non_finite("gradient norm", norm)
                     for group in self.engine.basic_optimizer.param_groups:
                         group["lr"] = self.plan.recipe.learning_rate(self.step + 1)
@@ -272,7 +272,7 @@ class Trainer:
 
     def _mean_over_ranks(self, loss_sum: Tensor) -> float:
         """Every micro-batch has the same number of labels, so the mean of means is the global batch's mean."""
-        return total(self.world, float(loss_sum))[0] / (self.accumulation * self.world.size)
+        return all_reduce_sum(self.world, float(loss_sum))[0] / (self.accumulation * self.world.size)
 
     def sequences(self, losses: Sequence[Tensor] | None = None) -> list[int]:
         """Indices into the training sequences of the step that runs: of all its rows, or of the micro-batches, on any
@@ -283,7 +283,7 @@ class Trainer:
             return rows
         odd = [number for number, loss in enumerate(losses) if not math.isfinite(float(loss))]
         firsts = [(number * world.size + world.rank) * size for number in odd]
-        return [row for first in sorted(chain(*gathered(world, firsts))) for row in rows[first : first + size]]
+        return [row for first in sorted(chain(*all_gather(world, firsts))) for row in rows[first : first + size]]
 
     def _non_finite(self, what: str, value: float, losses: Sequence[Tensor] | None = None) -> NoReturn:
         """Every rank comes here, and raises."""
@@ -310,7 +310,7 @@ class Trainer:
         try:
             self.save(prune=False)
         except RunError as error:
-            say(self.world, f"step {self.step} was not saved: {error}")
+            log_rank0(self.world, f"step {self.step} was not saved: {error}")
 
     @torch.no_grad()
     def evaluate(self, examples: Examples | None = None, *, whole: bool = False) -> float | None:
@@ -341,7 +341,7 @@ class Trainer:
                 count += len(indices)
         finally:
             self.engine.train()
-        loss_total, sequences = total(world, loss_sum, float(count))
+        loss_total, sequences = all_reduce_sum(world, loss_sum, float(count))
         mean = loss_total / sequences
         if not math.isfinite(mean):
             raise RunError(
@@ -362,13 +362,13 @@ class Trainer:
         tensors = gather_state(self.engine, self.world)
         state = {
             "elapsed": self.elapsed,
-            "identity": self.plan.fingerprint,
+            "fingerprint": self.plan.fingerprint,
             "run": self.plan.run,
             "rows": self.rows,
             "world_size": self.world.size,
             "micro_batch": self.plan.micro_batch,
         }
-        together(
+        run_on_rank(
             self.world, lambda: checkpoints.save(self.step, tensors or {}, state, prune=prune), when=self.world.is_first
         )
         self._saved_step = self.step

@@ -128,34 +128,36 @@ def _run(recipe: Recipe, given, folder, checkpoint, world, stop, stack: ExitStac
     import kernels
     from march.data import SpanCorruption
     from march.training import records, session
-    from march.training.distributed import say, together
+    from march.training.distributed import log_rank0, run_on_rank
     from march.training.loop import Plan, Trainer
     from march.training.replay import replay
-    from march.training.runfolder import peak_memory, process_age, refuse_other_identity
+    from march.training.runfolder import peak_memory, process_age, refuse_other_fingerprint
 
     changes = recipe.changes()
-    say(world, f"{recipe.entry.name} | recipe {recipe.name}: {recipe.label}{f'; with {changes}' if changes else ''}")
+    log_rank0(
+        world, f"{recipe.entry.name} | recipe {recipe.name}: {recipe.label}{f'; with {changes}' if changes else ''}"
+    )
     session.require_memory(recipe, world)
     session.check_kernels(recipe, world)
     store = session.prepare_data(recipe, world)
     config = session.fit_vocabulary(recipe, store)
-    corruption = SpanCorruption(raw_length=recipe.batch.sequence_length)
+    corruption = SpanCorruption(sequence_length=recipe.batch.sequence_length)
     session.check_lengths(config, corruption)
     seeds = {"train": recipe.seed, "validation": session.EVALUATION_SEED, "test": session.EVALUATION_SEED}
     train, validation, test = (session.examples(store, name, corruption, seed) for name, seed in seeds.items())
     data = {name: entry["sha256"] for name, entry in store.manifest["files"].items()}
-    identity = recipe.resume_fingerprint(config, data)
+    fingerprint = recipe.resume_fingerprint(config, data)
     state = checkpoint.state if checkpoint else {}
     before = state.get("run", {})
     session.refuse_other_file(recipe, before, given.accept_changed_file, world)
     if checkpoint:
-        refuse_other_identity(state["identity"], identity)
+        refuse_other_fingerprint(state["fingerprint"], fingerprint)
         if checkpoint.step >= recipe.schedule.steps and given.replay is None:
             raise UsageError(
                 f"expected steps left to do, got a run of {checkpoint.step} finished ones; "
                 f"ask for more with --steps {checkpoint.step + recipe.schedule.steps}"
             )
-        say(world, f"continuing {folder.path} after step {checkpoint.step}")
+        log_rank0(world, f"continuing {folder.path} after step {checkpoint.step}")
 
     numerics = session.fix_numerics(before.get("numerics"), recipe.precision.float32_library, world)
     model = session.build_model(recipe, config)
@@ -170,22 +172,22 @@ def _run(recipe: Recipe, given, folder, checkpoint, world, stop, stack: ExitStac
         micro_batch=micro_batch,
         train=train,
         validation=validation,
-        fingerprint=identity,
+        fingerprint=fingerprint,
         run=records.describe(recipe, config, numerics, before),
         peak_share=session.peak_share(config, corruption, config.precision, world),
     )
     if given.replay is not None:
         trainer = Trainer(plan, model, world, None, checkpoint, stop=stop)
-        say(world, replay(trainer, given.replay))
+        log_rank0(world, replay(trainer, given.replay))
         return 0
     trainer = Trainer(plan, model, world, folder, checkpoint, stop=stop)
-    together(
+    run_on_rank(
         world,
         lambda: records.write_start(folder, recipe, plan, model, trainer, store, world),
         when=world.is_first,
     )
     entropy = train.label_unigram_entropy(session.ENTROPY_SEQUENCES)
-    say(
+    log_rank0(
         world,
         f"{folder.path} | {records.count_parameters(model):,} parameters | {world.size} process(es) x micro-batch "
         f"{micro_batch} x {trainer.accumulation} = {recipe.batch.sequences} sequences a step | "
@@ -209,6 +211,6 @@ def _run(recipe: Recipe, given, folder, checkpoint, world, stop, stack: ExitStac
         "process_seconds": round(process_age(), 1),
         "parameters": records.count_parameters(model),
     }
-    together(world, lambda: records.write_end(trainer, config, entropy, end))
-    say(world, records.closing_lines(recipe, config, folder, end, entropy))
+    run_on_rank(world, lambda: records.write_end(trainer, config, entropy, end))
+    log_rank0(world, records.closing_lines(recipe, config, folder, end, entropy))
     return outcome.exit_code

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from march.recipe import Logging
-from march.training.distributed import say
+from march.training.distributed import log_rank0
 from march.training.files import first_line, write_text
 from march.training.runfolder import RunFolder
 from march.training.trackers import FINAL, TRACKERS, About, TensorBoard, Tracker, scalars
@@ -58,7 +58,9 @@ class Metrics:
         """Of a run in its folder, that continues after `rows`. run: what config.json says of it."""
         on_disk = {row["step"]: row for row in read(folder.metrics)}
         if lost := sum(row != on_disk.get(row["step"]) for row in rows):
-            say(None, f"WARNING: {folder.metrics} lacked {lost} of {len(rows)} steps: written from the checkpoint")
+            log_rank0(
+                None, f"WARNING: {folder.metrics} lacked {lost} of {len(rows)} steps: written from the checkpoint"
+            )
         board = folder.tensorboard if logging.tensorboard else None
         return cls(folder.metrics, board, rows, About.of(run) if run else None, logging.trackers or ())
 
@@ -113,7 +115,7 @@ class Metrics:
     def close(self) -> None:
         self._write()
         if self._written < len(self.rows):
-            say(
+            log_rank0(
                 None,
                 f"WARNING: {self._path} lacks the last {len(self.rows) - self._written} steps; a checkpoint has them",
             )
@@ -145,7 +147,7 @@ class Metrics:
     def _warn(self, what: str, error: BaseException) -> None:
         if what not in self._said:
             self._said.add(what)
-            say(None, f"WARNING: {what} could not be written ({first_line(error)}): training goes on without")
+            log_rank0(None, f"WARNING: {what} could not be written ({first_line(error)}): training goes on without")
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from march.cost.counter import Counter
-from march.training.distributed import World, largest
+from march.training.distributed import World, all_reduce_max
 from march.training.engine import PRECISIONS
 from march.training.errors import RunError, UsageError
 
@@ -108,7 +108,7 @@ def choose_micro_batch(
                 raise
             failed = True
         # outside the except block: a live traceback would keep the activations alive
-        if not largest(world, float(failed)):
+        if not all_reduce_max(world, float(failed)):
             return size
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -132,7 +132,7 @@ def sequence_bytes(model: nn.Module, attempt: Callable[[int], None], world: Worl
         if not is_out_of_memory(error):
             raise
         peak = math.inf
-    return largest(world, peak)
+    return all_reduce_max(world, peak)
 
 
 def trial(model: nn.Module, lengths: tuple[int, int], vocab_size: int, precision: str, zero: int, world: World):

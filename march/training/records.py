@@ -13,14 +13,14 @@ import kernels
 from march import config as configuration
 from march import experiments
 from march.config import ModelConfig
-from march.data import Store
+from march.data import TokenDataset
 from march.data.description import Description
 from march.data.store import TOKENIZER
 from march.experiments import own
 from march.experiments.published import comparison
 from march.recipe import Recipe
 from march.training.arguments import implementation
-from march.training.distributed import World, largest, say
+from march.training.distributed import World, all_reduce_max, log_rank0
 from march.training.errors import RunError
 from march.training.files import first_line, write_text
 from march.training.loop import Plan, Trainer
@@ -35,7 +35,7 @@ def count_parameters(model: nn.Module) -> int:
 
 def largest_memory(memory: Mapping[str, float], world: World) -> dict[str, float]:
     """The largest of any process, in MiB."""
-    return {name: round(largest(world, value), 1) for name, value in memory.items()}
+    return {name: round(all_reduce_max(world, value), 1) for name, value in memory.items()}
 
 
 def describe(
@@ -67,7 +67,7 @@ def write_start(
     plan: Plan,
     model: nn.Module,
     trainer: Trainer,
-    store: Store,
+    store: TokenDataset,
     world: World,
 ) -> None:
     """config.json, an entry in environment.json, and a summary.json that says that the run has not ended.
@@ -76,7 +76,7 @@ def write_start(
         RunError: they cannot be written; better known before the first step than at the first checkpoint.
     """
     try:
-        folder.write("config.json", {**plan.run, "identity": plan.fingerprint})
+        folder.write("config.json", {**plan.run, "fingerprint": plan.fingerprint})
         measured = {"float32_library": plan.run["numerics"].get("float32_library")}
         as_run: dict[str, Any] = {"precision": recipe.precision.model_copy(update=measured)}
         as_run |= {"batch": recipe.batch.model_copy(update={"micro": plan.micro_batch})}
@@ -94,7 +94,6 @@ def write_start(
             precision=recipe.precision.compute,
             zero=recipe.devices.zero,
             impl=implementation(recipe),
-            optimizer=type(trainer.engine.basic_optimizer).__module__,
             impl_chosen=kernels.describe(implementation(recipe), world.device),
             numerics=plan.run["numerics"],
             micro_batch=plan.micro_batch,
@@ -136,7 +135,7 @@ def write_end(trainer: Trainer, config: ModelConfig, entropy: float, end: Mappin
         text = f"{folder.path / 'summary.json'} could not be written: {error.strerror}; checkpoints are whole"
         if end["finished"]:
             raise RunError(f"the run is done, but {text}") from error
-        say(world, f"WARNING: {text}")
+        log_rank0(world, f"WARNING: {text}")
     if trainer.metrics:
         trainer.metrics.end(summary)
     if not rows or not recipe.logging.curve:
@@ -154,7 +153,7 @@ def write_end(trainer: Trainer, config: ModelConfig, entropy: float, end: Mappin
             unigram_entropy=entropy,
         )
     except Exception as error:  # a picture ends no run
-        say(world, f"WARNING: {folder.curve} could not be drawn ({first_line(error)})")
+        log_rank0(world, f"WARNING: {folder.curve} could not be drawn ({first_line(error)})")
 
 
 def closing_lines(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from march.training.distributed import gathered
+from march.training.distributed import all_gather
 from march.training.errors import NonFiniteError
 from march.training.loop import Trainer
 
@@ -33,7 +33,7 @@ def replay(trainer: Trainer, step: int) -> str:
     model.train()
     model.zero_grad(set_to_none=True)
     own = [line for micro in trainer.micro_batches() for line in _micro_batch(trainer, model, micro)]
-    findings += [line for lines in gathered(world, own) for line in lines]
+    findings += [line for lines in all_gather(world, own) for line in lines]
     if len(findings) == 1:
         findings.append("everything is finite: weights, outputs, losses, gradients; the step went wrong elsewhere")
     return "\n".join(findings)

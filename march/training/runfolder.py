@@ -1,7 +1,7 @@
 """The folder of one run: what was asked, where it ran, what came out.
 
 <name>.py           the experiment's own file, where it has one; .1.py: as it was before --accept-changed-file
-config.json         experiment, resolved configuration, difference from its base, recipe, identity
+config.json         experiment, resolved configuration, difference from its base, recipe, fingerprint
 recipe.toml         the same run again: train.py --recipe
 tokenizer.json      of the text, for who uses the model
 environment.json    versions, commit, devices, processes, parameters; one entry for each start
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from march.training.checkpoint import Checkpoints, differences
-from march.training.distributed import World, say
+from march.training.distributed import World, log_rank0
 from march.training.errors import UsageError
 from march.training.files import read_json, write_json
 
@@ -190,11 +190,11 @@ class RunFolder:
             try:
                 starts = list(read_json(file).get("starts", []))
             except (UsageError, TypeError) as error:
-                say(None, f"WARNING: {error}: earlier starts are lost")
+                log_rank0(None, f"WARNING: {error}: earlier starts are lost")
         try:
             self.write("environment.json", {"starts": [*starts, dict(entry)]})
         except OSError as error:
-            say(None, f"WARNING: {file} could not be written ({error.strerror}): the run goes on without")
+            log_rank0(None, f"WARNING: {file} could not be written ({error.strerror}): the run goes on without")
 
 
 def _is_told(run: Mapping[str, Any]) -> bool:
@@ -204,7 +204,7 @@ def _is_told(run: Mapping[str, Any]) -> bool:
     return all(isinstance(name, str) for name in names)
 
 
-def refuse_other_identity(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def refuse_other_fingerprint(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """A run continues only as what it was.
 
     Raises:

@@ -13,7 +13,7 @@ from kernels.dispatch import OPERATORS, choice
 from march.config import ModelConfig, resolve
 from march.cost.measure import DTYPES, inputs
 from march.model import Transformer
-from march.training.distributed import T, World, together
+from march.training.distributed import T, World, run_on_rank
 from march.training.errors import UsageError
 
 # of compiling and comparing every program of a step: minutes on a slow processor
@@ -85,4 +85,4 @@ def first_of_node(world: World, action: Callable[[], T]) -> T | None:
             raise failure
         return result if first else action()
 
-    return together(world, rest)
+    return run_on_rank(world, rest)

@@ -16,14 +16,14 @@ from kernels.dispatch import OPERATORS, choice
 from march import config as configuration
 from march import cost
 from march.config import ModelConfig
-from march.data import DataError, Examples, SpanCorruption, Store
+from march.data import DataError, Examples, SpanCorruption, TokenDataset
 from march.data.description import Description
 from march.data.vocabulary import SMALLEST
 from march.recipe import Recipe, typed
 from march.training import selftest
 from march.training.arguments import implementation
 from march.training.checkpoint import Checkpoint, Checkpoints
-from march.training.distributed import World, from_first, largest, say, together
+from march.training.distributed import World, all_reduce_max, broadcast_object, log_rank0, run_on_rank
 from march.training.errors import UsageError
 from march.training.files import read_json
 from march.training.microbatch import (
@@ -43,32 +43,32 @@ EVALUATION_SEED = 0
 ENTROPY_SEQUENCES = 4096
 
 
-def prepare_data(recipe: Recipe, world: World) -> Store:
+def prepare_data(recipe: Recipe, world: World) -> TokenDataset:
     """The token store of the recipe's text; local rank 0 prepares what is not there, the others wait.
 
     Raises:
         DataError: what march.data finds wrong, and Wikipedia that was not prepared: it takes too long on the side.
     """
 
-    def prepare() -> Store:
+    def prepare() -> TokenDataset:
         Description.of(recipe.data).require_prepared()
         return Description.of(recipe.data).open()
 
     prepares = world.local_rank == 0
-    prepared = together(world, prepare, when=prepares)
-    store = together(world, lambda: prepared or Description.of(recipe.data).open())
+    prepared = run_on_rank(world, prepare, when=prepares)
+    store = run_on_rank(world, lambda: prepared or Description.of(recipe.data).open())
     assert store is not None
-    content = from_first(world, store.manifest["files"])
+    content = broadcast_object(world, store.manifest["files"])
 
     def compare() -> None:
         if store.manifest["files"] != content:
             raise UsageError(f"expected the same data on every node, got others in {store.path}; copy one to all")
 
-    together(world, compare)
+    run_on_rank(world, compare)
     return store
 
 
-def fit_vocabulary(recipe: Recipe, store: Store) -> ModelConfig:
+def fit_vocabulary(recipe: Recipe, store: TokenDataset) -> ModelConfig:
     """The model's configuration with the corpus's vocabulary, or with --set vocab_size where that is larger.
 
     Raises:
@@ -103,14 +103,14 @@ def require_memory(recipe: Recipe, world: World) -> None:
         )
 
 
-def examples(store: Store, split: str, corruption: SpanCorruption, seed: int) -> Examples:
+def examples(store: TokenDataset, split: str, corruption: SpanCorruption, seed: int) -> Examples:
     """The sequences of a split; DataError when there is not one."""
     tokens = store.split(split)
-    if tokens.size < corruption.raw_length:
+    if tokens.size < corruption.sequence_length:
         raise DataError(
-            f"at least one sequence of {corruption.raw_length} tokens in each split of {store.path}",
+            f"at least one sequence of {corruption.sequence_length} tokens in each split of {store.path}",
             f"{tokens.size} tokens in {split}",
-            "prepare more text" + ("" if corruption.raw_length < 1024 else ", or train with --recipe demo"),
+            "prepare more text" + ("" if corruption.sequence_length < 1024 else ", or train with --recipe demo"),
         )
     return Examples(tokens, corruption, seed)
 
@@ -143,8 +143,8 @@ def refuse_other_file(recipe: Recipe, before: Mapping[str, Any], accepted: bool,
                 "has a copy to take back, --accept-changed-file continues with the file as it is"
             )
 
-    from_rank_0 = from_first(world, ours)
-    together(world, compare)
+    from_rank_0 = broadcast_object(world, ours)
+    run_on_rank(world, compare)
 
 
 def kept_file(folder: RunFolder, experiment: str) -> str:
@@ -165,20 +165,20 @@ def find_run(
 
     def find() -> tuple[RunFolder, Checkpoint]:
         folder = RunFolder.newest(parent, experiment, recipe) if given is None else RunFolder.existing(Path(given))
-        identity = None
+        fingerprint = None
         try:
-            identity = read_json(folder.path / "config.json").get("identity")
+            fingerprint = read_json(folder.path / "config.json").get("fingerprint")
         except UsageError as error:
-            say(world, f"WARNING: {error}: written anew from the checkpoint")
-        if not isinstance(identity, dict):
-            identity = None
-        checkpoint = Checkpoints(folder.checkpoints, 1, identity).load(before=before, check=check_state)
+            log_rank0(world, f"WARNING: {error}: written anew from the checkpoint")
+        if not isinstance(fingerprint, dict):
+            fingerprint = None
+        checkpoint = Checkpoints(folder.checkpoints, 1, fingerprint).load(before=before, check=check_state)
         if checkpoint.warning:
-            say(world, f"WARNING: {checkpoint.warning}")
+            log_rank0(world, f"WARNING: {checkpoint.warning}")
         return folder, checkpoint
 
-    found = together(world, find, when=world.is_first)
-    path, tag, state = from_first(world, (found[0].path, found[1].path, found[1].state) if found else None)  # type: ignore[misc]
+    found = run_on_rank(world, find, when=world.is_first)
+    path, tag, state = broadcast_object(world, (found[0].path, found[1].path, found[1].state) if found else None)  # type: ignore[misc]
     return found or (RunFolder(path), Checkpoint(tag, state, {}))
 
 
@@ -191,7 +191,7 @@ def check_state(checkpoint: Checkpoint) -> None:
         isinstance(run, dict)
         and isinstance(run.get("recipe"), dict)
         and isinstance(run.get("numerics"), dict)
-        and isinstance(state.get("identity"), dict)
+        and isinstance(state.get("fingerprint"), dict)
         and isinstance(state.get("elapsed"), float)
         and isinstance(rows, list)
         and all(isinstance(row, dict) and isinstance(row.get("loss"), float) for row in rows)
@@ -212,8 +212,8 @@ def create_folder(given: str | None, recipe: Recipe, parent: Path, world: World)
     def create() -> RunFolder:
         return RunFolder.create(parent, recipe.entry.name, recipe.name, recipe.seed, Path(given) if given else None)
 
-    folder = together(world, create, when=world.is_first)
-    path = from_first(world, folder.path if folder else None)
+    folder = run_on_rank(world, create, when=world.is_first)
+    path = broadcast_object(world, folder.path if folder else None)
     return folder or RunFolder(path)  # type: ignore[arg-type]
 
 
@@ -230,13 +230,13 @@ def check_kernels(recipe: Recipe, world: World) -> None:
         except kernels.ImplementationError as error:
             raise UsageError(str(error)) from error
 
-    together(world, check)
+    run_on_rank(world, check)
 
 
 def fastest_precision(world: World) -> str:
     """What products run fastest in on rank 0's processor, "bf16" or "fp32"; the same for all ranks."""
-    measured = together(world, kernels.portable.product_dtype, when=world.is_first)
-    return from_first(world, "bf16" if measured == torch.bfloat16 else "fp32")
+    measured = run_on_rank(world, kernels.portable.product_dtype, when=world.is_first)
+    return broadcast_object(world, "bf16" if measured == torch.bfloat16 else "fp32")
 
 
 def fix_numerics(stored: Mapping[str, Any] | None, library: str | None, world: World) -> dict[str, Any]:
@@ -250,13 +250,13 @@ def fix_numerics(stored: Mapping[str, Any] | None, library: str | None, world: W
         def choose() -> str:
             return kernels.portable.fix_float32_library(library)
 
-        now["float32_library"] = from_first(world, together(world, choose, when=world.is_first))
-        together(world, lambda: kernels.portable.fix_float32_library(now["float32_library"]))
+        now["float32_library"] = broadcast_object(world, run_on_rank(world, choose, when=world.is_first))
+        run_on_rank(world, lambda: kernels.portable.fix_float32_library(now["float32_library"]))
     changed = [
         f"{name} {stored.get(name)} -> {value}" for name, value in now.items() if stored and stored.get(name) != value
     ]
     if changed:
-        say(world, f"WARNING: losses continue to within rounding, not bit by bit: {', '.join(changed)}")
+        log_rank0(world, f"WARNING: losses continue to within rounding, not bit by bit: {', '.join(changed)}")
     return now
 
 
@@ -291,7 +291,7 @@ def fit_micro_batch(
     elif before is not None and share % before == 0:
         start = before
     else:
-        memory = -largest(world, -float(available_memory(world)))
+        memory = -all_reduce_max(world, -float(available_memory(world)))
         partitions = world.size if recipe.devices.zero else 1
         states = cost.state_bytes(cost.total_parameters(config), precision, partitions)
         # plainly enough memory for the whole share needs no estimate: 2 s, in which torch imports its compiler
@@ -305,7 +305,7 @@ def fit_micro_batch(
             start = largest_divisor(share, fits)
     selftest.check(config, lengths, start, impl, precision, world)
     try:
-        size = choose_micro_batch(attempt, share, start, world, lambda text: say(world, text))
+        size = choose_micro_batch(attempt, share, start, world, lambda text: log_rank0(world, text))
     except kernels.ImplementationError as error:
         raise UsageError(str(error)) from error
     if size != start:  # the same programs as a rule, which are remembered

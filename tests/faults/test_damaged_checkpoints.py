@@ -13,7 +13,7 @@ from injecting import edit_json, flip, rehash
 from march.training.checkpoint import Checkpoints, tag_of
 from march.training.errors import RunError, UsageError
 
-IDENTITY = {"experiment": "Baseline", "config": {"activation": "relu", "num_heads": [4, 2]}, "budget": {"seed": 42}}
+FINGERPRINT = {"experiment": "Baseline", "config": {"activation": "relu", "num_heads": [4, 2]}, "budget": {"seed": 42}}
 PARTS = ("model", "exp_avg", "exp_avg_sq")
 
 
@@ -26,8 +26,8 @@ class Evil:
         return os.mkdir, ("executed",)
 
 
-def other_identity(**changes):
-    return lambda c: (edit_json(c / "state.json", identity={**IDENTITY, **changes}), rehash(c))
+def other_fingerprint(**changes):
+    return lambda c: (edit_json(c / "state.json", fingerprint={**FINGERPRINT, **changes}), rehash(c))
 
 
 def replace_tensors(content):
@@ -94,7 +94,7 @@ DAMAGE = {
     "manifest.json is a list": manifest("[]"),
     "manifest.json without its format": manifest('{"files": {}}'),
     "manifest.json of another format": manifest('{"format": 99, "files": {"state.json": {}}}'),
-    "manifest.json with entries that are numbers": manifest('{"format": 2, "files": {"state.json": 3}}'),
+    "manifest.json with entries that are numbers": manifest('{"format": 3, "files": {"state.json": 3}}'),
     "manifest.json nested 100,000 deep": manifest("[" * 100_000),
     "manifest.json not UTF-8": manifest(b'{"format": "\xff\xfe"}'),
     "manifest.json is a pipe": to_fifo,
@@ -111,10 +111,10 @@ DAMAGE = {
     "model.pt is a malicious pickle": lambda c: ((c / "model.pt").write_bytes(pickle.dumps(Evil())), rehash(c)),
     "NaN in the weights": replace_tensors({"w": torch.full((20, 30), float("nan"))}),
     "infinity in a weight": replace_tensors({"w": torch.tensor([1.0, float("inf")])}),
-    "of another seed": other_identity(budget={"seed": 1}),
-    "of another activation": other_identity(config={"activation": "gelu", "num_heads": [4, 2]}),
-    "of another experiment": other_identity(experiment="Database"),
-    "of a run that says nothing of itself": lambda c: (edit_json(c / "state.json", identity=None), rehash(c)),
+    "of another seed": other_fingerprint(budget={"seed": 1}),
+    "of another activation": other_fingerprint(config={"activation": "gelu", "num_heads": [4, 2]}),
+    "of another experiment": other_fingerprint(experiment="Database"),
+    "of a run that says nothing of itself": lambda c: (edit_json(c / "state.json", fingerprint=None), rehash(c)),
     "the folder is a symbolic link": to_link(""),
     "model.pt is a symbolic link": to_link("model.pt"),
     "a file in place of the folder": to_file,
@@ -124,9 +124,9 @@ DAMAGE = {
 
 @pytest.fixture
 def saved(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, IDENTITY)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, FINGERPRINT)
     for step in (2, 3):
-        checkpoints.save(step, tensors(step), {"identity": IDENTITY})
+        checkpoints.save(step, tensors(step), {"fingerprint": FINGERPRINT})
     return checkpoints
 
 
@@ -135,18 +135,18 @@ def saved(tmp_path):
 def test_a_wrong_checkpoint_is_skipped_and_counts_for_nothing(saved, damage, fault, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     DAMAGE[damage](saved.directory / tag_of(3))
-    again = Checkpoints(saved.directory, 1, IDENTITY)
+    again = Checkpoints(saved.directory, 1, FINGERPRINT)
     loaded = again.load()
     assert loaded.step == 2
     assert loaded.warning is not None
     assert tag_of(3) in loaded.warning
     assert torch.equal(loaded.tensors["model"]["w"], tensors(2.0)["model"]["w"])
     again.resumed = tag_of(2)
-    again.save(4, tensors(4.0), {"identity": IDENTITY})
+    again.save(4, tensors(4.0), {"fingerprint": FINGERPRINT})
     assert {tag_of(2), tag_of(4)} <= set(again.tags())
     # keep 1, in a process that resumed nothing: the newest whole one stays, the damaged one is not ours to remove
-    fresh = Checkpoints(saved.directory, 1, IDENTITY)
-    fresh.save(5, tensors(5.0), {"identity": IDENTITY})
+    fresh = Checkpoints(saved.directory, 1, FINGERPRINT)
+    fresh.save(5, tensors(5.0), {"fingerprint": FINGERPRINT})
     assert fresh.load().step == 5
     assert tag_of(3) in fresh.tags()
     assert not (tmp_path / "executed").exists()
@@ -156,18 +156,18 @@ def test_a_wrong_checkpoint_is_skipped_and_counts_for_nothing(saved, damage, fau
 @pytest.mark.fault("a wrong checkpoint of a later step than is saved next")
 @pytest.mark.parametrize("damage", ["flipped bytes in model.pt", "of another seed", "an empty folder"])
 def test_a_later_wrong_checkpoint_never_displaces_what_is_written(tmp_path, damage, fault):
-    checkpoints = Checkpoints(tmp_path / "checkpoints", 1, IDENTITY)
-    checkpoints.save(4, tensors(), {"identity": IDENTITY})
-    checkpoints.save(8, tensors(), {"identity": IDENTITY}, prune=False)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 1, FINGERPRINT)
+    checkpoints.save(4, tensors(), {"fingerprint": FINGERPRINT})
+    checkpoints.save(8, tensors(), {"fingerprint": FINGERPRINT}, prune=False)
     DAMAGE[damage](checkpoints.directory / tag_of(8))
-    again = Checkpoints(checkpoints.directory, 1, IDENTITY)
+    again = Checkpoints(checkpoints.directory, 1, FINGERPRINT)
     assert again.load().step == 4
     again.resumed = tag_of(4)
-    again.save(6, tensors(6.0), {"identity": IDENTITY})
+    again.save(6, tensors(6.0), {"fingerprint": FINGERPRINT})
     assert again.tags() == [tag_of(4), tag_of(6), tag_of(8)]
-    assert Checkpoints(checkpoints.directory, 1, IDENTITY).load().step == 6
-    again.save(8, tensors(8.0), {"identity": IDENTITY})  # its own step: the wrong one makes room and is kept
-    assert Checkpoints(checkpoints.directory, 1, IDENTITY).load().step == 8
+    assert Checkpoints(checkpoints.directory, 1, FINGERPRINT).load().step == 6
+    again.save(8, tensors(8.0), {"fingerprint": FINGERPRINT})  # its own step: the wrong one makes room and is kept
+    assert Checkpoints(checkpoints.directory, 1, FINGERPRINT).load().step == 8
     assert (checkpoints.directory / f"aside-{tag_of(8)}-1").exists()
     fault.happened("the resumed one and the new one stay")
 
@@ -189,7 +189,7 @@ LATEST = {
 @pytest.mark.parametrize("known", [True, False], ids=["", "config.json gone too"])
 def test_a_wrong_pointer_leads_to_the_newest_whole_one(saved, how, known, fault):
     LATEST[how](saved.directory / "latest")
-    loaded = Checkpoints(saved.directory, 2, IDENTITY if known else None).load()
+    loaded = Checkpoints(saved.directory, 2, FINGERPRINT if known else None).load()
     assert loaded.step == 3
     assert "`latest`" in loaded.warning
     fault.happened(loaded.warning)
@@ -202,7 +202,7 @@ def test_a_linked_folder_is_refused(saved, tmp_path):
     with pytest.raises(UsageError, match="got a symbolic link"):
         saved.load()
     with pytest.raises(UsageError, match="got a symbolic link"):
-        saved.save(4, tensors(), {"identity": IDENTITY})
+        saved.save(4, tensors(), {"fingerprint": FINGERPRINT})
 
 
 @pytest.mark.fault("a foreign checkpoint and no other whole one", "refused in one line that names the field")
@@ -220,7 +220,7 @@ def test_nothing_that_is_not_finite_is_saved(saved, part, value, fault):
     wrong = tensors()
     wrong[part]["b"][7] = value
     with pytest.raises(RunError, match=rf"{part} of b is not finite after step 4: not saved"):
-        saved.save(4, wrong, {"identity": IDENTITY})
+        saved.save(4, wrong, {"fingerprint": FINGERPRINT})
     assert saved.tags() == [tag_of(2), tag_of(3)]
     assert saved.load().warning is None
     fault.happened("not saved, said by name; the older ones stay")

@@ -15,7 +15,7 @@ from march.training.checkpoint import Checkpoints, tag_of
 from march.training.errors import RunError
 from march.training.metrics import Metrics, read
 
-STATE = {"identity": {"seed": 1}}
+STATE = {"fingerprint": {"seed": 1}}
 
 
 def tensors(step: int):
@@ -48,7 +48,7 @@ def test_a_killed_save_leaves_a_whole_checkpoint_or_none(tmp_path, fault):
             steps = told.read()
         said = int.from_bytes(steps[-4:], "little") if steps else finished
         within += any(directory.glob(".incomplete-*"))
-        loaded = Checkpoints(directory, 2, STATE["identity"]).load()
+        loaded = Checkpoints(directory, 2, STATE["fingerprint"]).load()
         assert loaded.step in (said, said + 1)
         assert all(torch.equal(named["w"], tensors(loaded.step)["model"]["w"]) for named in loaded.tensors.values())
         assert "damaged" not in (loaded.warning or "")
@@ -93,7 +93,7 @@ def test_a_save_may_end_before_any_of_its_operations(tmp_path, monkeypatch, agai
                 ended = True
             except Killed:
                 ended = False
-        fresh = Checkpoints(directory, 1, STATE["identity"])
+        fresh = Checkpoints(directory, 1, STATE["fingerprint"])
         loaded = fresh.load()
         assert loaded.step == asked if ended else loaded.step in (asked - 1, asked)
         assert all(torch.equal(named["w"], tensors(loaded.step)["model"]["w"]) for named in loaded.tensors.values())

@@ -111,7 +111,7 @@ SIDE_FILES = {
     "config.json is {}": write("config.json", "{}"),
     "config.json is a list": write("config.json", "[]"),
     "config.json not UTF-8": write("config.json", b"\xff\xfe"),
-    "config.json with an identity that is a list": lambda run: edit_json(run / "config.json", identity=[1]),
+    "config.json with an fingerprint that is a list": lambda run: edit_json(run / "config.json", fingerprint=[1]),
     "config.json with a recipe that is a list": lambda run: edit_json(run / "config.json", recipe=[1]),
     "environment.json gone": remove("environment.json"),
     "environment.json cut in half": lambda run: os.truncate(run / "environment.json", 100),
@@ -188,7 +188,7 @@ def test_pruning_never_leaves_only_damaged_ones(run, home, capsys):
 @pytest.mark.parametrize("older", ["an older one", "none older"])
 @pytest.mark.parametrize(
     "changes",
-    [{"run": 3}, {"rows": []}, {"rows": [{"step": 1}] * 4}, {"identity": []}, {"elapsed": "long"}, {"run": {}}],
+    [{"run": 3}, {"rows": []}, {"rows": [{"step": 1}] * 4}, {"fingerprint": []}, {"elapsed": "long"}, {"run": {}}],
     ids=str,
 )
 def test_a_state_that_is_not_a_runs_is_passed_over(run, home, changes, older, capsys, fault):
@@ -353,7 +353,7 @@ def test_a_folder_and_its_config_say_the_seed(home, run, monkeypatch):
     assert main([*options(home), "--seed", "7", "--steps", "1"]) == 0
     (made,) = run.parent.glob("Baseline-demo-seed7-*")
     config = json.loads((made / "config.json").read_text())
-    assert (config["seed"], config["recipe"]["seed"], config["identity"]["seed"]) == (7, 7, 7)
+    assert (config["seed"], config["recipe"]["seed"], config["fingerprint"]["seed"]) == (7, 7, 7)
     assert json.loads((made / "summary.json").read_text())["seed"] == 7
 
 
@@ -397,10 +397,12 @@ def test_a_timeout_that_is_no_number(run, monkeypatch, capsys):
 
 @pytest.mark.fault("a corpus without one validation sequence", "refused in one line")
 def test_nothing_to_evaluate_on_is_refused(home, run, monkeypatch, capsys):
-    from march.data import Store
+    from march.data import TokenDataset
 
-    whole = Store.split
-    monkeypatch.setattr(Store, "split", lambda self, name: whole(self, name)[: 50 if name == "validation" else None])
+    whole = TokenDataset.split
+    monkeypatch.setattr(
+        TokenDataset, "split", lambda self, name: whole(self, name)[: 50 if name == "validation" else None]
+    )
     assert resume(run) == 2
     assert "validation" in one_line(capsys.readouterr().err)
 

@@ -15,10 +15,10 @@ from march.data.corruption import _composition, entropy
 PAPER = SpanCorruption()
 
 
-def tokens_for(count: int, raw_length: int = 1024, seed: int = 0, low: int = 0) -> np.ndarray:
+def tokens_for(count: int, sequence_length: int = 1024, seed: int = 0, low: int = 0) -> np.ndarray:
     """Random text tokens: 0 (end of text) now and then, no sentinels."""
     generator = np.random.default_rng(seed)
-    tokens = generator.integers(101, 4096, size=count * raw_length)
+    tokens = generator.integers(101, 4096, size=count * sequence_length)
     tokens[generator.random(tokens.size) < 0.02] = low
     return tokens.astype(np.uint16)
 
@@ -69,11 +69,11 @@ def test_the_recipe_has_921_inputs_and_206_labels():
 @settings(max_examples=60, deadline=None)
 @given(tasks(), st.integers(0, 2**64 - 1), st.integers(0, 2**40))
 def test_any_task_restores_and_keeps_its_shares(task, seed, epoch):
-    tokens = tokens_for(4, task.raw_length, seed=task.raw_length)
+    tokens = tokens_for(4, task.sequence_length, seed=task.sequence_length)
     batch = Examples(tokens, task, seed).batch(np.arange(4), epoch)
     rows = tokens.reshape(4, -1).astype(int)
     noise = task.num_noise
-    assert abs(noise - task.raw_length * task.noise_density) <= 0.5
+    assert abs(noise - task.sequence_length * task.noise_density) <= 0.5
     assert task.num_spans == max(1, round(noise / task.mean_span))
     for row in range(4):
         inputs, labels = batch.input_ids[row], batch.labels[row]
@@ -175,10 +175,10 @@ def test_numpys_global_state_is_neither_read_nor_moved():
     assert (np.random.get_state()[1] == before).all()  # noqa: NPY002
 
 
-@pytest.mark.parametrize("raw_length", [2048, 1993])
-def test_more_spans_than_sentinels_are_refused(raw_length):
+@pytest.mark.parametrize("sequence_length", [2048, 1993])
+def test_more_spans_than_sentinels_are_refused(sequence_length):
     with pytest.raises(DataError, match=r"at most 100 sentinels.*fix"):
-        SpanCorruption(raw_length)
+        SpanCorruption(sequence_length)
     assert SpanCorruption(1990).num_spans + 1 == 100  # the longest that the vocabulary allows
 
 

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from march.console import escaped, unescaped
-from march.data import DataError, Store, ensure, splits, vocabulary
+from march.data import DataError, TokenDataset, load_or_prepare, splits, vocabulary
 from march.data.__main__ import main
 from march.data.corpora import files, open_corpus
 from march.data.prepare import _encoded
@@ -330,7 +330,7 @@ def test_small_splits_are_near_5_percent_whatever_the_documents(kinds):
 def test_few_documents_are_split_as_said(tmp_path, texts):
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.txt").write_text(text)
-    store = ensure("files", tmp_path / "data", files=[str(tmp_path / "*.txt")])
+    store = load_or_prepare("files", tmp_path / "data", files=[str(tmp_path / "*.txt")])
     tokens = store.manifest["tokens"]
     for name in ("test", "validation"):
         share = tokens[name] / sum(tokens.values())
@@ -343,7 +343,7 @@ def test_few_documents_are_split_as_said(tmp_path, texts):
 def test_copies_of_a_document_are_in_one_split(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in WORDS * 3))
-    store = ensure("files", tmp_path / "data", files=[str(path)])
+    store = load_or_prepare("files", tmp_path / "data", files=[str(path)])
     assert "80 documents occur before, the copies of one are in one split" in store.manifest["splits"]
     parts = {}
     for name in ("train", "validation", "test"):
@@ -382,7 +382,7 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("advice")
     path = folder / "a.txt"
     path.write_bytes("\r\n\r\n".join(WORDS).encode())
-    return ensure("files", folder / "data", 370, files=[str(path)], separator="\n\n").path
+    return load_or_prepare("files", folder / "data", 370, files=[str(path)], separator="\n\n").path
 
 
 def damage(path: Path) -> None:
@@ -398,10 +398,10 @@ def test_a_damaged_copy_is_mended_and_the_original_left_alone(prepared, tmp_path
     damage(copied)
     before = {path.name: path.stat().st_mtime_ns for path in prepared.iterdir()}
     with pytest.raises(DataError, match=f"copy it again from {prepared}") as caught:
-        Store(copied)
+        TokenDataset(copied)
     monkeypatch.chdir(tmp_path)  # the command works from any folder
     follow(str(caught.value))
-    Store(copied.parent / prepared.name).verify()
+    TokenDataset(copied.parent / prepared.name).verify()
     assert before == {path.name: path.stat().st_mtime_ns for path in prepared.iterdir()}
 
 
@@ -409,17 +409,17 @@ def test_a_damaged_copy_is_mended_and_the_original_left_alone(prepared, tmp_path
 def test_a_damaged_original_is_mended(prepared, tmp_path):
     moved = Path(shutil.copytree(prepared.parent.parent, tmp_path / "own"))
     options = {"files": [str(moved / "a.txt")], "separator": "\n\n", "vocab_size": 370}
-    path = ensure("files", moved / "fresh", **options).path
+    path = load_or_prepare("files", moved / "fresh", **options).path
     damage(path)
     with pytest.raises(DataError, match="--force") as caught:
-        Store(path)
+        TokenDataset(path)
     follow(str(caught.value))
-    assert ensure("files", moved / "fresh", **options).path == path
+    assert load_or_prepare("files", moved / "fresh", **options).path == path
     (moved / "a.txt").write_text("\n\n".join(WORDS[::-1]))
     with pytest.raises(DataError, match="stale") as caught:
-        ensure("files", moved / "fresh", **options)
+        load_or_prepare("files", moved / "fresh", **options)
     follow(str(caught.value))
-    ensure("files", moved / "fresh", **options)
+    load_or_prepare("files", moved / "fresh", **options)
 
 
 # the command lines
@@ -478,7 +478,7 @@ def test_any_file_is_a_store_that_holds_it_or_one_line(tmp_path, content, ending
     path.write_bytes(content)
     options = {"files": [str(path)], "separator": separator, "encoding": encoding}
     try:
-        store = ensure("files", folder / "data", **options)
+        store = load_or_prepare("files", folder / "data", **options)
     except DataError as error:
         said = str(error)
     else:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from march.console import UsageError
-from march.data import DataError, ensure, splits, vocabulary
+from march.data import DataError, load_or_prepare, splits, vocabulary
 from march.data.__main__ import main
 from march.data.corpora import files, huggingface, open_corpus
 from march.data.description import Description
@@ -123,7 +123,7 @@ def test_the_hub_is_asked_for_what_was_named(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(huggingface, "_resolve", lambda dataset: None)
     options = {"dataset": "some/one", "config": "c", "split": "dev", "revision": "abc123", "column": "body"}
-    opened = ensure("huggingface", tmp_path, 375, **options)
+    opened = load_or_prepare("huggingface", tmp_path, 375, **options)
     assert opened.manifest["documents"] == len(TEXTS)
     asked = {"path": "some/one", "name": "c", "split": "dev", "revision": "abc123", "streaming": True}
     assert all(call == asked for call in calls)
@@ -169,7 +169,7 @@ def test_a_document_keeps_its_split_when_the_source_grows(tmp_path, monkeypatch,
         path = tmp_path / "text.jsonl"
         path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
         size = 357 + 5 * number
-        found.append(ensure("files", tmp_path / str(number), size, files=[str(path)], held_out=0.1))
+        found.append(load_or_prepare("files", tmp_path / str(number), size, files=[str(path)], held_out=0.1))
     before, after = map(documents_of, found)
     assert set.union(*before.values()) == set(few)
     assert set.union(*after.values()) == set(many)
@@ -185,7 +185,7 @@ def test_a_document_keeps_its_split_when_the_source_grows(tmp_path, monkeypatch,
 def test_a_share_that_holds_nothing_is_said(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS[:3]))
     with pytest.raises(DataError, match=r"documents in each split, got none in .*test.* of a share of 0\.01"):
-        ensure("files", tmp_path / "data", 357, files=[str(tmp_path / "a.jsonl")], held_out=0.01)
+        load_or_prepare("files", tmp_path / "data", 357, files=[str(tmp_path / "a.jsonl")], held_out=0.01)
 
 
 def test_a_share_is_the_same_by_option_set_and_file(tmp_path):
@@ -231,12 +231,12 @@ def test_a_large_text_file_is_read_in_bounded_memory(tmp_path, separator):
 def test_a_file_in_parts_has_the_tokens_of_the_whole(tmp_path, monkeypatch):
     path = tmp_path / "text.txt"
     path.write_text(" \n" * 20 + " ".join(TEXTS), encoding="utf-8")
-    whole = ensure("files", tmp_path / "whole", 375, files=[str(path)])
+    whole = load_or_prepare("files", tmp_path / "whole", 375, files=[str(path)])
     monkeypatch.setattr(files, "LARGEST_TEXT", 10)
     monkeypatch.setattr(vocabulary, "PIECE", 99)
     read = files.Files._pieces
     monkeypatch.setattr(files.Files, "_pieces", lambda self, path: (c for piece in read(self, path) for c in piece))
-    parts = ensure("files", tmp_path / "parts", 375, files=[str(path)])
+    parts = load_or_prepare("files", tmp_path / "parts", 375, files=[str(path)])
     assert parts.manifest["documents"] == 1
     for name in ("train", "validation", "test"):
         assert (parts.split(name) == whole.split(name)).all()

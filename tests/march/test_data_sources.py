@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from march.data import DataError, ensure
+from march.data import DataError, load_or_prepare
 from march.data.__main__ import main
 from march.data.corpora import files, huggingface, open_corpus
 from march.data.description import Description
@@ -128,30 +128,30 @@ def test_corpora_that_are_too_small_are_refused(tmp_path, texts, size, message):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     with pytest.raises(DataError, match=message):
-        ensure("files", tmp_path / "data", size, files=[str(path)])
+        load_or_prepare("files", tmp_path / "data", size, files=[str(path)])
 
 
 def test_the_vocabulary_of_files_follows_from_their_size(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    opened = ensure("files", tmp_path / "data", files=[str(path)])
+    opened = load_or_prepare("files", tmp_path / "data", files=[str(path)])
     assert 357 < opened.vocab_size < 420
     assert opened.path.name.endswith("-vauto")
-    assert ensure("files", tmp_path / "data", files=[str(path)]).manifest == opened.manifest
+    assert load_or_prepare("files", tmp_path / "data", files=[str(path)]).manifest == opened.manifest
 
 
 def test_unknown_sources_and_options_are_refused(tmp_path):
     with pytest.raises(DataError, match="a source of excerpt, wikipedia, huggingface, files"):
-        ensure("wiki", tmp_path)
+        load_or_prepare("wiki", tmp_path)
     with pytest.raises(DataError, match="options of the source excerpt: held_out, got files"):
-        ensure("excerpt", tmp_path, files=["a.txt"])
+        load_or_prepare("excerpt", tmp_path, files=["a.txt"])
 
 
 # Wikipedia
 
 
 def test_wikipedia_from_a_copy(wiki, tmp_path, hf_cache):
-    opened = ensure("wikipedia", tmp_path / "data", 380, dataset=str(wiki), snapshot="20990101.en")
+    opened = load_or_prepare("wikipedia", tmp_path / "data", 380, dataset=str(wiki), snapshot="20990101.en")
     assert opened.manifest["documents"] == 30
     assert re.fullmatch(r"wikipedia-20990101\.en-[0-9a-f]{8}-v380", opened.path.name), (
         "a copy may differ from the hub's"

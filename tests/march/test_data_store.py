@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from march.data import DataError, Examples, SpanCorruption, Store, ensure, prepare, splits, store
+from march.data import DataError, Examples, SpanCorruption, TokenDataset, load_or_prepare, prepare, splits, store
 from march.data.corpora import excerpt
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +41,7 @@ def lines(texts, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(lines, tmp_path_factory) -> Path:
-    return ensure("files", tmp_path_factory.mktemp("stores"), 500, files=[str(lines)]).path
+    return load_or_prepare("files", tmp_path_factory.mktemp("stores"), 500, files=[str(lines)]).path
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def copy(prepared, tmp_path) -> Path:
     return Path(shutil.copytree(prepared, tmp_path / prepared.name))
 
 
-def documents_of(opened: Store) -> list[str]:
+def documents_of(opened: TokenDataset) -> list[str]:
     found = []
     for name in store.SPLITS:
         tokens = opened.split(name)
@@ -61,7 +61,7 @@ def documents_of(opened: Store) -> list[str]:
 
 
 def test_a_store_holds_every_document_and_nothing_else(prepared, texts):
-    opened = Store(prepared)
+    opened = TokenDataset(prepared)
     assert sorted(documents_of(opened)) == sorted(texts)
     assert opened.vocab_size == 500 == opened.tokenizer().get_vocab_size()
     assert opened.manifest["documents"] == 60
@@ -73,25 +73,25 @@ def test_a_store_holds_every_document_and_nothing_else(prepared, texts):
 
 
 def test_small_corpora_are_split_by_document_at_5_percent(prepared):
-    opened = Store(prepared)
+    opened = TokenDataset(prepared)
     total = sum(opened.manifest["tokens"].values())
     for name in ("test", "validation"):
         assert 0.03 * total < opened.split(name).size <= 0.05 * total
 
 
 def test_tokens_are_mapped_read_only(prepared):
-    tokens = Store(prepared).split("train")
+    tokens = TokenDataset(prepared).split("train")
     assert isinstance(tokens, np.memmap)
     assert tokens.dtype == np.uint16
     assert tokens.ndim == 1
     with pytest.raises(ValueError, match="read-only"):
         tokens[0] = 1
     with pytest.raises(DataError, match="train, validation, test"):
-        Store(prepared).split("valid")
+        TokenDataset(prepared).split("valid")
 
 
 def test_unigram_entropy_is_that_of_the_training_tokens(prepared):
-    opened = Store(prepared)
+    opened = TokenDataset(prepared)
     _, counts = np.unique(opened.split("train"), return_counts=True)
     share = counts / counts.sum()
     assert opened.unigram_entropy == pytest.approx(-(share * np.log(share)).sum())
@@ -100,31 +100,31 @@ def test_unigram_entropy_is_that_of_the_training_tokens(prepared):
 
 def test_a_store_feeds_examples(prepared):
     task = SpanCorruption(128)
-    batch = Examples(Store(prepared).split("train"), task).batch([0, 1], 0)
+    batch = Examples(TokenDataset(prepared).split("train"), task).batch([0, 1], 0)
     assert batch.input_ids.shape == (2, task.input_length)
 
 
 def test_preparing_twice_gives_the_same_bytes(prepared, lines, tmp_path):
-    again = ensure("files", tmp_path, 500, files=[str(lines)])
-    assert again.manifest["files"] == Store(prepared).manifest["files"]
+    again = load_or_prepare("files", tmp_path, 500, files=[str(lines)])
+    assert again.manifest["files"] == TokenDataset(prepared).manifest["files"]
 
 
 def test_a_prepared_store_is_opened_without_the_lock_or_a_change(prepared, lines):
     before = {path: path.stat().st_mtime_ns for path in prepared.iterdir()}
     with FileLock(prepared.parent / f".{prepared.name}.lock"):
-        ensure("files", prepared.parent, 500, files=[str(lines)])
+        load_or_prepare("files", prepared.parent, 500, files=[str(lines)])
     assert before == {path: path.stat().st_mtime_ns for path in prepared.iterdir()}
 
 
 def test_the_embedded_default(tmp_path):
-    opened = ensure("excerpt", tmp_path)
+    opened = load_or_prepare("excerpt", tmp_path)
     assert opened.path == tmp_path / "excerpt-v4096"
     assert opened.vocab_size == 4096
     assert "demonstration" in opened.manifest["note"]
     assert "Anarchism" in (opened.path / "ATTRIBUTION.txt").read_text(encoding="utf-8")
     assert len(Examples(opened.split("train"), SpanCorruption())) > 700
     # the size that is the default anyway, said aloud, is the same store
-    assert ensure(directory=tmp_path, vocab_size=4096).manifest == opened.manifest
+    assert load_or_prepare(directory=tmp_path, vocab_size=4096).manifest == opened.manifest
 
 
 # damage
@@ -147,10 +147,10 @@ def test_damage_is_refused(copy, name):
         with pytest.raises(
             DataError, match=rf"{name}.*{what}.*damaged; fix: copy it again from .*, or prepare .*--force"
         ) as caught:
-            Store(copy)
+            TokenDataset(copy)
         assert "\n" not in str(caught.value)
     file.write_bytes(content)
-    Store(copy)
+    TokenDataset(copy)
 
 
 @pytest.mark.fault("a store's manifest changed", "refused in one line")
@@ -163,20 +163,20 @@ def test_a_changed_manifest_is_refused(copy, change):
     file.write_text(change(text), encoding="utf-8")
     assert file.read_text(encoding="utf-8") != text
     with pytest.raises(DataError, match=r"manifest\.json.*damaged; fix: delete"):
-        Store(copy)
+        TokenDataset(copy)
 
 
 def test_no_store_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"no such folder; fix: run python -m march\.data prepare"):
-        Store(tmp_path / "none")
+        TokenDataset(tmp_path / "none")
     with pytest.raises(DataError, match="no manifest in it"):
-        Store(tmp_path)
+        TokenDataset(tmp_path)
 
 
 @pytest.mark.fault("a large store's file changed under an old time", "found by `verify`")
 def test_large_files_are_hashed_once_for_a_size_and_time(copy, monkeypatch):
     monkeypatch.setattr(store, "ALWAYS_HASHED", 0)
-    Store(copy)
+    TokenDataset(copy)
     file = copy / "train.bin"
     times = file.stat().st_atime_ns, file.stat().st_mtime_ns
     content = bytearray(file.read_bytes())
@@ -184,14 +184,14 @@ def test_large_files_are_hashed_once_for_a_size_and_time(copy, monkeypatch):
     hashed = []
     real = store.sha256
     monkeypatch.setattr(store, "sha256", lambda path: hashed.append(path.name) or real(path))
-    Store(copy)
+    TokenDataset(copy)
     assert hashed == []
     file.write_bytes(content)
     with pytest.raises(DataError, match="its bytes changed"):
-        Store(copy)
+        TokenDataset(copy)
     # damage under an unchanged time is what `verify` is for
     os.utime(file, ns=times)
-    opened = Store(copy)
+    opened = TokenDataset(copy)
     with pytest.raises(DataError, match="its bytes changed"):
         opened.verify()
 
@@ -203,7 +203,7 @@ def test_large_files_are_hashed_once_for_a_size_and_time(copy, monkeypatch):
 def test_another_format_is_stale(copy, monkeypatch):
     monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
     with pytest.raises(DataError, match=r"format 3 in the store .*got format 2: it is stale; fix: .*--force"):
-        Store(copy)
+        TokenDataset(copy)
 
 
 @pytest.mark.fault("the text of a store changed", "refused as stale; --force renews it")
@@ -211,11 +211,11 @@ def test_changed_files_make_a_store_stale_and_force_renews_it(texts, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("\n\n\n".join(texts[:20]), encoding="utf-8")
     options = {"files": [str(path)], "separator": "\n\n\n", "directory": tmp_path, "vocab_size": 400}
-    first = ensure("files", **options)
+    first = load_or_prepare("files", **options)
     path.write_text("\n\n\n".join(texts[20:50]), encoding="utf-8")
     with pytest.raises(DataError, match=r"fingerprint.*it is stale; fix: prepare it again with python -m march\.data"):
-        ensure("files", **options)
-    second = ensure("files", force=True, **options)
+        load_or_prepare("files", **options)
+    second = load_or_prepare("files", force=True, **options)
     assert second.path == first.path
     assert second.manifest["documents"] == 30
     assert sorted(documents_of(second)) == sorted(texts[20:50])
@@ -223,16 +223,16 @@ def test_changed_files_make_a_store_stale_and_force_renews_it(texts, tmp_path):
 
 
 def test_other_options_are_another_store(lines, prepared):
-    other = ensure("files", prepared.parent, 450, files=[str(lines)])
+    other = load_or_prepare("files", prepared.parent, 450, files=[str(lines)])
     assert other.path != prepared
-    assert Store(prepared).vocab_size == 500
+    assert TokenDataset(prepared).vocab_size == 500
 
 
 @pytest.mark.fault("a store under another one's name", "refused as stale")
 def test_a_store_under_another_ones_name_is_stale(prepared, tmp_path, lines):
     shutil.copytree(prepared, tmp_path / prepared.name.replace("v500", "v501"))
     with pytest.raises(DataError, match=r'vocabulary "501" in the store .* got "500": it is stale'):
-        ensure("files", tmp_path, 501, files=[str(lines)])
+        load_or_prepare("files", tmp_path, 501, files=[str(lines)])
 
 
 # killed, failed and simultaneous preparations
@@ -244,13 +244,13 @@ def test_a_killed_preparation_leaves_nothing_that_looks_finished(lines, tmp_path
     code = (
         "import os, sys\nfrom march.data import prepare\n"
         f"prepare.{moment} = lambda *a, **k: os.kill(os.getpid(), 9)\n"
-        f"prepare.ensure('files', sys.argv[1], 500, files=[sys.argv[2]])"
+        f"prepare.load_or_prepare('files', sys.argv[1], 500, files=[sys.argv[2]])"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path, lines], cwd=ROOT, timeout=120)
     assert done.returncode == -signal.SIGKILL
     assert list(tmp_path.glob(".*.partial")), "it was killed in the middle"
     assert list(store.stores_in(tmp_path)) == []
-    opened = ensure("files", tmp_path, 500, files=[str(lines)])
+    opened = load_or_prepare("files", tmp_path, 500, files=[str(lines)])
     assert opened.manifest["documents"] == 60
     assert not list(tmp_path.glob(".*.partial"))
 
@@ -262,7 +262,7 @@ def test_a_failed_preparation_is_cleaned_up(lines, tmp_path, monkeypatch):
 
     monkeypatch.setattr(prepare.stores, "write_manifest", full)
     with pytest.raises(DataError, match="No space left on device; fix: check space"):
-        ensure("files", tmp_path, 500, files=[str(lines)])
+        load_or_prepare("files", tmp_path, 500, files=[str(lines)])
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
 
 
@@ -270,8 +270,8 @@ def test_a_failed_preparation_is_cleaned_up(lines, tmp_path, monkeypatch):
 def test_a_failed_renewal_keeps_the_old_store(copy, lines, monkeypatch):
     monkeypatch.setattr(prepare.vocabulary, "train", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        ensure("files", copy.parent, 500, force=True, files=[str(lines)])
-    assert Store(copy).manifest["documents"] == 60
+        load_or_prepare("files", copy.parent, 500, force=True, files=[str(lines)])
+    assert TokenDataset(copy).manifest["documents"] == 60
 
 
 @pytest.mark.fault("two preparations at once", "one prepares, the other says that it waits")
@@ -288,7 +288,7 @@ def test_two_at_once_prepare_once_and_the_second_says_that_it_waits(lines, tmp_p
     monkeypatch.setattr(prepare, "_build", build)
     found = []
     threads = [
-        threading.Thread(target=lambda: found.append(ensure("files", tmp_path, 500, files=[str(lines)])))
+        threading.Thread(target=lambda: found.append(load_or_prepare("files", tmp_path, 500, files=[str(lines)])))
         for _ in range(2)
     ]
     threads[0].start()
@@ -333,7 +333,7 @@ def test_large_vocabularies_use_32_bits(tmp_path):
     text = " ".join(words[i : i + 6] for i in range(0, len(words), 6))
     for number in range(4):
         (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
-    opened = ensure("files", tmp_path, 66_000, files=[str(tmp_path / "*.txt")])
+    opened = load_or_prepare("files", tmp_path, 66_000, files=[str(tmp_path / "*.txt")])
     assert opened.split("train").dtype == np.uint32
     assert int(opened.split("train").max()) > 65_535
     decoded = opened.tokenizer().decode(opened.split("test").tolist())
@@ -386,6 +386,6 @@ def test_a_preparation_killed_at_some_moment_is_made_good_by_the_next(lines, tmp
     process.kill()
     process.wait()
     for path in store.stores_in(tmp_path):
-        Store(path).verify()
-    assert ensure("files", tmp_path, 500, files=[str(lines)]).manifest["documents"] == 60
+        TokenDataset(path).verify()
+    assert load_or_prepare("files", tmp_path, 500, files=[str(lines)]).manifest["documents"] == 60
     assert not list(tmp_path.glob(".*.partial"))

@@ -183,7 +183,7 @@ def test_the_recipe_of_a_run_folder_is_the_same_run_bit_for_bit(tmp_path, monkey
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
     assert Path("one/recipe.toml").read_text() == Path("two/recipe.toml").read_text()
     one, two = (json.loads(Path(name, "config.json").read_text()) for name in ("one", "two"))
-    assert one["identity"] == two["identity"]
+    assert one["fingerprint"] == two["fingerprint"]
     # a schedule that falls says when it ends: more steps are another run
     assert main(["--resume", "one", "--steps", "5"]) == 2
     assert "schedule.steps: the run has 3, asked 5" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from training_support import SMALL, VOCABULARY, build_trainer, process_world, sm
 import march
 from march import experiments
 from march.training.checkpoint import Checkpoints
-from march.training.distributed import largest, together, total
+from march.training.distributed import all_reduce_max, all_reduce_sum, run_on_rank
 from march.training.engine import deepspeed_config, gather_state, validate
 from march.training.errors import RunError, UsageError
 from march.training.runfolder import RunFolder
@@ -215,10 +215,10 @@ def test_configuration_is_checked_key_by_key():
 
 def test_agreement_helpers_with_one_process():
     world = process_world()
-    assert total(world, 1.5, 2.0) == [1.5, 2.0]
-    assert largest(world, -3.0) == -3.0
-    assert together(world, lambda: 5) == 5
-    assert together(world, lambda: 5, when=False) is None
+    assert all_reduce_sum(world, 1.5, 2.0) == [1.5, 2.0]
+    assert all_reduce_max(world, -3.0) == -3.0
+    assert run_on_rank(world, lambda: 5) == 5
+    assert run_on_rank(world, lambda: 5, when=False) is None
     with pytest.raises(OSError, match="disk") as caught:
-        together(world, lambda: (_ for _ in ()).throw(OSError("disk")))
+        run_on_rank(world, lambda: (_ for _ in ()).throw(OSError("disk")))
     assert caught.value.report

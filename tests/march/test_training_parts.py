@@ -24,7 +24,7 @@ from march.training.microbatch import (
     share_of_process,
 )
 from march.training.plot import plot_curve
-from march.training.runfolder import RunFolder, environment, refuse_other_identity
+from march.training.runfolder import RunFolder, environment, refuse_other_fingerprint
 
 TENSORS = {"model": {"w": torch.arange(600.0).reshape(20, 30)}, "exp_avg": {"w": torch.ones(20, 30)}}
 
@@ -210,11 +210,13 @@ def test_run_folder_never_mixes_two_runs(tmp_path):
         RunFolder.create(tmp_path, "Baseline", "demo", 42, first.path)
 
 
-def test_identity_names_every_difference():
+def test_fingerprint_names_every_difference():
     stored = {"seed": 42, "config": {"num_heads": [8, 4], "dropout": 0.1}}
-    refuse_other_identity(json.loads(json.dumps(stored)), {"seed": 42, "config": {"num_heads": (8, 4), "dropout": 0.1}})
+    refuse_other_fingerprint(
+        json.loads(json.dumps(stored)), {"seed": 42, "config": {"num_heads": (8, 4), "dropout": 0.1}}
+    )
     with pytest.raises(UsageError, match=r"config.dropout: the run has 0.1, asked 0.2; seed: the run has 42, asked 1"):
-        refuse_other_identity(stored, {"seed": 1, "config": {"num_heads": (8, 4), "dropout": 0.2}})
+        refuse_other_fingerprint(stored, {"seed": 1, "config": {"num_heads": (8, 4), "dropout": 0.2}})
 
 
 def test_environment_says_where_and_with_what():

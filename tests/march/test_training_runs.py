@@ -104,7 +104,7 @@ def test_the_precision_is_measured_once_for_all_processes_and_kept_by_resume(cor
     assert first.returncode == 0, first.stderr
     assert first.stderr.count("as fast as float32") == 1
     config = json.loads((tmp_path / "run/config.json").read_text())
-    chosen = config["identity"]["precision"]["compute"]
+    chosen = config["fingerprint"]["precision"]["compute"]
     assert chosen == config["recipe"]["precision"]["compute"] == config["config"]["precision"]
     again = run_command(["--resume", "run", "--steps", "2"], cwd=tmp_path)
     assert again.returncode == 0, again.stderr

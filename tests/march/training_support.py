@@ -70,7 +70,7 @@ def build_trainer(model, *, micro_batch=8, folder=None, checkpoint=None, **chang
     """A trainer over tokens drawn from a skewed distribution; the model is built by the caller."""
     recipe = small_recipe(**changes)
     tokens = np.random.default_rng(0).zipf(1.3, 8000).clip(max=VOCABULARY - 112) + 111
-    corruption = SpanCorruption(raw_length=recipe.batch.sequence_length)
+    corruption = SpanCorruption(sequence_length=recipe.batch.sequence_length)
     plan = Plan(
         recipe=recipe,
         micro_batch=micro_batch,
