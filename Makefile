@@ -10,7 +10,7 @@ ARGS ?=
 JOBS ?= 2
 TEST := $(RUN) OMP_NUM_THREADS=1 python -m pytest -n $(JOBS)
 
-.PHONY: help setup train test test-all faults compile-all gpu study check format clean
+.PHONY: help setup train test test-all faults compile-all gpu study study-rates check format clean
 
 help:
 	@echo "make train [EXP=Baseline] [ARGS='--recipe demo']   set up, then train an experiment"
@@ -20,6 +20,7 @@ help:
 	@echo "make compile-all                                   every kernel for every GPU target, without a GPU"
 	@echo "make gpu                                           a GPU's first hour: what holds on it, on one page"
 	@echo "make study                                         every experiment as a mini, over seeds; continues"
+	@echo "make study-rates                                   four of them, each at its own best learning rate"
 	@echo "make check                                         ruff and mypy"
 
 # Installed anew when the requirements change. torch comes first and alone: resolved with the others, a newer CUDA
@@ -56,9 +57,15 @@ gpu: setup
 STUDY_SEEDS := 5,Baseline=8,APEUnitVariance=8,ReLUGatedLinearUnit=8,ReLUGatedLinearUnitControlled=8
 STUDY_SEEDS := $(STUDY_SEEDS),GELUGatedLinearUnit=8,GELUGatedLinearUnitControlled=8
 STUDY_SEEDS := $(STUDY_SEEDS),SiLUGatedLinearUnit=8,SiLUGatedLinearUnitControlled=8
+STUDY := $(RUN) march compare --recipe mini --slots 2
 # about 240 runs of a minute and a half on a core, two at a time; what is there is kept
 study: setup
-	$(RUN) march compare all --recipe mini --slots 2 --out docs/results/mini --seeds $(STUDY_SEEDS) $(ARGS)
+	$(STUDY) all --out docs/results/mini --seeds $(STUDY_SEEDS) $(ARGS)
+
+# does the ranking hang on the learning rate? each at its own best of the study's and its neighbours
+study-rates: setup
+	$(STUDY) Baseline SiLUGatedLinearUnitControlled UnifiedAttention StandardCrossAttention \
+		--grid optimizer.lr=1e-3,2e-3,4e-3 --out docs/results/mini-rates $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ setup(
     entry_points={"console_scripts": ["march = march.cli:main"]},
     # tiles that `python -m kernels.tune` measured are part of the kernels
     package_data={
-        "march": ["py.typed", "recipes/*.toml", "compare/*.html", "experiments/*.json"],
+        "march": ["py.typed", "recipes/*.toml", "compare/page.*", "experiments/*.json"],
         "kernels": ["py.typed", "fused/measured/*.json"],
     },
     install_requires=[
@@ -50,6 +50,7 @@ setup(
         # built from source against CUDA; selectable implementations and yardsticks, never required
         "gpu": ["flash-attn>=2.6"],
         "slurm": ["submitit>=1.5"],  # march compare --slurm
+        "trackers": ["wandb>=0.31", "trackio>=0.43"],  # logging.trackers; tried with these
         # libraries that bench/ compares with, and --benchmark-histogram
         "bench": [*BENCH, "transformers>=5", "x-transformers>=2", "pytest-benchmark[histogram]>=5"],
         "dev": [

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 
@@ -94,6 +94,23 @@ def whole(smallest: int, largest: int, fix: str) -> Callable[[str], int]:
         return number
 
     return parse
+
+
+def print_table(headings: Mapping[str, bool], rows: Iterable[Sequence[str]], *, width: int, fold: str = "") -> None:
+    """A table on stdout, `width` wide where that is no terminal. headings: numeric ones to the right; fold: the
+    heading whose texts may break."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, numeric in headings.items():
+        table.add_column(
+            name, justify="right" if numeric else "left", no_wrap=bool(fold) and name != fold, overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    (console if console.is_terminal else Console(width=width, highlight=False)).print(table)
 
 
 def quiet_pipe(run: Callable[..., int], *arguments: Any) -> int:

@@ -152,10 +152,11 @@ class Checkpoints(Group):
 
 class Logging(Group):
     """metrics.jsonl has every step. every: steps from one printed line to the next, None for a twentieth of the run;
-    tensorboard: the same numbers for it; curve: a picture at the end."""
+    tensorboard: the same numbers for it; trackers: for these too, optional packages; curve: a picture at the end."""
 
     every: Count | None = None
     tensorboard: bool = True
+    trackers: Annotated[tuple[Literal["wandb", "trackio"], ...], Field(strict=False)] | None = None
     curve: bool = True
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics as plain
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ def _change(variant: Variant) -> str:
 
 
 def _text(value: Any) -> str:
-    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+    return "/".join(map(str, value)) if isinstance(value, tuple | list) else str(value).lower()
 
 
 def _not_finished(statuses: Mapping[int, str]) -> tuple[str, ...]:
@@ -185,29 +185,30 @@ def _judged(row: Row, control: Row, difference: Difference, verdict: Verdict, ma
     if not difference.paired and difference.pairs:
         flags.append("seeds do not pair")
     still = statistics.seeds_needed(difference.spread, margin, comparisons)
-    values = {field: getattr(row, field) for field in row.__dataclass_fields__}
-    return Row(
-        **{
-            **values,
-            "difference": difference,
-            "verdict": verdict,
-            "detectable": statistics.detectable(difference.spread, difference.pairs, comparisons, difference.freedom),
-            "seeds_needed": None if still is None else max(0, still - difference.pairs),
-            "flags": tuple(flags),
-            "claim": judge(row.name, verdict.name, within_margin=verdict.within_margin) or "",
-        }
+    return replace(
+        row,
+        difference=difference,
+        verdict=verdict,
+        detectable=statistics.detectable(difference.spread, difference.pairs, comparisons, difference.freedom),
+        seeds_needed=None if still is None else max(0, still - difference.pairs),
+        flags=tuple(flags),
+        claim=judge(row.name, verdict.name, within_margin=verdict.within_margin) or "",
     )
 
 
-def commits(variants: Sequence[Variant], parent: Path) -> set[str]:
-    """The commits and uncommitted changes that the runs came from: one, or they may not be comparable."""
-    found = set()
+def origins(variants: Sequence[Variant], settings: Mapping[str, Setting], parent: Path) -> dict[str, list[str]]:
+    """Where the runs came from: several commits, devices, or results of the precision that each start measures for
+    itself, and they may not be comparable."""
+    found: dict[str, set[str]] = {"commits": set(), "devices": set(), "measured precisions": set()}
     for variant in variants:
         for cell in variant.cells(parent):
             for start in read_or_empty(cell.run / "environment.json").get("starts", []):
                 dirty = " with uncommitted changes" if start.get("uncommitted_changes") else ""
-                found.add(f"{str(start.get('commit'))[:10]}{dirty}")
-    return found
+                found["commits"].add(f"{str(start.get('commit'))[:10]}{dirty}")
+                found["devices"].add(str(start.get("device")))
+                if settings[variant.name].precision == "fastest":
+                    found["measured precisions"].add(str(start.get("precision")))
+    return {what: sorted(values) for what, values in found.items()}
 
 
 def values(row: Row) -> dict[str, Any]:

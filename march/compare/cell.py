@@ -32,6 +32,7 @@ from march.training.files import read_json, write_json
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 FINISHED, FAILED, DIVERGED = "finished", "failed", "diverged"
 RUNNING, INTERRUPTED, MISSING = "running", "interrupted", "missing"
+SAVING = 120.0  # seconds, at most
 ENDED = (FINISHED, FAILED, DIVERGED)  # not run again, but for --retry
 
 
@@ -176,8 +177,11 @@ def execute(
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: process.send_signal(signal.SIGTERM))
             code = process.wait()
+            with lock(cell.run / ".lock", create=False, patience=SAVING):
+                pass  # ranks outlive a launcher that was killed, and save: their devices are not free yet
         status = cell.ended()
-        if status is None and 0 < code < 128:
+        # DeepSpeed's launcher, ended by a signal, gives 1: a run that saved has said in which step
+        if status is None and 0 < code < 128 and "steps" not in cell.summary():
             lines = (cell.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
             write_json(cell.folder / "failed.json", {"failed": lines[-1] if lines else f"exit code {code}"})
             status = FAILED

@@ -6,17 +6,18 @@ import argparse
 import hashlib
 import math
 import os
+import shlex
+import signal
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from march.compare import plan, statistics
+from march.compare.cell import FINISHED, Cell
 from march.config import ConfigError
-from march.console import Parser, UsageError, whole
+from march.console import Parser, UsageError, print_table, whole
 from march.data.errors import DataError
 
 RUNS = Path("runs/compare")
@@ -73,6 +74,7 @@ def build_parser() -> Parser:
 def main(words: Sequence[str] | None = None) -> int:
     """Returns 0 when every run has finished, 1 when some have not, 2 for a mistake."""
     given = list(sys.argv[1:] if words is None else words)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as SIGINT, which a shell's background jobs do not get
     cut = given.index("--") if "--" in given else len(given)
     try:
         return _compare(build_parser().parse_args(given[:cut]), given[cut + 1 :])
@@ -90,7 +92,6 @@ def say(text: str) -> None:
 
 def _compare(given: argparse.Namespace, more: list[str]) -> int:
     from march.compare import analysis, costs, plots, report
-    from march.compare.cell import FINISHED
 
     if given.device and not given.dry_run:
         raise UsageError("expected --device with --dry-run, got it alone; runs go where this machine's devices are")
@@ -105,11 +106,10 @@ def _compare(given: argparse.Namespace, more: list[str]) -> int:
     choosing = (
         {v.name: plan.grid_cells(v, points, given.grid_seeds, given.runs) for v in compared} if given.grid else {}
     )
-    grid_runs = [cell for by_point in choosing.values() for runs in by_point.values() for cell in runs]
-    judged = [cell for v in compared for cell in v.cells(given.runs)]
-    devices = _devices(given, cuda)
-    found = costs.estimates([*grid_runs, *judged], device=given.device, devices=devices, cuda=cuda)
-    print_costs(found, given, devices)
+    grid_runs = plan.by_seed(cell for by_point in choosing.values() for runs in by_point.values() for cell in runs)
+    judged = plan.by_seed(cell for v in compared for cell in v.cells(given.runs))
+    if given.dry_run or not given.report_only:
+        print_costs([*grid_runs, *judged], given, cuda)
     if given.dry_run:
         return 0
     execute = (lambda cells: {cell: cell.status() for cell in cells}) if given.report_only else _executor(given, cuda)
@@ -120,7 +120,7 @@ def _compare(given: argparse.Namespace, more: list[str]) -> int:
         for variant in chosen:
             say(f"{variant.name}: {' '.join(variant.chosen)}")
     final = chosen or compared
-    statuses = execute([cell for v in final for cell in v.cells(given.runs)])
+    statuses = execute(plan.by_seed(cell for v in final for cell in v.cells(given.runs)))
     settings = {v.name: costs.setting_of(v.cells(given.runs)[0], cuda) for v in final}
     rows = analysis.rows(final, settings, given.runs, given.margin)
     out = given.out or given.runs / "reports" / _report_name(given, options)
@@ -129,9 +129,10 @@ def _compare(given: argparse.Namespace, more: list[str]) -> int:
         out,
         margin=given.margin,
         grid={v.name: choosing[v.name] for v in final if v.name in choosing},
-        commits=analysis.commits(final, given.runs),
+        origins=analysis.origins(final, settings, given.runs),
         published=published,
-        command=["march", "compare", *given.names],
+        command=_command(given, more),
+        reach=plan.PRESETS[given.recipe].reach if given.recipe in plan.PRESETS else (),
     )
     report.print_rows(rows)
     say(f"{page} and beside it report.md, report.json, rows.csv, *.png")
@@ -143,9 +144,9 @@ def _options(given: argparse.Namespace, more: list[str]) -> tuple[list[str], flo
     options: list[str] = []
     width = given.width
     if given.recipe in plan.PRESETS:
-        preset, factor = plan.PRESETS[given.recipe]
-        options += preset
-        width = factor if width is None else width
+        preset = plan.PRESETS[given.recipe]
+        options += preset.options
+        width = preset.width if width is None else width
     elif given.recipe:
         options += ["--recipe", given.recipe]
     options += [word for value in given.set or () for word in ("--set", value)]
@@ -155,6 +156,14 @@ def _options(given: argparse.Namespace, more: list[str]) -> tuple[list[str], flo
                 f"expected options of a run after --, got {word}, which the comparison decides; leave it out"
             )
     return [*options, *more], width
+
+
+def _command(given: argparse.Namespace, more: Sequence[str]) -> str:
+    """What gives the same table anywhere: not where it was run."""
+    decide = {f"--{name}": getattr(given, name) for name in ("control", "seeds", "recipe", "width", "margin")}
+    words = [(name, str(value)) for name, value in decide.items() if value is not None]
+    words += [("--grid", axis) for axis in given.grid or ()] + [("--set", value) for value in given.set or ()]
+    return shlex.join(["march", "compare", *given.names, *chain(*words), *(["--", *more] if more else [])])
 
 
 def _report_name(given: argparse.Namespace, options: Sequence[str]) -> str:
@@ -209,38 +218,28 @@ def _executor(given: argparse.Namespace, cuda: bool) -> Any:
     return lambda cells: runner.run_here(cells, slots, retry=given.retry, say=say)
 
 
-def print_costs(found: dict[Any, Any], given: argparse.Namespace, devices: int) -> None:
+def print_costs(cells: Sequence[Cell], given: argparse.Namespace, cuda: bool) -> None:
     """The table of what the comparison takes, on stdout."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("experiment", "runs", "there", "parameters", "FLOPs a run", "memory", "a run", "to do", "how"):
-        table.add_column(heading, justify="left" if heading in ("experiment", "how") else "right", no_wrap=True)
-    names = dict.fromkeys(cell.experiment for cell in found)
-    hours = 0.0
-    for name in names:
-        cells = [cell for cell in found if cell.experiment == name]
-        there = sum(cell.ended() is not None for cell in cells)
-        one = found[cells[0]]
-        left = sum(found[cell].seconds for cell in cells if cell.ended() is None)
+    from march.compare import costs
+
+    devices = _devices(given, cuda)
+    found = costs.estimates(cells, device=given.device, devices=devices, cuda=cuda)
+    rows, hours = [], 0.0
+    for name in dict.fromkeys(cell.experiment for cell in found):
+        own = [cell for cell in found if cell.experiment == name]
+        todo = [cell for cell in own if cell.ended() is None]
+        one, left = found[own[0]], sum(found[cell].seconds for cell in todo)
         hours += left / 3600
-        table.add_row(
-            name.rpartition("/")[2],
-            str(len(cells)),
-            str(there),
-            f"{one.parameters:,}",
-            f"{one.flops:.3g}",
-            f"{one.memory / 2**30:.1f} GiB",
-            duration(one.seconds),
-            duration(left),
-            one.how,
-        )
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(table)
+        sizes = (f"{one.parameters:,}", f"{one.flops:.3g}", f"{one.memory / 2**30:.1f} GiB")
+        counts = (str(len(own)), str(len(own) - len(todo)))
+        rows.append((name.rpartition("/")[2], *counts, *sizes, duration(one.seconds), duration(left), one.how))
+    headings = ("experiment", "runs", "there", "parameters", "FLOPs a run", "memory", "a run", "to do", "how")
+    print_table({name: name not in ("experiment", "how") for name in headings}, rows, width=200)
     at_once = given.at_once if given.cluster else len(given.gpus.split("/")) if given.gpus else given.slots or 1
     where = given.device or ("GPU" if given.cluster or _cuda() else f"{len(os.sched_getaffinity(0))} cores")
-    console.print(
+    print(
         f"{len(found)} runs, {hours:.2f} hours of {devices} x {where}; "
-        f"with {at_once} at once about {duration(hours * 3600 / at_once)}",
-        highlight=False,
+        f"with {at_once} at once about {duration(hours * 3600 / at_once)}"
     )
 
 

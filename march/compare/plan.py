@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,9 +21,35 @@ from march.console import UsageError
 GRID_SEEDS_FROM = 1_000_001
 # Fields that --width scales. Heads stay, so a head's width shrinks with the stream's.
 WIDTHS = ("dim_model", "dim_qkv", "dim_feedforward", "database_states")
-# Names of common comparisons' settings: options of train.py, and a factor for all widths.
 MINI = "mini"
-PRESETS: dict[str, tuple[tuple[str, ...], float]] = {MINI: (("--recipe", "demo", "--steps", "400"), 0.25)}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A common comparison's settings by one name: options of train.py, a factor for all widths, and what its page says
+    of how far it reaches."""
+
+    options: tuple[str, ...]
+    width: float
+    reach: tuple[str, ...] = ()
+
+
+PRESETS = {
+    MINI: Preset(
+        # the best of 5e-4, 1e-3, 2e-3 and 4e-3 for Baseline
+        ("--recipe", "demo", "--steps", "400", "--set", "optimizer.lr=2e-3"),
+        0.25,
+        (
+            "What a mini study can say: what a change does to a model of 2 million parameters in its first 400 steps, "
+            "on one short text, all at one learning rate, and whether that is more than seeds differ by. It is a cheap "
+            "look at many changes before few of them are trained at length.",
+            "What it cannot: whether it is so at 36 million parameters and a billion tokens, where a change may gain, "
+            "lose or turn round; what it costs on a GPU; anything smaller than the column “shows”. “Refuted” is a "
+            "published sentence that does not hold here, not one that is wrong. The losses are those of 64 test "
+            "sequences, the same for all runs: the intervals are over seeds, not over texts.",
+        ),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +64,28 @@ class Variant:
     chosen: tuple[str, ...] = ()
 
     def cells(self, parent: Path) -> list[Cell]:
-        return [Cell(self.name, seed, self.options + _set(self.chosen), parent) for seed in self.seeds]
+        options = tuple(changed(self.options, self.chosen))
+        return [Cell(self.name, seed, options, parent) for seed in self.seeds]
+
+
+def changed(options: Sequence[str], values: Iterable[str]) -> list[str]:
+    """train.py's options with `values`, FIELD=VALUE each, in the field's place where it is set already: so a grid's run
+    at the value that others have anyway is the same run."""
+    result = list(options)
+    for value in values:
+        field = value.partition("=")[0] + "="
+        for place in range(1, len(result)):
+            if result[place - 1] == "--set" and result[place].startswith(field):
+                result[place] = value
+                break
+        else:
+            result += ["--set", value]
+    return result
+
+
+def by_seed(cells: Iterable[Cell]) -> list[Cell]:
+    """The first seed of all before the second of any: what is there when the time is over is a table."""
+    return sorted(cells, key=lambda cell: cell.seed)
 
 
 def variants(
@@ -75,7 +122,7 @@ def variants(
                 spec,
                 None if judge == spec else judge,
                 missing,
-                (*options, *_set(_widths(spec, width))),
+                tuple(changed(options, _widths(spec, width))),
                 tuple(range(1, counts[spec] + 1)),
             )
         )
@@ -129,10 +176,6 @@ def _widths(name: str, factor: float | None) -> list[str]:
         scaled = [max(1, round(part * factor)) for part in (value if isinstance(value, tuple) else (value,))]
         sets.append(f"{field}={','.join(map(str, scaled))}")
     return sets
-
-
-def _set(values: Sequence[str]) -> tuple[str, ...]:
-    return tuple(itertools.chain.from_iterable(("--set", value) for value in values))
 
 
 def grid(axes: Sequence[str]) -> list[tuple[str, ...]]:

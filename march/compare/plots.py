@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from scipy import special
+from PIL import Image
 
 from march.compare.analysis import Row
-from march.compare.statistics import ALPHA, BETTER, WORSE
+from march.compare.statistics import ALPHA, BETTER, WORSE, difference
 from march.console import UsageError
 
 GREY, INK = "#9aa0a6", "#3c4043"
@@ -54,6 +54,8 @@ def draw(rows: Sequence[Row], folder: Path, margin: float, published: Mapping[st
             if figure is not None:
                 figure.savefig(folder / name, dpi=130)
                 pyplot.close(figure)
+                with Image.open(folder / name) as picture:  # few colours: a third of the bytes, in the page too
+                    picture.convert("RGB").quantize(64).save(folder / name, optimize=True)
                 made.append(name)
 
     keep("differences.png", lambda: forest(judged, margin))
@@ -70,7 +72,10 @@ def forest(rows: Sequence[Row], margin: float) -> Any:
     known = [row for row in rows if row.difference and row.difference.mean is not None]
     if not known:
         return None
-    figure, axes = pyplot.subplots(figsize=(9, 1.1 + 0.42 * len(known)), layout="constrained")
+    usual, _ = Counter(row.control for row in known).most_common(1)[0]
+    figure, axes = pyplot.subplots(
+        figsize=(8.2, 1.1 + (0.42 if len(known) < 15 else 0.27) * len(known)), layout="constrained"
+    )
     axes.axvspan(-margin, margin, color="#e8eef7", zorder=0, label=f"within ±{margin:g}")
     axes.axvline(0, color=GREY, linewidth=1)
     for place, row in enumerate(reversed(known)):
@@ -79,33 +84,49 @@ def forest(rows: Sequence[Row], margin: float) -> Any:
         assert d.mean is not None
         if d.low is not None and d.high is not None:
             axes.plot([d.low, d.high], [place, place], color=colour(row), linewidth=2.6, solid_capstyle="round")
-        axes.plot(d.mean, place, "o", color=colour(row), markersize=7)
-    axes.set_yticks(range(len(known)), [f"{row.label} - {row.control}" for row in reversed(known)])
-    axes.set_xlabel(f"difference of the test loss, nats, with its {1 - ALPHA:.0%} interval; left of 0 is better")
+        axes.plot(d.mean, place, "o", color=colour(row), markersize=6)
+        if row.control != usual:
+            axes.text(
+                1.01, place, row.control, transform=axes.get_yaxis_transform(), va="center", fontsize=8, color=INK
+            )
+    axes.set_yticks(range(len(known)), [row.label for row in reversed(known)])
+    against = f"{usual}'s" if all(row.control == usual for row in known) else f"{usual}'s, or the named control's"
+    axes.set_xlabel(f"test loss minus {against}, nats; {1 - ALPHA:.0%} interval; left is better")
     axes.set_ylim(-0.7, len(known) - 0.3)
     axes.grid(axis="y", visible=False)
     axes.legend(frameon=False, loc="lower right", fontsize=9)
     return figure
 
 
-def facets(number: int) -> tuple[Any, list[Any]]:
+def _panels(items: Sequence[Any], draw: Callable[[Any, Any], list[pd.DataFrame]], ylabel: str) -> Any:
+    """A panel for each item on common axes, the vertical one that of the later steps; None without any item. draw:
+    returns what it drew, by step."""
     from matplotlib import pyplot
 
-    columns = min(3, number)
-    height = math.ceil(number / columns)
+    if not items:
+        return None
+    columns, size = (5, (2.5, 1.75)) if len(items) > 12 else (min(3, len(items)), (3.6, 2.5))
+    height = math.ceil(len(items) / columns)
     figure, grid = pyplot.subplots(
         height,
         columns,
-        figsize=(3.6 * columns + 0.4, 2.5 * height + 0.3),
+        figsize=(size[0] * columns + 0.4, size[1] * height + 0.3),
         layout="constrained",
         squeeze=False,
         sharex=True,
         sharey=True,
     )
-    flat = list(grid.flat)
-    for axes in flat[number:]:
+    for axes in grid.flat[len(items) :]:
         axes.set_visible(False)
-    return figure, flat[:number]
+    late: list[float] = []
+    for axes, item in zip(grid.flat, items, strict=False):
+        for frame in draw(axes, item):
+            late += frame[frame.index >= LATE * frame.index.max()].stack().tolist()
+    room = 0.06 * (max(late) - min(late)) or 0.01
+    grid[0, 0].set_ylim(min(late) - room, max(late) + room)
+    figure.supxlabel("step", fontsize=10)
+    figure.supylabel(ylabel, fontsize=10)
+    return figure
 
 
 def _finite(frame: pd.DataFrame) -> pd.DataFrame:
@@ -122,72 +143,51 @@ def _band(axes: Any, frame: pd.DataFrame, shade: str, label: str) -> None:
 def curves(rows: Sequence[Row], by_name: Mapping[str, Row], published: Mapping[str, pd.DataFrame]) -> Any:
     """Validation loss over steps, each variant before its control, on the axis of the later steps."""
     known = [row for row in rows if not _finite(row.curves).empty]
-    if not known:
-        return None
-    figure, grid = facets(len(known))
-    late: list[float] = []
-    for axes, row in zip(grid, known, strict=True):
-        control = by_name.get(row.variant.control or "")
-        drawn = [(control, GREY), (row, colour(row))] if control else [(row, colour(row))]
-        for who, shade in drawn:
-            frame = _finite(who.curves)
-            if frame.empty:
-                continue
-            _band(axes, frame, shade, who.label if who is not row else "_")
-            tail = frame[frame.index >= LATE * frame.index.max()].to_numpy().ravel()
-            late += [value for value in tail if math.isfinite(value)]
+
+    def one(axes: Any, row: Row) -> list[pd.DataFrame]:
+        control, shown = by_name.get(row.variant.control or ""), []
+        for who, shade in [(control, GREY)] * bool(control) + [(row, colour(row))]:
+            assert who is not None
+            if not (frame := _finite(who.curves)).empty:
+                _band(axes, frame, shade, who.label if who is not row else "_")
+                shown.append(frame)
             if who.name in published:
-                theirs = published[who.name]
-                axes.plot(
-                    theirs["step"], theirs["loss"], ":", color=shade, linewidth=1.3, label=f"{who.name}, published"
-                )
-                late += theirs["loss"][theirs["step"] >= LATE * theirs["step"].max()].tolist()
-        axes.set_title(row.label, fontsize=9, color=colour(row))
-        if len(drawn) > 1 or row.name in published:
-            axes.legend(frameon=False, fontsize=8, loc="upper right")
-    room = 0.06 * (max(late) - min(late)) or 0.01
-    grid[0].set_ylim(min(late) - room, max(late) + room)
-    figure.supxlabel("step")
-    figure.supylabel("validation loss, nats", fontsize=10)
-    return figure
+                theirs = published[who.name].set_index("step")
+                axes.plot(theirs, ":", color=shade, linewidth=1.3, label=f"{who.name}, published")
+                shown.append(theirs)
+        axes.set_title(row.label, fontsize=8 if len(row.label) < 30 else 6.5, color=colour(row))
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=7, loc="upper right", handlelength=1)
+        return shown
+
+    return _panels(known, one, "validation loss, nats")
 
 
 def over_steps(rows: Sequence[Row], by_name: Mapping[str, Row], margin: float) -> Any:
-    """The difference to the control over steps; paired by seed where seeds pair."""
+    """The difference to the control over steps, by the rule of the table; paired by seed where seeds pair."""
     found = []
     for row in rows:
         ours, theirs = _finite(row.curves), _finite(by_name[row.variant.control or ""].curves)
-        if ours.empty or theirs.empty:
-            continue
-        if row.difference and row.difference.paired:
-            apart = (ours - theirs).dropna(how="all").dropna(axis=1, how="all")
-            if apart.empty:
-                continue
-            mean, seeds = apart.mean(axis=1), apart.count(axis=1)
-            error, freedom = apart.std(axis=1) / np.sqrt(seeds), (seeds - 1).clip(lower=1)
-        else:
-            mean = (ours.mean(axis=1) - theirs.mean(axis=1)).dropna()
-            parts = [frame.var(axis=1) / frame.count(axis=1) for frame in (ours, theirs)]
-            error = np.sqrt(parts[0] + parts[1]).reindex(mean.index)
-            freedom = pd.Series(max(1, min(ours.shape[1], theirs.shape[1]) - 1), index=mean.index)
-        found.append((row, mean, (-special.stdtrit(freedom, ALPHA / 2) * error).fillna(0)))
-    if not found:
-        return None
-    figure, grid = facets(len(found))
-    late: list[float] = [-margin, margin]
-    for axes, (row, mean, half) in zip(grid, found, strict=True):
+        pair = bool(row.difference and row.difference.paired)
+        apart = {
+            step: difference(dict(ours.loc[step].dropna()), dict(theirs.loc[step].dropna()), margin, seeds_pair=pair)
+            for step in ours.index.intersection(theirs.index)
+        }
+        known = {step: (d.mean, d.low, d.high) for step, d in apart.items() if d.mean is not None}
+        if known:
+            frame = pd.DataFrame.from_dict(known, orient="index", columns=["mean", "low", "high"], dtype=float)
+            found.append((row, frame.bfill(axis=1).ffill(axis=1)))
+
+    def one(axes: Any, item: tuple[Row, pd.DataFrame]) -> list[pd.DataFrame]:
+        row, frame = item
         axes.axhspan(-margin, margin, color="#e8eef7", zorder=0)
         axes.axhline(0, color=GREY, linewidth=1)
-        axes.plot(mean.index, mean, color=colour(row), linewidth=1.6)
-        axes.fill_between(mean.index, mean - half, mean + half, color=colour(row), alpha=0.2, linewidth=0)
-        axes.set_title(f"{row.label} - {row.control}", fontsize=8.5)
-        tail = mean.index >= LATE * mean.index.max()
-        late += [*(mean - half)[tail], *(mean + half)[tail]]
-    room = 0.06 * (max(late) - min(late))
-    grid[0].set_ylim(min(late) - room, max(late) + room)
-    figure.supxlabel("step")
-    figure.supylabel("difference, nats", fontsize=10)
-    return figure
+        axes.plot(frame["mean"], color=colour(row), linewidth=1.6)
+        axes.fill_between(frame.index, frame["low"], frame["high"], color=colour(row), alpha=0.2, linewidth=0)
+        axes.set_title(f"{row.label}\n- {row.control}", fontsize=7, color=colour(row))
+        return [frame, pd.DataFrame([[-margin, margin]])]
+
+    return _panels(found, one, "difference, nats")
 
 
 def pareto(rows: Sequence[Row]) -> Any:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import pandas as pd
-from rich.console import Console
-from rich.table import Table
+from markupsafe import Markup, escape
 
 from march.compare import plots, statistics
 from march.compare.analysis import Row, values
-from march.compare.cell import Cell
+from march.compare.cell import ENDED, FINISHED, Cell
 from march.compare.plan import mean_loss
-from march.console import UsageError
+from march.console import UsageError, print_table
 from march.training.files import write_text
 from march.training.metrics import short_number
 
@@ -96,47 +96,52 @@ def write(
     *,
     margin: float,
     grid: Mapping[str, Mapping[tuple[str, ...], Sequence[Cell]]],
-    commits: set[str],
+    origins: Mapping[str, Sequence[str]],
     published: Mapping[str, pd.DataFrame],
-    command: Sequence[str],
+    command: str,
+    reach: Sequence[str] = (),
 ) -> Path:
-    """Write everything into `folder`; returns the page's path.
+    """Write everything into `folder`; returns the page's path. An experiment without a run that ended is a name in a
+    note, and a row of the numbers only. reach: sentences on what may be concluded.
 
     Raises:
         UsageError: the folder cannot be written to.
     """
     records = [values(row) for row in rows]
+    metrics = pd.concat([row.history for row in rows], ignore_index=True).round(5)
+    shown = [row for row in rows if _ended(row)] or rows
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for old in PICTURES:
             (folder / old).unlink(missing_ok=True)
         pictures = plots.draw(rows, folder, margin, published)
-        content = {
+        content: dict[str, Any] = {
             "title": f"{rows[0].label} and {len(rows) - 1} others"
             if len(rows) > 2
             else " and ".join(r.label for r in rows),
             "when": datetime.now(UTC).isoformat(timespec="minutes"),
-            "command": " ".join(command),
-            "setting": _setting(rows),
+            "command": command,
+            "setting": _setting(rows, origins["measured precisions"]),
             "rule": rule(margin),
             "columns": COLUMNS,
-            "rows": [cells(row) for row in rows],
-            "kinds": [_kind(row) for row in rows],
-            "counts": _counts(rows),
+            "rows": [cells(row) for row in shown],
+            "kinds": [_kind(row) for row in shown],
+            "counts": _counts(shown),
             "grid": _grid(grid, rows),
-            "notes": _notes(rows, commits),
+            "notes": _notes(rows, origins),
+            "reach": reach,
             "pictures": [(name, PICTURES[name]) for name in pictures],
         }
         numbers = {"when": content["when"], "margin": margin, "alpha": statistics.ALPHA, "rows": records}
         write_text(folder / "report.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")
         pd.DataFrame(records).drop(columns="losses").to_csv(folder / "rows.csv", index=False)
-        metrics = pd.concat([row.history for row in rows], ignore_index=True).round(5)
         metrics.to_csv(folder / "metrics.csv.gz", index=False, compression={"method": "gzip", "mtime": 1})
-        write_text(folder / "report.md", markdown(content))
-        data = {name: base64.b64encode((folder / name).read_bytes()).decode() for name in pictures}
-        template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-        page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
-        write_text(folder / "report.html", page.render(**content, data=data))
+        content["data"] = {name: base64.b64encode((folder / name).read_bytes()).decode() for name in pictures}
+        for kind in ("md", "html"):
+            environment = jinja2.Environment(autoescape=kind == "html", trim_blocks=True, lstrip_blocks=True)
+            environment.filters["breakable"] = lambda name: Markup(re.sub("(?<=[a-z])(?=[A-Z])", "<wbr>", escape(name)))
+            template = Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8")
+            write_text(folder / f"report.{kind}", environment.from_string(template).render(**content) + "\n")
     except OSError as error:
         raise UsageError(
             f"expected to write a report into {folder}, got {error.strerror}; give another --out"
@@ -159,14 +164,24 @@ def rule(margin: float) -> list[str]:
     ]
 
 
-def _setting(rows: Sequence[Row]) -> str:
-    kinds = {
-        f"{r.setting.steps} steps of {r.setting.sequences} sequences of {r.setting.length} tokens "
-        f"({short_number(r.setting.tokens)} in all), learning rate {r.setting.learning_rate:g}, {r.setting.precision}, "
-        f"text: {r.setting.text}"
-        for r in rows
-    }
-    return " | ".join(sorted(kinds))
+def _setting(rows: Sequence[Row], measured: Sequence[str]) -> str:
+    """What the runs have in common; where they differ, all the values."""
+
+    def said(style: Callable[[Any], str]) -> str:
+        return " or ".join(sorted({style(row.setting) for row in rows}))
+
+    return ", ".join(
+        map(
+            said,
+            (
+                lambda s: f"{s.steps} steps of {s.sequences} sequences of {s.length} tokens",
+                lambda s: f"{short_number(s.tokens)} tokens in all",
+                lambda s: f"learning rate {s.learning_rate:g}",
+                lambda s: " and ".join(measured) if measured and s.precision == "fastest" else s.precision,
+                lambda s: f"text: {s.text}",
+            ),
+        )
+    )
 
 
 def _kind(row: Row) -> str:
@@ -200,49 +215,33 @@ def _grid(
     ]
 
 
-def _notes(rows: Sequence[Row], commits: set[str]) -> list[str]:
+def _ended(row: Row) -> bool:
+    return any(status in ENDED for status in row.statuses.values())
+
+
+def _notes(rows: Sequence[Row], origins: Mapping[str, Sequence[str]]) -> list[str]:
     notes = []
-    if len(commits) > 1:
-        notes.append(f"The runs come from different commits: {', '.join(sorted(commits))}.")
-    least = min(len(row.finite) for row in rows)
-    if least < 2:
+    statuses = [status for row in rows for status in row.statuses.values()]
+    done = statuses.count(FINISHED)
+    if done < len(statuses):
+        names = [row.label for row in rows if not _ended(row)]
+        waiting = f"{len(names)} of {len(rows)} experiments" if len(names) > 8 else ", ".join(names)
+        notes.append(
+            f"A partial table: {done} of {len(statuses)} runs have finished; the same command continues."
+            + (f" None yet of {waiting}." if waiting else "")
+        )
+    for what, found in origins.items():
+        if len(found) > 1:
+            notes.append(f"The runs come from different {what}: {', '.join(found)}.")
+    if any(len(row.finite) < 2 for row in rows if _ended(row)):
         notes.append("An experiment with fewer than two finished seeds gets no verdict: one seed shows no spread.")
     return notes
 
 
-def markdown(content: Mapping[str, Any]) -> str:
-    """The page as Markdown, pictures beside it."""
-
-    def line(values: Sequence[str]) -> str:
-        return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
-
-    parts = [f"# {content['title']}", content["setting"]]
-    parts.append(", ".join(f"{number} {name}" for _, name, number in content["counts"]))
-    parts += [f"**{note}**" for note in content["notes"]]
-    columns = content["columns"]
-    rule_line = "|" + "|".join("---:" if numeric else "---" for _, _, numeric in columns) + "|"
-    table = [line([name for name, _, _ in columns]), rule_line, *(line(row) for row in content["rows"])]
-    parts.append("\n".join(table))
-    for name, points in content["grid"]:
-        values = [f"{'**' * best}{point}: {loss}{'**' * best}" for point, loss, best in points]
-        parts.append(f"{name}: validation loss of the seeds that chose: {', '.join(values)}")
-    parts += [f"![{text}]({name})" for name, text in content["pictures"]]
-    parts += content["rule"]
-    parts.append("\n".join(f"- {name}: {text}" for name, text, _ in columns if text))
-    parts.append(f"{content['command']}, {content['when']}")
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
 def print_rows(rows: Sequence[Row]) -> None:
     """The verdicts on stdout."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
     shown = ("experiment", "control", "loss", "difference", "shows", "verdict", "beware")
-    places = [index for index, (name, _, _) in enumerate(COLUMNS) if name in shown]
-    for place in places:
-        name, _, numeric = COLUMNS[place]
-        table.add_column(name, justify="right" if numeric else "left")
-    for row in rows:
-        texts = cells(row)
-        table.add_row(*(texts[place] for place in places))
-    console = Console()
-    (console if console.is_terminal else Console(width=220)).print(table)
+    numeric = {name: numeric for name, _, numeric in COLUMNS}
+    places = [list(numeric).index(name) for name in shown]
+    texts = map(cells, rows)
+    print_table({name: numeric[name] for name in shown}, ([row[place] for place in places] for row in texts), width=220)

@@ -24,7 +24,7 @@ from march.console import UsageError
 from march.training.metrics import clock, read
 
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
-POLL = 0.3  # seconds
+POLL = 0.3  # seconds; longer where looking takes long: 240 runs' statuses took a fifth of a core
 SAID_EVERY = 60.0  # seconds
 Say = Callable[[str], None]
 
@@ -48,7 +48,10 @@ def cpu_slots(number: int) -> list[Slot]:
 
 
 def gpu_slots(groups: str, visible: int) -> list[Slot]:
-    """Groups such as "0,1/2,3" of `visible` GPUs."""
+    """Groups such as "0,1/2,3" of `visible` GPUs; where CUDA_VISIBLE_DEVICES names those, in its order.
+
+    DeepSpeed takes the group from that variable: beside --include or --num_gpus it would count all the host's GPUs.
+    """
     found = [group.split(",") for group in groups.split("/")]
     used = [gpu for group in found for gpu in group]
     if not all(gpu.isdecimal() and int(gpu) < visible for gpu in used) or len(set(used)) < len(used):
@@ -56,14 +59,15 @@ def gpu_slots(groups: str, visible: int) -> list[Slot]:
             f"expected groups of different GPUs from 0 to {visible - 1}, such as 0,1/2,3, got {groups!r}; "
             "leave --gpus out for one group of all"
         )
-    return [
-        Slot(
-            (DEEPSPEED, f"--include=localhost:{','.join(group)}", f"--master_port={29500 + int(group[0])}", str(TRAIN)),
-            {},
-            tuple(f"gpu{gpu}" for gpu in group),
-        )
-        for group in found
-    ]
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(number) for number in range(visible)]
+    slots = []
+    for group in found:
+        own = [names[int(gpu)] for gpu in group]
+        port = 29500 + int(own[0]) if own[0].isdecimal() else 29500 + int(group[0])
+        launcher = (DEEPSPEED, f"--master_port={port}", str(TRAIN))
+        slots.append(Slot(launcher, {"CUDA_VISIBLE_DEVICES": ",".join(own)}, tuple(f"gpu{name}" for name in own)))
+    return slots
 
 
 class Progress:
@@ -138,7 +142,9 @@ def run_here(cells: Sequence[Cell], slots: Sequence[Slot], *, retry: bool, say: 
                     del running[slot]
                     if cell.status() != RUNNING:  # another comparison's otherwise
                         tried.add(cell)
+            begin = time.perf_counter()
             statuses = progress.update()
+            pause = max(POLL, 20 * (time.perf_counter() - begin))
             mine = {cell for _, cell, _ in running.values()}
             left = [c for c in todo if c not in tried and c not in mine and (retry or statuses[c] not in ENDED)]
             if not left and not running:
@@ -155,7 +161,7 @@ def run_here(cells: Sequence[Cell], slots: Sequence[Slot], *, retry: bool, say: 
                     continue
                 cell = ready.pop(0)
                 running[slot] = (_start(cell, slot, retry, [fd for fd in held if fd is not None]), cell, stack)
-            time.sleep(POLL)
+            time.sleep(pause)
     finally:
         for process, _, _ in running.values():
             process.send_signal(signal.SIGTERM)

@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
-from rich.table import Table
 
 from march.compare.cell import FAILED, FINISHED, INTERRUPTED, RUNNING, lock, read_or_empty
 from march.config import nearest
-from march.console import Parser, UsageError
+from march.console import Parser, UsageError, print_table
 from march.training.metrics import read
 
 FIELDS = {
@@ -212,14 +210,9 @@ def select(table: pd.DataFrame, filters: Sequence[str], sort: str | None) -> pd.
 
 
 def show(table: pd.DataFrame) -> None:
-    grid = Table(box=None, pad_edge=False, header_style="bold")
-    for name in table.columns:
-        number = pd.api.types.is_numeric_dtype(table[name])
-        grid.add_column(name, justify="right" if number else "left", no_wrap=name != "folder", overflow="fold")
-    for row in table.itertuples(index=False):
-        grid.add_row(*(_text(name, value) for name, value in zip(table.columns, row, strict=True)))
-    console = Console()
-    (console if console.is_terminal else Console(width=1000)).print(grid)
+    numeric = {name: pd.api.types.is_numeric_dtype(table[name]) for name in table.columns}
+    rows = [list(map(_text, table.columns, row)) for row in table.itertuples(index=False)]
+    print_table(numeric, rows, width=1000, fold="folder")
 
 
 def _text(name: str, value: Any) -> str:

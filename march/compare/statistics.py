@@ -16,11 +16,12 @@ that diverged, nothing but "better" of one whose control did. NaN is a run that 
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import special, stats
+from scipy import optimize, special, stats
 
 ALPHA = 0.05  # of any false verdict in a table
 POWER = 0.8  # with which a detectable difference is found
@@ -166,24 +167,18 @@ def detectable(spread: float | None, seeds: int, comparisons: int = 1, freedom: 
         return None
     if spread == 0:
         return 0.0
-    low, high = 0.0, spread
+    high = spread
     while power(high, spread, seeds, comparisons, freedom) < POWER:
-        low, high = high, 2 * high
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if power(middle, spread, seeds, comparisons, freedom) >= POWER else (middle, high)
-    return high
+        high *= 2
+    return float(optimize.brentq(lambda true: power(true, spread, seeds, comparisons, freedom) - POWER, 0.0, high))
 
 
 def seeds_needed(spread: float | None, margin: float = MARGIN, comparisons: int = 1) -> int | None:
     """Seeds with which a true difference of the margin is shown with POWER; None: unknown, or above MOST_SEEDS."""
     if spread is None or power(margin, spread, MOST_SEEDS, comparisons) < POWER:
         return None
-    low, high = 1, MOST_SEEDS  # power grows with seeds
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if power(margin, spread, middle, comparisons) >= POWER else (middle, high)
-    return high
+    found = range(1, MOST_SEEDS + 1)  # power grows with seeds
+    return found[bisect(found, False, key=lambda seeds: power(margin, spread, seeds, comparisons) >= POWER)]
 
 
 def deviation(losses: Sequence[float]) -> float | None:

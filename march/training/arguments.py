@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -13,6 +13,7 @@ from march import experiments, recipe
 from march.console import Parser, whole
 from march.data import description
 from march.recipe import Recipe
+from march.training import trackers
 from march.training.errors import UsageError
 
 # --resume without a folder; no text, so that an empty variable of the shell is not taken for it
@@ -96,11 +97,11 @@ def parse_leaf(name: str, text: str) -> Any:
     field = recipe.LEAVES[name]
     if text.lower() == "none" and type(None) in get_args(field.annotation):
         return None
-    listed = any(get_origin(kind) is tuple for kind in (field.annotation, *get_args(field.annotation)))
-    value: Any = text.split(",") if listed else text
+    kind: Any = Annotated[field.annotation, field]
     try:
-        kind: Any = Annotated[field.annotation, field]
-        return TypeAdapter(kind).validate_strings(value)
+        if "tuple[" in str(field.annotation):  # pydantic takes no list for strings
+            return TypeAdapter(kind).validate_python(text.split(","))
+        return TypeAdapter(kind).validate_strings(text)
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"{name}: expected {recipe.expected(first)}, got {text[:60]!r}; {recipe.fix(name)}") from None
@@ -170,6 +171,7 @@ def check(arguments: argparse.Namespace, *, cuda: bool, run: Mapping[str, Any] |
     found = recipe.build(recipe.merge(tree, nested(changes)), asked)
     description.Description.of(found.data)
     implementation(found)
+    trackers.require(found.logging.trackers or ())
     own_precision = experiments.configuration(found.entry, **found.model).precision
     compute = found.precision.compute
     if compute == "experiment" or (compute == "fastest" and (cuda or own_precision != "bf16")):

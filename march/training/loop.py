@@ -32,7 +32,7 @@ from march.training.engine import (
     scatter_state,
 )
 from march.training.errors import NonFiniteError, RunError
-from march.training.metrics import LiveLine, Metrics, read
+from march.training.metrics import LiveLine, Metrics
 from march.training.microbatch import is_out_of_memory
 from march.training.runfolder import RunFolder
 from march.training.watch import Watch
@@ -109,16 +109,8 @@ class Trainer:
             if self.checkpoints:
                 self.checkpoints.resumed = checkpoint.path.name
         guard_gradients(self.engine, world, self._non_finite)
-        self._metrics: Metrics | None = None
-        if folder and world.is_first:
-            on_disk = {row["step"]: row for row in read(folder.metrics)}
-            lost = sum(row != on_disk.get(row["step"]) for row in self.rows)
-            if lost:
-                log_rank0(
-                    world, f"WARNING: {folder.metrics} lacked {lost} of {self.step} steps: written from the checkpoint"
-                )
-            board = folder.tensorboard if recipe.logging.tensorboard else None
-            self._metrics = Metrics(folder.metrics, board, self.rows)
+        first = folder if world.is_first else None
+        self.metrics = first and Metrics.of(first, recipe.logging, plan.run, self.rows)
 
     def run(self) -> Outcome:
         """Train until the recipe's last step, or until a signal; evaluates and saves on the way.
@@ -172,8 +164,8 @@ class Trainer:
             raise
         finally:
             line.close()
-            if self._metrics:
-                self._metrics.close()
+            if self.metrics:
+                self.metrics.close()
         reason = (stop.reason or "a signal to another rank") if stopped else None
         return self._outcome(speeds, reason, (stop.exit_code or 143) if stopped else 0)
 
@@ -190,8 +182,8 @@ class Trainer:
         """The evaluation that a signal came before."""
         if self.step and self.step % self.plan.recipe.evaluation.every == 0 and self.rows[-1].get("eval_loss") is None:
             self.rows[-1] = {**self.rows[-1], "eval_loss": self.evaluate()}
-            if self._metrics:
-                self._metrics.replace(self.rows)
+            if self.metrics:
+                self.metrics.replace(self.rows)
 
     def _batches(self, stop_step: int | None = None) -> Prefetch:
         plan = self.plan
@@ -383,8 +375,8 @@ class Trainer:
 
     def _record(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        if self._metrics:
-            self._metrics.add(row)
+        if self.metrics:
+            self.metrics.add(row)
 
     def _last_eval(self) -> float | None:
         return next((row["eval_loss"] for row in reversed(self.rows) if row.get("eval_loss") is not None), None)

@@ -200,7 +200,7 @@ def _run(recipe: Recipe, given, folder, checkpoint, world, stop, stack: ExitStac
         test_loss = trainer.evaluate(test, whole=True) if outcome.stopped_by is None else None
     except RunError as error:
         failed = {"finished": False, "failed": str(error), "steps": trainer.step, **getattr(error, "facts", {})}
-        records.write_end(folder, recipe, config, trainer.rows, entropy, world, failed)
+        records.write_end(trainer, config, entropy, failed)
         raise
     memory = records.largest_memory(peak_memory(world), world)
     end: dict[str, Any] = {
@@ -211,6 +211,6 @@ def _run(recipe: Recipe, given, folder, checkpoint, world, stop, stack: ExitStac
         "process_seconds": round(process_age(), 1),
         "parameters": records.count_parameters(model),
     }
-    run_on_rank(world, lambda: records.write_end(folder, recipe, config, trainer.rows, entropy, world, end))
+    run_on_rank(world, lambda: records.write_end(trainer, config, entropy, end))
     log_rank0(world, records.closing_lines(recipe, config, folder, end, entropy))
     return outcome.exit_code

@@ -1,4 +1,4 @@
-"""What a run reports while it runs: JSON lines, TensorBoard, and a live line on a terminal.
+"""What a run reports while it runs: JSON lines, trackers, and a live line on a terminal.
 
 None of them may end a run: a full disk or a closed terminal is said once, and training goes on.
 """
@@ -8,57 +8,109 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
+from march.recipe import Logging
 from march.training.distributed import log_rank0
 from march.training.files import first_line, write_text
+from march.training.runfolder import RunFolder
+from march.training.trackers import FINAL, TRACKERS, About, TensorBoard, Tracker, scalars
 
 
 class Metrics:
-    """metrics.jsonl and tensorboard/, on rank 0.
+    """metrics.jsonl, tensorboard/ and other trackers, on rank 0.
 
     A line has: step (from 1), loss (mean over the global batch, float32 nats), lr, grad_norm (before clipping),
     tokens_per_second (corpus tokens), seconds (of the step), elapsed (training seconds so far, over all starts),
     and eval_loss where there was an evaluation.
     """
 
-    def __init__(self, file: Path, tensorboard: Path | None, rows: Sequence[Mapping[str, Any]]):
+    def __init__(
+        self,
+        file: Path,
+        tensorboard: Path | None,
+        rows: Sequence[Mapping[str, Any]],
+        about: About | None = None,
+        trackers: Sequence[str] = (),
+    ):
         """Begin with `rows`, those of the steps before; what else is in the file belongs to steps that run again.
-        tensorboard: its folder, None for none."""
+        tensorboard: its folder, None for none. trackers: of TRACKERS, told what they lack of the rows."""
         self.rows = [dict(row) for row in rows]
         self._path = file
         self._descriptor: int | None = None
         self._written = 0
         self._said: set[str] = set()
-        self._board: Board | None = None
+        self._trackers: dict[str, Tracker] = {}
         step = self.rows[-1]["step"] if self.rows else 0
-        try:
-            self._board = None if tensorboard is None else Board(tensorboard, step)
-        except OSError as error:
-            self._warn("tensorboard/", error)
+        if tensorboard is not None:
+            self._open("tensorboard/", partial(TensorBoard, tensorboard, step, about))
+        if about is not None:
+            for name in trackers:
+                self._open(name, partial(TRACKERS[name], about, file.parent))
         self._write()
+
+    @classmethod
+    def of(cls, folder: RunFolder, logging: Logging, run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Self:
+        """Of a run in its folder, that continues after `rows`. run: what config.json says of it."""
+        on_disk = {row["step"]: row for row in read(folder.metrics)}
+        if lost := sum(row != on_disk.get(row["step"]) for row in rows):
+            log_rank0(
+                None, f"WARNING: {folder.metrics} lacked {lost} of {len(rows)} steps: written from the checkpoint"
+            )
+        board = folder.tensorboard if logging.tensorboard else None
+        return cls(folder.metrics, board, rows, About.of(run) if run else None, logging.trackers or ())
 
     def add(self, row: Mapping[str, Any]) -> None:
         self.rows.append(dict(row))
         self._write()
-        if self._board is None:
-            return
-        try:
-            self._board.add(row)
-        except OSError as error:
-            self._warn("tensorboard/", error)
-            self._board = None
+        for name in list(self._trackers):
+            self._tell(name, row)
 
     def replace(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Other rows from the first on."""
+        """The same steps with something more."""
+        changed = [(new, old) for new, old in zip(rows, self.rows, strict=True) if new != old]
         self.rows, self._written = [dict(row) for row in rows], 0
         self._release()
         self._write()
+        for new, old in changed:
+            for name in list(self._trackers):
+                with self._spared(name):
+                    self._trackers[name].add(new["step"], scalars({k: v for k, v in new.items() if old.get(k) != v}))
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """The run's end for trackers. summary: summary.json's content."""
+        finished = bool(summary["finished"])
+        known = {to: summary.get(name) for name, to in FINAL.items()} if finished else {}
+        final = {f"final/{name}": float(loss) for name, loss in known.items() if isinstance(loss, float)}
+        for name in list(self._trackers):
+            with self._spared(name):
+                self._trackers[name].end(self.rows[-1]["step"] if self.rows else 0, final, finished)
+
+    def _open(self, name: str, make: Callable[[], Tracker]) -> None:
+        """A tracker, told what it lacks of the steps before."""
+        with self._spared(name):
+            self._trackers[name] = make()
+        for row in self.rows:
+            self._tell(name, row)
+
+    def _tell(self, name: str, row: Mapping[str, Any]) -> None:
+        tracker = self._trackers.get(name)
+        if tracker is not None and row["step"] > tracker.has:  # a step that ran again gave the same
+            with self._spared(name):
+                tracker.add(row["step"], scalars(row))
+
+    @contextlib.contextmanager
+    def _spared(self, name: str) -> Iterator[None]:
+        """What a tracker raises ends it, not the run."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            self._trackers.pop(name, None)
+            self._warn(name, error)
 
     def close(self) -> None:
         self._write()
@@ -92,45 +144,10 @@ class Metrics:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _warn(self, what: str, error: Exception) -> None:
+    def _warn(self, what: str, error: BaseException) -> None:
         if what not in self._said:
             self._said.add(what)
             log_rank0(None, f"WARNING: {what} could not be written ({first_line(error)}): training goes on without")
-
-
-class Board:
-    """A file of events for TensorBoard, each step on the disk when `add` returns.
-
-    Not torch's SummaryWriter: it writes in a thread, which ends with a traceback when the disk is full.
-    """
-
-    def __init__(self, folder: Path, step: int):
-        """What other files there say of steps after `step` does not count."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        folder.mkdir(exist_ok=True)
-        self._path = folder / f"events.out.tfevents.{int(time.time())}.{platform.node()}.{os.getpid()}.{id(self)}"
-        with open(self._path, "xb") as file:
-            for event in (
-                Event(wall_time=time.time(), file_version="brain.Event:2"),
-                Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)),
-            ):
-                RecordWriter(file).write(event.SerializeToString())
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        values = [
-            Summary.Value(tag=f"train/{name}" if name != "eval_loss" else "eval/loss", simple_value=value)
-            for name, value in row.items()
-            if name != "step" and isinstance(value, float)
-        ]
-        event = Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
-        with open(self._path, "ab") as file:
-            RecordWriter(file).write(event.SerializeToString())
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -108,22 +108,15 @@ def write_start(
     )
 
 
-def write_end(
-    folder: RunFolder,
-    recipe: Recipe,
-    config: ModelConfig,
-    rows: Sequence[Mapping[str, Any]],
-    entropy: float,
-    world: World,
-    end: Mapping[str, Any],
-) -> None:
-    """summary.json and curve.png, on rank 0; also for a run that was stopped or failed. Its "finished" is how others
-    know that a run is complete: DeepSpeed's launcher returns 0 for some that were killed.
+def write_end(trainer: Trainer, config: ModelConfig, entropy: float, end: Mapping[str, Any]) -> None:
+    """summary.json, curve.png and the trackers' last words, on rank 0; also for a run that was stopped or failed.
+    "finished" is how others know that a run is complete: DeepSpeed's launcher returns 0 for some that were killed.
 
     Raises:
         RunError: summary.json of a finished run could not be written.
     """
-    if not world.is_first:
+    world, folder, recipe, rows = trainer.world, trainer.folder, trainer.plan.recipe, trainer.rows
+    if not world.is_first or folder is None:
         return
     summary = {
         "experiment": recipe.entry.name,
@@ -143,6 +136,8 @@ def write_end(
         if end["finished"]:
             raise RunError(f"the run is done, but {text}") from error
         log_rank0(world, f"WARNING: {text}")
+    if trainer.metrics:
+        trainer.metrics.end(summary)
     if not rows or not recipe.logging.curve:
         return
     try:

@@ -66,6 +66,7 @@ def test_from_words_to_a_page(stand_in, tmp_path, capsys):
     rows = rows_of(tmp_path / "out")
     verdicts = {name: row["verdict"] for name, row in rows.items()}
     same = statistics.no_difference(statistics.MARGIN)
+    assert rows["QKNorm"]["change"] == "qk_norm true"
     assert verdicts == {"Baseline": None, "SquaredReLU": "better", "NoPositions": "worse", "QKNorm": same}
     assert rows["SquaredReLU"]["pairs"] == 4
     assert rows["SquaredReLU"]["difference"] == pytest.approx(-0.1, abs=0.01)
@@ -96,6 +97,55 @@ def test_failed_runs_are_seen_in_the_table_and_in_the_exit_code(stand_in, tmp_pa
     assert row["loss"] is None
 
 
+def test_a_page_of_what_is_there_says_how_much_that_is(stand_in, tmp_path):
+    assert stand_in("Baseline", "SquaredReLU", "--seeds", "2") == 0
+    words = ("Baseline", "SquaredReLU", "QKNorm", "NoPositions", "--seeds", "3,NoPositions=1", "--report-only")
+    assert stand_in(*words) == 1
+    assert set(rows_of(tmp_path / "out")) == {"Baseline", "SquaredReLU", "QKNorm", "NoPositions"}
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "march compare Baseline SquaredReLU QKNorm NoPositions --seeds 3,NoPositions=1 --margin 0.015" in text
+    assert str(tmp_path) not in text
+    assert "4 of 10 runs have finished; the same command continues. None yet of QKNorm, NoPositions." in text
+    assert "| QKNorm" not in text
+    assert "1 of 3 runs not finished" in text
+    assert stand_in("QKNorm", "NoPositions", "--report-only") == 1  # nothing at all is a page too
+
+
+def test_a_preset_says_how_far_it_reaches(stand_in, tmp_path):
+    stand_in("Baseline", "--seeds", "1", "--recipe", "mini", "--report-only")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert all(sentence in text for sentence in plan.PRESETS["mini"].reach)
+
+
+def test_a_change_of_several_numbers_reads_as_on_the_command_line():
+    (variant,) = plan.variants(["ScalingHeadsConstant"], seeds="1", options=())
+    assert analysis._change(variant) == "num_heads 16/8/4, dim_qkv 32/64/128"
+
+
+def test_runs_of_several_origins_are_pointed_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(costs.Setting, "flops", 1)
+    variants = plan.variants(["Baseline", "BaselineFP32"], seeds="2", options=())
+    settings = {"Baseline": replace(SETTING, precision="fastest"), "BaselineFP32": SETTING}
+    cells = [cell for variant in variants for cell in variant.cells(tmp_path)]
+
+    def notes(*starts):
+        for cell, start in zip(cells, starts, strict=True):
+            cell.run.mkdir(parents=True, exist_ok=True)
+            (cell.run / "environment.json").write_text(json.dumps({"starts": [start]}))
+        found = analysis.origins(variants, settings, tmp_path)
+        return [n for n in report._notes(analysis.rows(variants, settings, tmp_path), found) if "different" in n]
+
+    one = {"commit": "a" * 40, "device": "a CPU", "precision": "bf16", "uncommitted_changes": False}
+    fp32 = {**one, "precision": "fp32"}
+    assert not notes(one, one, fp32, fp32)  # BaselineFP32 is float32 by what it is
+    assert notes(one, fp32, fp32, fp32) == ["The runs come from different measured precisions: bf16, fp32."]
+    other = {**fp32, "commit": "b" * 40, "device": "a GPU", "uncommitted_changes": True}
+    assert notes(one, one, fp32, other) == [
+        "The runs come from different commits: aaaaaaaaaa, bbbbbbbbbb with uncommitted changes.",
+        "The runs come from different devices: a CPU, a GPU.",
+    ]
+
+
 def test_one_seed_gets_a_difference_and_no_verdict(stand_in, tmp_path):
     assert stand_in("Baseline", "SquaredReLU", "--seeds", "1") == 0
     row = rows_of(tmp_path / "out")["SquaredReLU"]
@@ -110,6 +160,27 @@ def test_a_grid_is_judged_at_the_value_chosen_on_other_seeds(stand_in, tmp_path)
     assert seeds == {1, 2, plan.GRID_SEEDS_FROM, plan.GRID_SEEDS_FROM + 1}
     assert len(list((tmp_path / "runs").glob("*/run"))) == 2 * 3 * 2 + 2 * 2
     assert "dropout=0.1" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_first_seed_of_all_runs_before_the_second_of_any(stand_in, monkeypatch):
+    asked = []
+    monkeypatch.setattr(runner, "run_here", lambda cells, *_, **__: asked.append(cells) or {})
+    stand_in("Baseline", "SquaredReLU", "QKNorm", "--seeds", "1,Baseline=3")
+    assert [(cell.experiment, cell.seed) for cell in asked[0]] == [
+        *((name, 1) for name in ("Baseline", "SquaredReLU", "QKNorm")),
+        ("Baseline", 2),
+        ("Baseline", 3),
+    ]
+
+
+def test_a_grid_at_the_value_that_all_have_is_the_same_run(tmp_path):
+    options = ("--steps", "9", "--set", "dropout=0.1", "--set", "norm_eps=1", "--lr", "1")
+    (variant,) = plan.variants(["Baseline"], seeds="1", options=options)
+    at = {value: replace(variant, chosen=(f"dropout={value}",)).cells(tmp_path)[0] for value in ("0.1", "0.2")}
+    assert at["0.1"] == variant.cells(tmp_path)[0]
+    assert at["0.2"].options == tuple("dropout=0.2" if word == "dropout=0.1" else word for word in options)
+    (other,) = replace(variant, chosen=("positions=none",)).cells(tmp_path)
+    assert other.options == (*options, "--set", "positions=none")
 
 
 def test_a_report_of_what_is_there_starts_nothing(stand_in, tmp_path):

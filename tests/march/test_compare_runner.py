@@ -154,7 +154,9 @@ def test_an_interrupted_comparison_stops_its_runs_with_a_checkpoint(tmp_path):
     assert RUNNING not in statuses
 
 
-def test_slots_are_shares_of_what_is_here():
+def test_slots_are_shares_of_what_is_here(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in gpu_slots("0,1/3", 4)] == ["0,1", "3"]
     assert [slot.occupies for slot in gpu_slots("0,1/3", 4)] == [("gpu0", "gpu1"), ("gpu3",)]
     for groups in ("0,0", "0/0", "4", "a", "", "0,,1", "-1"):
         with pytest.raises(UsageError, match="expected groups"):
@@ -162,6 +164,19 @@ def test_slots_are_shares_of_what_is_here():
     with pytest.raises(UsageError, match="slots"):
         cpu_slots(10_000)
     assert cpu_slots(1)[0].environment["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
+
+
+def test_gpus_are_counted_among_the_visible_ones(monkeypatch):
+    """A job that was given GPUs 6, 2 and 5 has no others, whoever else is on the host."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,2,5")
+    first, second = gpu_slots("0,2/1", 3)
+    assert (first.environment["CUDA_VISIBLE_DEVICES"], first.occupies) == ("6,5", ("gpu6", "gpu5"))
+    assert (second.environment["CUDA_VISIBLE_DEVICES"], second.occupies) == ("2", ("gpu2",))
+    assert first.launcher[1] != second.launcher[1]
+    # beside these DeepSpeed ignores the variable
+    assert not any(word.startswith(("--include", "--exclude", "--num_gpus")) for word in first.launcher)
+    with pytest.raises(UsageError, match="from 0 to 2"):
+        gpu_slots("5", 3)
 
 
 SBATCH = """#!{python}
@@ -240,14 +255,43 @@ def test_real_runs_killed_on_their_way_compare_as_if_they_were_not(tmp_path, mon
     tables = []
     for runs in ("killed", "whole"):
         words = ["Baseline", "SquaredReLU", "--seeds", "2", "--slots", "1", "--runs", runs, "--out", f"{runs}-out"]
-        if runs == "killed":
+        for number in (signal.SIGTERM, signal.SIGKILL) if runs == "killed" else ():
             words_there = [sys.executable, "-m", "march.compare.main", *words, "--", *options]
             process = subprocess.Popen(words_there, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-            while not list(tmp_path.glob("killed/*/run/checkpoints/*/manifest.json")):
+            before = set(tmp_path.glob("killed/*/run/checkpoints/*/manifest.json"))
+            while set(tmp_path.glob("killed/*/run/checkpoints/*/manifest.json")) <= before:
                 assert process.poll() is None
                 time.sleep(0.1)
-            kill_tree(process, only_it=False)
+            if number == signal.SIGKILL:
+                kill_tree(process, only_it=False)
+            else:  # what `kill` sends, and all that a background job of a shell gets
+                process.send_signal(number)
+                assert process.wait(60) == 130
         assert main.main([*words, "--", *options]) == 0, capsys.readouterr().err
         rows = json.loads((tmp_path / f"{runs}-out/report.json").read_text())["rows"]
         tables.append([(row["experiment"], row["losses"], row["difference"], row["verdict"]) for row in rows])
     assert tables[0] == tables[1]
+
+
+@pytest.mark.slow
+def test_a_group_of_two_processes_stops_with_a_checkpoint_and_ends_when_continued(tmp_path, monkeypatch):
+    """DeepSpeed's launcher, as over GPUs: it dies of SIGTERM at once, its ranks save; only then is the slot free."""
+    from training_support import process_environment, small_overrides, write_corpus
+
+    for name, value in {**process_environment(), "LOCAL_SIZE": "2"}.items():  # "GPUs" that DeepSpeed counts on a CPU
+        monkeypatch.setenv(name, value)
+    options = ["--source", "files", "--files", str(write_corpus(tmp_path / "text.jsonl")), "--vocab-size", "400"]
+    options += ["--steps", "400", "--checkpoint-every", "1000", "--precision", "fp32", *small_overrides()]
+    cell = Cell("Baseline", 1, tuple(options), tmp_path / "runs")
+    (slot,) = gpu_slots("0,1", 2)
+    words = [sys.executable, "-m", "march.compare.cell", cell.to_json(), json.dumps(slot.launcher), "once"]
+    process = subprocess.Popen(words, env={**os.environ, **slot.environment})
+    while not (cell.run / "metrics.jsonl").exists() or not (cell.run / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.wait(120)
+    assert cell.status() == INTERRUPTED
+    assert list(cell.run.glob("checkpoints/*/manifest.json"))
+    assert run_here([cell], [slot], retry=False, say=print)[cell] == FINISHED
+    assert cell.summary()["processes"] == 2
