@@ -207,10 +207,11 @@ def attention(
             k, v = (torch.cat(part, 1) for part in grouped)
             return _library(q, k, v, scale, False, None, valid, dropout)
         k, v = (torch.cat([x.transpose(1, 2).flatten(0, 1) for x in part], 1) for part in grouped)
-    elif cuda:
-        return _library(q, *segments[0], scale, causal, padding, None, dropout)
     else:
-        k, v = (_rows(x, batch, heads) for x in segments[0])
+        k, v = segments[0]
+        if cuda:
+            return _library(q, k, v, scale, causal, padding, None, dropout)
+        k, v = (_rows(x, batch, heads) for x in (k, v))
     mask = None if valid is None else _Mask(valid, heads, q.dtype)
     keys = None if dropout is None else site_keys(dropout, batch, heads, queries, lengths)
     out = _Attention.apply(_rows(q, batch, heads), k, v, scale, mask, keys)
