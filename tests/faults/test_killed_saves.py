@@ -1,7 +1,9 @@
 """SIGKILL at a random moment of a save, and disks that fill."""
 
+import itertools
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -53,6 +55,56 @@ def test_a_killed_save_leaves_a_whole_checkpoint_or_none(tmp_path, fault):
         finished = loaded.step
     assert within > 20  # the kills did fall into saves
     fault.happened(f"{within} of 100 kills fell into a save; each time the last one or the next was whole")
+
+
+class Killed(BaseException):
+    """What nothing catches, as nothing catches SIGKILL."""
+
+
+STEPS_OF_A_SAVE = [(os, "replace"), (os, "fsync"), (os, "mkdir"), (os, "unlink"), (shutil, "rmtree"), (torch, "save")]
+
+
+@pytest.mark.fault("killed before each operation of a save on the disk", "whole, and `latest` names what is there")
+@pytest.mark.parametrize("again", [False, True], ids=["a new step", "the same step again"])
+def test_a_save_may_end_before_any_of_its_operations(tmp_path, monkeypatch, again, fault):
+    """Where SIGKILL falls by chance, here it falls everywhere in turn."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a killed process takes no written page with it
+    for survived in itertools.count():
+        directory, left = tmp_path / str(survived), [survived]
+        checkpoints = Checkpoints(directory, 1 + again)
+        for step in (1, 2):
+            checkpoints.save(step, tensors(step), STATE)
+        asked = 2 if again else 3
+
+        def counted(operation, left=left):
+            def call(*arguments, **options):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+                return operation(*arguments, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for module, name in STEPS_OF_A_SAVE:
+                patch.setattr(module, name, counted(getattr(module, name)))
+            try:
+                checkpoints.save(asked, tensors(asked), STATE)
+                ended = True
+            except Killed:
+                ended = False
+        fresh = Checkpoints(directory, 1, STATE["identity"])
+        loaded = fresh.load()
+        assert loaded.step == asked if ended else loaded.step in (asked - 1, asked)
+        assert all(torch.equal(named["w"], tensors(loaded.step)["model"]["w"]) for named in loaded.tensors.values())
+        if not again:  # else what it names is away for a moment
+            assert (directory / (directory / "latest").read_text() / "manifest.json").exists()
+        fresh.save(4, tensors(4), STATE)
+        assert sorted(os.listdir(directory)) == ["latest", tag_of(4)]
+        if ended:
+            break
+    assert survived > 12
+    fault.happened(f"{survived} moments: the one before or the new one, whole, and the next save clears up")
 
 
 @pytest.mark.fault("disk full at a save", "one line, earlier checkpoints whole")

@@ -70,18 +70,50 @@ def test_dropout_is_on_in_training_and_off_in_evaluation():
     assert trainer.engine.module.training
 
 
-def test_accumulated_gradient_is_the_mean_over_the_global_batch():
-    """Against autograd over the whole batch at once, without an engine."""
-    trainer = build_trainer(small_model(), micro_batch=2, schedule__steps=1, optimizer__gradient_clipping=1e9)
+@pytest.mark.parametrize("clipping", [0.0, 0.05, 1e9])
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_steps_are_those_of_plain_torch(zero, clipping):
+    """Weights, moments, losses and norms, against autograd over the global batch at once, torch's clip and torch's
+    AdamW: dropout by (seed, step, sequence) on, the micro-batches accumulated, a schedule that moves at every step, an
+    epsilon that shows a gradient's scale."""
+    changes = {"optimizer.epsilon": 0.1, "optimizer.lr": 0.05, "schedule.name": "cosine", "schedule.warmup": 2}
+    decay = {"optimizer.decay": "matrices"} if zero == 0 else {}
+    trainer = build_trainer(
+        small_model(),
+        micro_batch=2,
+        **{**changes, **decay, "devices.zero": zero, "optimizer.gradient_clipping": clipping, "schedule.steps": 3},
+    )
     trainer.run()
+    recipe = trainer.plan.recipe
     plain = small_model()
-    (micro,) = build_trainer(small_model(), micro_batch=8)._batches().collate(0)
-    batch = [torch.from_numpy(getattr(micro.batch, n)) for n in ("input_ids", "decoder_input_ids", "labels")]
-    output = plain(*batch[:2], labels=batch[2], dropout_state=torch.tensor([7, 0, 0]))
-    output.loss.backward()
-    norm = torch.cat([p.grad.flatten() for p in plain.parameters() if p.grad is not None]).norm()
-    assert trainer.rows[0]["loss"] == pytest.approx(output.loss.item(), abs=1e-5)
-    assert trainer.rows[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    named = dict(plain.named_parameters())
+    groups = [
+        {"params": [p], "weight_decay": 0.0 if decay and p.ndim < 2 else recipe.optimizer.weight_decay}
+        for p in named.values()
+    ]
+    adamw = torch.optim.AdamW(groups, betas=(recipe.optimizer.beta1, recipe.optimizer.beta2), eps=0.1)
+    whole = build_trainer(small_model(), micro_batch=8, **{"schedule.steps": 3})._batches()
+    for step, row in enumerate(trainer.rows):
+        (micro,) = whole.collate(step)
+        batch = [torch.from_numpy(getattr(micro.batch, n)) for n in ("input_ids", "decoder_input_ids", "labels")]
+        loss = plain(*batch[:2], labels=batch[2], dropout_state=torch.tensor([recipe.seed, step, 0])).loss
+        loss.backward()
+        for parameter in named.values():  # a dead weight decays too
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), clipping or float("inf"))
+        assert norm > 0.05  # so that the smaller limit clips
+        assert row["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        for group in adamw.param_groups:
+            group["lr"] = recipe.learning_rate(step + 1)
+        adamw.step()
+        adamw.zero_grad()
+    state = gather_state(trainer.engine, 3, process_world())
+    for name, parameter in named.items():
+        expected = {"model": parameter, **{key: adamw.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")}}
+        for part, tensor in expected.items():
+            wrong = (state[part][name] - tensor).norm() / (tensor.norm() + 1e-9)
+            assert wrong < 1e-3, f"{part} of {name} differs by {wrong:.1e} of its norm"
 
 
 @pytest.mark.parametrize(("precision", "zero"), [("fp32", 0), ("fp32", 1), ("bf16", 1), ("fp32", 2), ("bf16", 2)])
@@ -98,9 +130,13 @@ def test_resume_is_bitwise(tmp_path, precision, zero):
         for parameter in other.parameters():
             parameter.fill_(0.5)  # what is not loaded would show
     resumed = build_trainer(other, folder=folder, checkpoint=checkpoint, **settings)
-    resumed.run()
+    outcome = resumed.run()
     assert [row["loss"] for row in resumed.rows] == [row["loss"] for row in straight.rows]
     assert resumed.rows[-1]["eval_loss"] == straight.rows[-1]["eval_loss"]
+    spent = np.cumsum([row["seconds"] for row in resumed.rows])  # over both starts
+    assert [row["elapsed"] for row in resumed.rows] == pytest.approx(spent, abs=2e-3)
+    assert outcome.training_seconds == pytest.approx(spent[-1], abs=2e-3)
+    assert outcome.first_loss == straight.rows[0]["loss"]
     ours, theirs = gather_state(resumed.engine, 4, process_world()), gather_state(straight.engine, 4, process_world())
     assert ours.keys() == theirs.keys() == {"model", "exp_avg", "exp_avg_sq"}
     for part in ours:
@@ -116,6 +152,15 @@ def test_a_checkpoint_of_one_zero_stage_continues_on_another(tmp_path):
     resumed = build_trainer(small_model(), folder=folder, checkpoint=checkpoint, devices__zero=1)
     resumed.run()
     assert [row["loss"] for row in resumed.rows] == pytest.approx([row["loss"] for row in straight.rows], abs=1e-6)
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, 3), (2, 5), (3, 6), (4, 3)])
+def test_there_is_a_checkpoint_of_every_interval_and_of_the_last_step(tmp_path, every, steps):
+    folder = RunFolder(tmp_path)
+    changes = {"checkpoints.every": every, "checkpoints.keep": 9, "schedule.steps": steps, "evaluation.every": 100}
+    build_trainer(small_model(), folder=folder, **changes).run()
+    due = {step for step in range(1, steps + 1) if step % every == 0 or step == steps}
+    assert [loaded["step"] for loaded in Checkpoints(folder.checkpoints, 9).states()] == sorted(due, reverse=True)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

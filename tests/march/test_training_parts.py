@@ -4,7 +4,6 @@ import io
 import json
 import math
 import os
-import pickle
 import shutil
 
 import pytest
@@ -16,7 +15,6 @@ from march.recipe import load
 from march.training.arguments import NEWEST, build_parser, check
 from march.training.checkpoint import Checkpoints, tag_of
 from march.training.errors import RunError, UsageError
-from march.training.files import sha256
 from march.training.metrics import LiveLine, Metrics, clock, read, short_number
 from march.training.microbatch import (
     available_memory,
@@ -40,60 +38,15 @@ def saved(tmp_path):
     return checkpoints
 
 
-def flip(path, count=40):
-    data = bytearray(path.read_bytes())
-    middle = len(data) // 2
-    data[middle : middle + count] = bytes(byte ^ 0xFF for byte in data[middle : middle + count])
-    path.write_bytes(data)
-
-
 # Checkpoints
 
 
-def test_checkpoint_comes_back_and_old_ones_go(saved):
+def test_checkpoint_comes_back_and_old_ones_go(saved, tmp_path):
     assert saved.tags() == [tag_of(2), tag_of(3)]
     loaded = saved.load()
     assert (loaded.step, loaded.warning, loaded.state["elapsed"]) == (3, None, 3)
     assert torch.equal(loaded.tensors["model"]["w"], TENSORS["model"]["w"])
     assert loaded.tensors.keys() == TENSORS.keys()
-
-
-@pytest.mark.parametrize("damage", ["latest", "wrong latest", "bytes", "manifest", "missing file", "state", "half"])
-def test_damage_falls_back_to_the_newest_whole_one_and_says_so(saved, damage):
-    newest = saved.directory / tag_of(3)
-    if damage == "latest":
-        (saved.directory / "latest").unlink()
-    elif damage == "wrong latest":
-        (saved.directory / "latest").write_text("step-00000009")
-    elif damage == "bytes":
-        flip(newest / "model.pt")
-    elif damage == "manifest":
-        (newest / "manifest.json").write_text("{")
-    elif damage == "missing file":
-        (newest / "exp_avg.pt").unlink()
-    elif damage == "state":
-        (newest / "state.json").write_text('{"step": 30}')
-    else:
-        shutil.rmtree(newest)
-        newest.mkdir()
-    loaded = saved.load()
-    assert loaded.step == (3 if "latest" in damage else 2)
-    assert loaded.warning
-    assert f"continuing from {tag_of(loaded.step)}" in loaded.warning
-
-
-def test_killed_between_rename_and_latest_continues_from_the_newer_one(saved):
-    (saved.directory / "latest").write_text(tag_of(2))
-    loaded = saved.load()
-    assert loaded.step == 3
-    assert "step-00000003 is newer" in loaded.warning
-
-
-def test_nothing_whole_is_refused_and_never_a_silent_start_at_zero(saved, tmp_path):
-    for tag in saved.tags():
-        flip(saved.directory / tag / "model.pt")
-    with pytest.raises(UsageError, match="only damaged ones"):
-        saved.load()
     with pytest.raises(UsageError, match="got none; start without --resume"):
         Checkpoints(tmp_path / "empty", keep=1).load()
 
@@ -102,33 +55,6 @@ def test_nothing_whole_is_refused_and_never_a_silent_start_at_zero(saved, tmp_pa
 def test_tags_are_names_of_checkpoints_and_nothing_else(saved, tag):
     with pytest.raises(UsageError, match="expected a checkpoint such as"):
         saved.load(tag)
-
-
-def test_manifest_cannot_point_outside(saved):
-    file = saved.directory / tag_of(3) / "manifest.json"
-    manifest = json.loads(file.read_text())
-    manifest["files"]["../../secret.pt"] = {"bytes": 1, "sha256": "0"}
-    file.write_text(json.dumps(manifest))
-    with pytest.raises(UsageError, match="damaged"):
-        saved.load(tag_of(3))
-
-
-def test_malicious_pickle_with_a_right_hash_does_not_run(saved, tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-
-    target = saved.directory / tag_of(3)
-    (target / "model.pt").write_bytes(pickle.dumps(Evil()))
-    manifest = json.loads((target / "manifest.json").read_text())
-    manifest["files"]["model.pt"] = {
-        "bytes": (target / "model.pt").stat().st_size,
-        "sha256": sha256(target / "model.pt"),
-    }
-    (target / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UsageError, match=r"expected tensors in model\.pt"):
-        saved.load(tag_of(3))
-    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("moment", ["before", "while writing", "at the rename"])
@@ -158,21 +84,6 @@ def test_full_disk_is_a_clean_error_and_the_previous_checkpoint_intact(saved, mo
     assert saved.load().step == 3
     assert saved.load().warning is None
     assert not list(saved.directory.glob(".incomplete-*4"))
-
-
-def test_leftovers_of_a_killed_save_are_removed_by_the_next(saved):
-    left = saved.directory / ".incomplete-step-00000004"
-    left.mkdir()
-    (left / "model.pt").write_bytes(b"half")
-    assert saved.load().step == 3
-    saved.save(4, TENSORS, {})
-    assert sorted(path.name for path in saved.directory.iterdir()) == ["latest", tag_of(3), tag_of(4)]
-
-
-def test_the_same_step_again_replaces_a_damaged_one(saved):
-    flip(saved.directory / tag_of(3) / "model.pt")
-    saved.save(3, TENSORS, {})
-    assert saved.load().warning is None
 
 
 # Recipes and the command line
