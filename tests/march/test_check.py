@@ -90,16 +90,6 @@ def test_the_page_of_a_broken_idea():
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("Bseline", "Baseline"), ("nowhere.py:X", "nowhere.py"), ("--fats", "FILE.py:NAME")]
-)
-def test_what_cannot_be_checked_is_one_line(name, said):
-    done = page(name)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize(
     "line",
     [
         "march.model.FeedForward.forward = lambda self, z, ctx: z",

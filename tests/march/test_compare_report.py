@@ -133,40 +133,9 @@ def test_each_is_judged_by_its_own_control_where_that_is_compared():
     assert controls("Baseline", unit, gated, control="baseline")[gated] == ("Baseline", unit)
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["Baseline", "baseline"], "each experiment once"),
-        (["Baselin"], "did you mean Baseline"),
-        (["all", "Baseline"], "all alone"),
-        (["Baseline", "--seeds", "0"], "number of seeds"),
-        (["Baseline", "--seeds", "x"], "number of seeds"),
-        (["Baseline", "--seeds", "2,QKNorm=3"], "seeds of a compared experiment"),
-        (["Baseline", "QKNorm", "--seeds", "QKNorm=3"], "seeds for Baseline too"),
-        (["Baseline", "--control", "QKNorm"], "--control among"),
-        (["Baseline", "--grid", "dropout"], "FIELD=VALUE,VALUE"),
-        (["Baseline", "--grid", "dropout=1,1"], "different values"),
-        (["Baseline", "--grid", "dropout=1,2", "--grid", "dropout=3"], "each field once"),
-        (["Baseline", "--width", "0"], "factor of the widths"),
-        (["Baseline", "--width", "nan"], "factor of the widths"),
-        (["Baseline", "--margin", "0"], "--margin above 0"),
-        (["Baseline", "--margin", "nan"], "--margin above 0"),
-        (["Baseline", "--margin", "inf"], "--margin above 0"),
-        (["Baseline", "--device", "a5000"], "--device with --dry-run"),
-        (["Baseline", "--gpus", "0", "--seeds", "1"], "machine without"),
-        (["Baseline", "--slots", "0"], "whole number"),
-        (["Baseline", "--cluster-option", "x", "--cluster", "local"], "NAME=VALUE"),
-        (["Baseline", "--", "--seed", "3"], "which the comparison decides"),
-        (["Baseline", "--", "--resume=x"], "which the comparison decides"),
-        (["Baseline", "--seeds", "1", "--published", "nowhere"], "curves as NAME.csv"),
-    ],
-)
-def test_a_mistake_is_one_line_before_anything_runs(stand_in, capsys, words, told):
-    code = stand_in(*words)
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert code == 2
-    assert told in error
-    assert error.startswith("march compare: ")
+def test_cards_that_are_not_there_are_one_line(stand_in, capsys):
+    assert stand_in("Baseline", "--gpus", "0", "--seeds", "1") == 2
+    assert "machine without" in capsys.readouterr().err
 
 
 def test_widths_shrink_by_one_factor_and_heads_stay():

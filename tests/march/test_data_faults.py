@@ -426,42 +426,6 @@ def test_a_damaged_original_is_mended(prepared, tmp_path):
 # the command lines
 
 
-@pytest.mark.fault("preparation", "refused in one line, nothing written")
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["prepare", "--files", ""], "a value for --files, got an empty one"),
-        (["prepare", "--data-dir="], "a value for --data-dir, got an empty one"),
-        (["info", ""], "a value, got an empty one"),
-        (["verify", "--directory", ""], "a value for --directory, got an empty one"),
-        (["prepare", "--separator", ""], "a value for --separator"),
-        (["prepare", "--limit", "3", "--limit", "4"], "expected --limit once, got it twice"),
-        (["prepare", "--data-dir", "a", "--directory", "b"], "once, got it twice"),
-        (["prepare", "--vocab", "400"], "did you mean --vocab-size"),
-        (["prepare", "--vocab-size", "1e9"], "a whole number from 357 to"),
-        (["prepare", "--vocab-size", "9" * 5000], "a whole number from 357 to"),
-        (["prepare", "--workers", "100000"], "a whole number from 1 to 1024"),
-        (["prepare", "--limit", "0"], "a whole number from 1"),
-        (["prepare", "--source", "wiki"], "a source of excerpt, wikipedia, files"),
-        (["prepare", "--source", "wikipedia", "--snapshot", "../x"], "a snapshot such as"),
-        (["prepare", "--files", "x.txt", "--limit", "3"], "options of the source files"),
-        (["prepare", "--files", "x.txt", "--separator", r"\xzz"], "expected an escape"),
-        (["prepair"], "invalid choice"),
-        ([], "required"),
-    ],
-    ids=lambda given: shlex.join(given)[:60] if isinstance(given, list) else "",
-)
-def test_wrong_arguments_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    shown = capsys.readouterr()
-    assert message in shown.err
-    assert shown.err.count("\n") == 1
-    assert len(shown.err) < 500
-    assert shown.out == ""
-    assert list(tmp_path.iterdir()) == [], "nothing half written"
-
-
 @pytest.mark.fault("a reader that has gone", "quiet, exit code 141")
 @pytest.mark.parametrize(
     "command", [["-m", "march.data", "info"], ["train.py", "--list", "--json"], ["train.py", "--list"]]

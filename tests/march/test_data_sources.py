@@ -247,26 +247,6 @@ def test_prepare_info_and_verify(tmp_path, capsys):
     assert main(["verify", "--directory", data]) == 0
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["info", "--directory", "/nonexistent"],
-        ["prepare", "--source", "files", "--files", "/nonexistent/*.txt", "--directory", "{tmp}"],
-        ["prepare", "--source", "excerpt", "--vocab-size", "12", "--directory", "{tmp}"],
-        ["prepare", "--source", "excerpt", "--field", "text", "--data-dir", "{tmp}"],
-        ["prepare", "--workers", "0", "--directory", "{tmp}"],
-        ["prepare", "--directory", "/proc/none"],
-    ],
-)
-def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys, arguments):
-    assert main([argument.replace("{tmp}", str(tmp_path)) for argument in arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert "expected " in error
-    assert "; " in error
-    assert error.count("\n") == 1
-
-
 def test_without_a_network_wikipedia_is_one_line_at_once(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "march.data", "prepare", "--source", "wikipedia", "--directory", str(tmp_path)]

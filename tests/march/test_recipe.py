@@ -82,44 +82,6 @@ def test_any_text_is_a_value_of_its_leaf_or_one_line(name, text):
     assert dict(recipe.leaves(made.model_dump()))[name] == value
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ('from = "demo"\n[optimizer]\ndecay = "matrices"', "expected --zero 0 with"),
-        ("", "expected name, got none"),
-        ('from = "papr"', "did you mean paper?"),
-        ('from = "mine.toml"', "a recipe that ends somewhere"),
-        ("from = 3", 'expected from = "NAME'),
-        ("[optimizer", "a recipe of TOML"),
-        ('from = "demo"\n[optimiser]\nlr = 3', "did you mean optimizer"),
-        ('from = "demo"\n[optimizer]\nlearning_rate = 3', "got 'optimizer.learning_rate'"),
-        ('from = "demo"\nlr = 3', "did you mean optimizer.lr?"),
-        ('from = "demo"\noptimizer = 3', "optimizer as a table"),
-        ('from = "demo"\n[seed]\na = 3', "seed as a value"),
-        ('from = "demo"\nseed = true', "seed: expected integer, got True"),
-        ('from = "demo"\nseed = "3"', "seed: expected integer, got '3'"),
-        ('from = "demo"\n[optimizer]\nlr = nan', "optimizer.lr: expected"),
-        ('from = "demo"\n[optimizer]\nlr = inf', "optimizer.lr: expected"),
-        ('from = "demo"\n[batch]\nsequences = 2.0', "batch.sequences: expected integer"),
-        ('from = "demo"\n[model]\nnum_head = 3', "did you mean num_heads"),
-        ('from = "demo"\n[model]\nnum_heads = [3]', "one for each block"),
-        ('from = "demo"\n[model]\nprecision = "bf16"', "the recipe's own precision"),
-        ('from = "demo"\n[schedule]\nfinal = 0.1', "a schedule that falls, got constant"),
-        ('from = "demo"\n[schedule]\nname = "linear"\nwarmup = 251', "within 250 steps"),
-        ('from = "demo"\n[schedule]\nname = "warmup_stable_decay"\nwarmup = 201', "within 250 steps"),
-        ('from = "demo"\n[data]\nstore = "a"\nsource = "excerpt"', "one of data.source and data.store"),
-        ('from = "demo"\nexperiment = "Baselin"', "did you mean Baseline"),
-    ],
-)
-def test_a_file_that_cannot_be_is_refused_in_one_line(text, expected, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["--recipe", written(tmp_path, text)]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
-    assert expected in line
-    assert len(line) < 500
-    assert not Path("runs").exists()
-
-
 def test_an_option_is_another_name_of_its_leaf():
     for name, (leaf, *_) in ALIASES.items():
         text = {"exp": "Database", "impl": "torch", "precision": "bf16"}.get(name, "2")

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -82,57 +81,6 @@ def test_the_share_of_the_peak_is_recorded(texts, monkeypatch):
     assert main([*TRAIN, "--files", f"{texts}/text.jsonl", "--run-dir", "run"]) == 0
     (row,) = map(json.loads, Path("run/metrics.jsonl").read_text().splitlines())
     assert row["mfu"] == pytest.approx(row["tokens_per_second"] / 128 / 1e6, abs=1e-3)
-
-
-@pytest.mark.fault("train.py", "refused in one line, nothing written")
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--exp", ""], "a value for --exp"),
-        (["--exp="], "a value for --exp"),
-        (["--resume", ""], "a value for --resume"),
-        (["--resume="], "a value for --resume"),
-        (["--recipe", ""], "a value for --recipe"),
-        (["--files", ""], "a value for --files"),
-        (["--set", ""], "a value for --set"),
-        (["--set", "a="], "expected field=value"),
-        (["--set", "=3"], "expected a field of the model"),
-        (["--set", "dropout=0.1", "--set", "dropout=0.1"], "expected dropout once"),
-        (["--steps", "3", "--steps", "3"], "expected --steps once"),
-        (["--json"], "--list or --show"),
-        (["--list", "--exp", "Baseline"], "--list without --exp"),
-        (["--list", "--show", "Baseline"], "got both"),
-        (["--show", "Baseline", "--seed", "3"], "--show without --seed"),
-        (["--show", "Baselin"], "did you mean Baseline"),
-        (["--show", "Baseline", "--recipe", "papr"], "a recipe among"),
-        (["Baseline"], "expected options only"),
-        (["--max-steps", "3"], "an option of train.py"),
-        (["--steps", "1e3"], "a whole number from 1"),
-        (["--steps", "9" * 30], "a whole number from 1"),
-        (["--micro-batch", "0"], "a whole number from 1"),
-        (["--set", "num_layers=100000"], "2 to 1024"),
-        (["--set", "dim_model=99999999"], "1 to 65536"),
-        (["--set", "dim_model=65536"], "GiB"),
-        (["--set", "mixed_factor=nan"], "a finite number"),
-        (["--set", "dropout=inf"], "a finite number"),
-        (["--set", "vocab_size=" + "9" * 5000], "vocab_size: expected"),
-        (["--data", "nowhere"], "a prepared store at nowhere"),
-        (["--data", ".", "--field", "x"], "--data alone"),
-        (["--source", "wikipedia"], "python -m march.data prepare --source wikipedia --data-dir data"),
-        (
-            ["--source", "wikipedia", "--limit", "5", "--vocab-size", "400"],
-            "--vocab-size 400 --limit 5 --data-dir data once",
-        ),
-        (["--vocab-size", "3"], "a whole number from 357"),
-    ],
-    ids=lambda given: shlex.join(given)[:60] if isinstance(given, list) else "",
-)
-def test_mistakes_are_one_line_and_leave_nothing(arguments, message, capsys):
-    assert main(arguments) == 2
-    shown = capsys.readouterr()
-    assert message in one_line(shown.err)
-    assert shown.out == ""
-    assert not Path("runs").exists()
 
 
 @pytest.mark.fault("a corpus too small for each split", "refused in one line, nothing written")

@@ -234,37 +234,6 @@ def test_two_nodes_by_a_hostfile(corpus, reference, tmp_path):
     assert start["processes"] == 2
 
 
-WRONG = [
-    (["--exp", "Baselin"], "did you mean Baseline"),
-    (["--stesp", "3"], "did you mean --steps"),
-    (["--set", "dim_mdel=3"], "did you mean dim_model"),
-    (["--set", "num_heads=3.5"], "expected a whole number, or one for each block of a stack"),
-    (["--set", "dim_model"], "expected field=value"),
-    (["--recipe", "papr"], "expected a recipe among paper, demo or a FILE.toml, got 'papr'"),
-    (["--steps", "0"], "--steps: expected a whole number from 1 to 1000000000, got '0'"),
-    (["--seed", "x"], "invalid int value: 'x'"),
-    (["--seed", "-1"], "expected --seed from 0"),
-    (["--precision", "fp16"], "expected --precision bf16 or fp32, got 'fp16'"),
-    (["--zero", "3"], "devices.zero: expected less than or equal to 2, got 3; stage 3 releases"),
-    (["--impl", "tritn"], "expected one of auto, triton, torch, reference"),
-    # without a folder it looks in runs/, where there is none
-    (["--resume", "--exp", "baseline", "--steps", "4"], "expected a run of Baseline in runs, got none"),
-    (["--resume", "nowhere"], "expected a run folder with a config.json, got nowhere"),
-    (["--resume", "--run-dir", "x"], "expected --resume or --run-dir, got both"),
-    (["--recipe", "paper", "--data-dir", "nowhere"], "python -m march.data prepare --source wikipedia"),
-    (["--files", "x.txt", "--source", "excerpt"], "expected options of the source excerpt: none, got files"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "expected"), WRONG, ids=[" ".join(wrong) for wrong, _ in WRONG])
-def test_mistakes_get_one_line_and_exit_code_2(arguments, expected, tmp_path, monkeypatch, capsys):
-    from march.training.main import main
-
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    assert expected in one_line(capsys.readouterr().err)
-
-
 def test_a_mistake_shows_no_traceback_in_a_process_of_its_own(tmp_path):
     done = run_command(["--exp", "Baselin"], cwd=tmp_path)
     assert done.returncode == 2
