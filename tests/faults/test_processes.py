@@ -12,12 +12,20 @@ from pathlib import Path
 
 import psutil
 import pytest
-from training_support import ROOT, metrics, process_environment, run_command, small_overrides, write_corpus
+from training_support import (
+    ROOT,
+    free_port,
+    launcher,
+    metrics,
+    process_environment,
+    run_command,
+    small_overrides,
+    write_corpus,
+)
 
-LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
 STEPS = 150  # of the uninterrupted run
 FAR = 100_000  # steps that no test waits for
-TIMEOUT = 8
+TIMEOUT = 12  # seconds; of a busy machine a rank may be silent for some
 # of a process that nobody could ask to save
 AGAIN = "steps since the last checkpoint run again"
 
@@ -39,10 +47,7 @@ class Run:
 
     def __init__(self, home, folder: Path, *arguments, processes: int = 1):
         self.folder, self.path, self.log = folder, folder / "run", folder / "log"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        start = [LAUNCHER, "--num_gpus", str(processes), "--master_port", port] if processes > 1 else [sys.executable]
+        start = launcher(processes) if processes > 1 else (sys.executable,)
         self._output = open(self.log, "ab")  # noqa: SIM115 the process writes to it
         self.process = subprocess.Popen(
             [*start, str(ROOT / "train.py"), *arguments],
@@ -146,7 +151,7 @@ def test_a_signal_at_the_start_ends_at_once(home, tmp_path):
         assert time.monotonic() < end
         time.sleep(0.05)
     run.process.send_signal(signal.SIGTERM)
-    run.process.wait(20)
+    run.process.wait(60)
     assert run.process.returncode == 128 + signal.SIGTERM
     (line,) = run.ours()
     assert "stopped by SIGTERM before the first step" in line
@@ -182,7 +187,7 @@ def test_a_stopped_rank_is_named_and_ended(home, tmp_path, fault):
     run.wait_for_steps(3)
     family, stopped = run.family(), run.rank(1)
     stopped.suspend()
-    took = ends(family, TIMEOUT + 25)
+    took = ends(family, TIMEOUT + 60)
     (line,) = run.ours()
     assert f"rank 1 (process {stopped.pid} on {socket.gethostname()}) has not answered for {TIMEOUT} s" in line
     assert "continue with deepspeed --num_gpus 2 train.py --resume run" in line
@@ -197,7 +202,7 @@ def test_a_stopped_first_rank_is_named_and_ended(home, tmp_path):
     run.wait_for_steps(3)
     family, stopped = run.family(), run.rank(0)
     stopped.suspend()
-    ends(family, TIMEOUT + 25)
+    ends(family, TIMEOUT + 60)
     (line,) = run.ours()
     assert f"rank 0 (process {stopped.pid}" in line
 
@@ -216,7 +221,7 @@ def test_a_short_stop_is_forgiven(home, tmp_path):
     run.wait_for_steps(run.steps() + 3)
     family = run.family()
     run.process.terminate()
-    ends(family, 60)
+    ends(family, 100)
 
 
 @pytest.mark.slow
@@ -249,7 +254,7 @@ def test_a_killed_process_of_two_leaves_no_orphan(home, tmp_path, who, fault):
     family = run.family()
     victim = {"runner": run.process_handle, "launch": run.launch(), "rank 0": run.rank(0), "rank 1": run.rank(1)}[who]
     victim.kill()
-    took = ends(family, 60)
+    took = ends(family, 100)
     run.process.wait()
     assert run.summary()["finished"] is False  # whatever the launcher returned
     if "rank" in who:
@@ -341,9 +346,7 @@ os._exit(4)
     ids=str,
 )
 def test_one_rank_that_is_not_finite_stops_both(tmp_path, settings):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     helpers = [str(Path(__file__).parent), str(ROOT / "tests/march")]
     code = NOT_FINITE.replace("{helpers!r}", ", ".join(map(repr, helpers))).replace("{root!r}", repr(str(ROOT)))
     code = code.replace("{settings!r}", repr(settings))

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from injecting import edit_json, fill, free, rehash, small_disk
-from training_support import metrics, small_overrides, write_corpus
+from training_support import metrics, one_line, small_overrides, write_corpus
 
 from march.training import distributed
 from march.training.checkpoint import tag_of
@@ -69,12 +69,6 @@ def is_as_uninterrupted(run, home) -> bool:
         and summary["first_loss"] == ours[0]["loss"]
         and summary["eval_loss"] == theirs[-1]["eval_loss"]
     )
-
-
-def one_line(text: str) -> str:
-    assert "Traceback" not in text
-    (line,) = [line for line in text.splitlines() if line.startswith("train.py: ")]
-    return line
 
 
 def warnings(text: str) -> str:
@@ -391,7 +385,7 @@ def test_a_launchers_leftovers_are_refused_at_once(variables, tmp_path, monkeypa
         code = ended.code
     assert code == 2
     assert "unset RANK WORLD_SIZE" in one_line(capsys.readouterr().err)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 50  # a process group waits a minute
 
 
 @pytest.mark.fault("MARCH_TIMEOUT=soon", "refused in one line")

@@ -21,8 +21,11 @@ def small_overrides(name: str) -> dict:
     return shrunk
 
 
-def small_model(name: str, impl="torch", seed: int = 0, **overrides):
+def small_model(name, impl="torch", seed: int = 0, **overrides):
+    """Of an experiment's name, or of Baseline with a block of one's own."""
     torch.manual_seed(seed)
+    if not isinstance(name, str):
+        name, overrides = "Baseline", {"parts": {"block": name}, **overrides}
     return march.build_model(name, impl=impl, **{**small_overrides(name), **overrides})
 
 

@@ -148,7 +148,7 @@ def test_an_interrupted_comparison_stops_its_runs_with_a_checkpoint(tmp_path):
         time.sleep(0.02)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) != 0
+    assert process.wait(60) != 0
     statuses = [cell.status() for cell in cells(tmp_path, "--pause", "0.3", seeds=3)]
     assert statuses.count(INTERRUPTED) == 2
     assert RUNNING not in statuses

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import batch, small_model
+from test_own_ideas import IDEAS, Parallel
 
 import kernels
 import march
@@ -16,6 +17,7 @@ from march.config import unpublished
 
 PARITY = Path(__file__).resolve().parents[3] / "shared" / "parity"
 ALL = experiments.names()
+ALL_AND_IDEAS = pytest.mark.parametrize("name", [*ALL, *IDEAS], ids=lambda x: getattr(x, "__name__", x))
 
 
 def losses_and_gradients(model, inputs, **more):
@@ -98,7 +100,7 @@ def test_predecessor_errors_name_keys_and_leave_the_model_alone():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", ALL)
+@ALL_AND_IDEAS
 def test_torch_and_reference_agree_with_dropout(name):
     """float64: loss and every gradient, dropout on, padding on."""
     state = kernels.dropout_state(7, 3, 2)
@@ -120,7 +122,7 @@ def with_everything_computed(model):
     return model
 
 
-@pytest.mark.parametrize("name", ALL)
+@ALL_AND_IDEAS
 def test_dead_work_is_skipped_and_nothing_else_changes(name):
     state = kernels.dropout_state(7, 3)
     inputs = batch()
@@ -132,7 +134,12 @@ def test_dead_work_is_skipped_and_nothing_else_changes(name):
     torch.testing.assert_close(skipped.loss, whole.loss, rtol=0, atol=1e-13)
     torch.testing.assert_close(skipped.logits, whole.logits, rtol=0, atol=1e-12)
     names = {name for name, _ in model.named_parameters()}
-    assert names - set(gradients) == model.dead_parameters()
+    if isinstance(name, str):
+        assert names - set(gradients) == model.dead_parameters()
+    else:  # what an idea overrides is not known: the encoder's end alone is dead, and norms that Parallel leaves out
+        unread = ("cross_attention.norm.gain", "feedforward.norm.gain") if name is Parallel else ()
+        ends = ("encoder.final_norm.gain", *unread)
+        assert all(n.startswith("encoder.blocks.2.") or n.endswith(ends) for n in names - set(gradients))
     for key, gradient in whole_gradients.items():
         torch.testing.assert_close(gradient, gradients[key], rtol=1e-9, atol=1e-13, msg=key)
 
@@ -153,7 +160,7 @@ def test_dead_parameters_of_the_baseline():
     }
 
 
-@pytest.mark.parametrize("name", ALL)
+@ALL_AND_IDEAS
 def test_a_future_token_changes_no_earlier_logit(name):
     model = small_model(name).double().eval()
     inputs = batch()
@@ -170,8 +177,10 @@ def test_a_future_token_changes_no_earlier_logit(name):
         assert leak == 0.0
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if n != "UnifiedAttentionAsPublished"])
+@ALL_AND_IDEAS
 def test_a_padded_key_changes_nothing(name):
+    if name == "UnifiedAttentionAsPublished":
+        pytest.skip("the published mask shows it")
     model = small_model(name).double().eval()
     inputs = batch()
     del inputs["labels"]

@@ -5,12 +5,13 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from test_training_runs import LAUNCHER, corpus, free_port  # noqa: F401
-from training_support import ROOT, losses, process_environment, run_command
+from test_training_runs import corpus  # noqa: F401
+from training_support import ROOT, launcher, losses, process_environment, run_command
 
 import kernels
 import march
@@ -199,21 +200,16 @@ def test_what_a_file_prints_leaves_json_alone(write):
     assert "hello" in done.stderr
 
 
-def _other_process(model, spec, queue):
-    again = march.build_model(spec, seed=1, **SIZES)
-    queue.put((logits(model).tolist(), logits(again).tolist()))
+def _of_both(model, spec):
+    return [logits(one).tolist() for one in (model, march.build_model(spec, seed=1, **SIZES))]
 
 
 @pytest.mark.parametrize("name", ["my_idea.py:MyIdea", str(ROOT / "examples/squareplus.py")])
 def test_a_model_goes_to_a_spawned_process(name, write, monkeypatch):
     monkeypatch.chdir(write().parent)
     model = march.build_model(name, seed=1, **SIZES)
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_other_process, args=(model, name, queue))
-    process.start()
-    received, again = queue.get(timeout=120)
-    process.join()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # says when its process dies
+        received, again = pool.submit(_of_both, model, name).result()
     assert received == again == logits(model).tolist()
 
 
@@ -226,8 +222,7 @@ def run(corpus, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("own")
     (folder / "my_idea.py").write_text(HEAD + TWICE + IDEA.replace('{"num_heads": 4}', "{}"))
     arguments = [*corpus, "--exp", "my_idea.py:MyIdea", "--steps", "2", "--run-dir", "run", "--micro-batch", "2"]
-    launcher = (*LAUNCHER, "--num_gpus", "2", "--master_port", free_port())
-    done = run_command(arguments, launcher=launcher, cwd=folder)
+    done = run_command(arguments, launcher=launcher(), cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -297,8 +292,7 @@ def test_accepting_needs_a_resume(tmp_path):
     ],
 )
 def test_the_worked_ideas_and_the_common_parts_train_through_deepspeed(name, corpus, tmp_path):  # noqa: F811
-    launcher = (*LAUNCHER, "--num_gpus", "1", "--master_port", free_port())
     arguments = [*corpus, "--exp", name, "--steps", "3", "--run-dir", "run"]
-    done = run_command(arguments, launcher=launcher, cwd=tmp_path)
+    done = run_command(arguments, launcher=launcher(1), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path / "run")) == 3

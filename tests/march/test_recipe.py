@@ -5,21 +5,17 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_training_requests import is_refusal
-from training_support import SMALL, VOCABULARY, build_trainer, losses, small_overrides, small_recipe, write_corpus
+from training_support import losses, small_overrides, small_recipe, write_corpus
 
-import march
 from march import recipe
 from march.config import ConfigError
 from march.console import UsageError
 from march.training import distributed
 from march.training.arguments import ALIASES, build_parser, check, parse_leaf, table
-from march.training.checkpoint import Checkpoints
 from march.training.main import main
-from march.training.runfolder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -151,52 +147,6 @@ def test_each_schedule_is_its_formula_at_every_step(name, warmup, final):
     assert all(0 <= rate <= made.optimizer.lr for rate in rates)
     if name != "constant":
         assert rates[-1] == pytest.approx(made.optimizer.lr * final, abs=1e-18)
-
-
-def small_model():
-    torch.manual_seed(3)
-    return march.build_model("Baseline", **{**SMALL, "vocab_size": VOCABULARY})
-
-
-@pytest.mark.parametrize(("precision", "zero"), [("fp32", 0), ("fp32", 1), ("bf16", 2)])
-def test_the_schedule_and_the_decay_reach_the_weights_and_resume_exactly(precision, zero, tmp_path):
-    falling = {"schedule.name": "cosine", "schedule.warmup": 2, "schedule.final": 0.1}
-    falling |= {"optimizer.decay": "matrices"} if zero == 0 else {}
-    falling |= {"precision": precision, "devices.zero": zero, "checkpoints.every": 2}
-    straight = build_trainer(small_model(), folder=RunFolder(tmp_path), **falling)
-    straight.run()
-    made = straight.plan.recipe
-    assert [row["lr"] for row in straight.rows] == [made.learning_rate(step) for step in (1, 2, 3, 4)]
-    groups = straight.engine.basic_optimizer.param_groups
-    assert [(group["lr"], group["weight_decay"]) for group in groups] == [
-        (made.learning_rate(4), d) for d in ([0.1] if zero else [0.1, 0])
-    ]
-    checkpoint = Checkpoints(tmp_path / "checkpoints", 2).load(before=4)
-    assert checkpoint.step == 2
-    resumed = build_trainer(small_model(), checkpoint=checkpoint, **falling)
-    resumed.run()
-    assert [(row["loss"], row["lr"]) for row in resumed.rows] == [(row["loss"], row["lr"]) for row in straight.rows]
-
-
-@pytest.mark.parametrize("decay", ["all", "matrices"])
-def test_weight_decay_is_for_what_it_says(decay):
-    """AdamW decays by lr x weight_decay before its step, whatever the gradient: the difference of two runs shows it."""
-
-    def after_one_step(weight_decay):
-        changes = {
-            "schedule.steps": 1,
-            "devices.zero": 0,
-            "optimizer.decay": decay,
-            "optimizer.weight_decay": weight_decay,
-        }
-        trainer = build_trainer(small_model(), **changes)
-        trainer.train_to(1)
-        return {name: p.detach().clone() for name, p in trainer.engine.module.model.named_parameters()}
-
-    begin, plain, decayed = dict(small_model().named_parameters()), after_one_step(0.0), after_one_step(50.0)
-    for name, before in begin.items():
-        share = 1e-3 * 50.0 if decay == "all" or before.ndim > 1 else 0.0
-        torch.testing.assert_close(plain[name] - decayed[name], share * before.detach(), rtol=1e-3, atol=2e-6)
 
 
 # runs

@@ -1,7 +1,5 @@
 """The loop through DeepSpeed's engine, in this process: split of the batch, state, failures."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -48,55 +46,30 @@ def test_every_experiment_trains_two_steps_and_changes_every_live_weight(name):
     assert not unchanged
 
 
-def test_loss_does_not_depend_on_the_micro_batch_with_dropout_on():
-    whole = build_trainer(small_model(), micro_batch=8)
-    whole.run()
-    quarter = build_trainer(small_model(), micro_batch=2)
-    quarter.run()
-    assert quarter.accumulation == 4
-    for a, b in zip(whole.rows, quarter.rows, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-    assert whole.rows[-1]["eval_loss"] == pytest.approx(quarter.rows[-1]["eval_loss"], abs=1e-5)
-
-
-def test_dropout_is_on_in_training_and_off_in_evaluation():
-    first = {p: build_trainer(small_model(dropout=p), schedule__steps=1, evaluation__every=1) for p in (0.0, 0.4)}
-    for trainer in first.values():
-        trainer.run()
-    assert abs(first[0.0].rows[0]["loss"] - first[0.4].rows[0]["loss"]) > 1e-3
-    trainer = build_trainer(small_model(dropout=0.4))
-    assert trainer.evaluate() == trainer.evaluate()
-    assert trainer.engine.module.training
-
-
 @pytest.mark.parametrize("clipping", [0.0, 0.05, 1e9])
-@pytest.mark.parametrize("zero", [0, 1, 2])
-def test_steps_are_those_of_plain_torch(zero, clipping):
-    """Weights, moments, losses and norms, against autograd over the global batch at once, torch's clip and torch's
-    AdamW: dropout by (seed, step, sequence) on, the micro-batches accumulated, a schedule that moves at every step, an
-    epsilon that shows a gradient's scale."""
-    changes = {"optimizer.epsilon": 0.1, "optimizer.lr": 0.05, "schedule.name": "cosine", "schedule.warmup": 2}
-    decay = {"optimizer.decay": "matrices"} if zero == 0 else {}
-    trainer = build_trainer(
-        small_model(),
-        micro_batch=2,
-        **{**changes, **decay, "devices.zero": zero, "optimizer.gradient_clipping": clipping, "schedule.steps": 3},
-    )
+@pytest.mark.parametrize(("zero", "decay"), [(0, "all"), (0, "matrices"), (1, "all"), (2, "all")])
+def test_steps_are_those_of_plain_torch(zero, decay, clipping):
+    """Weights, moments, losses, norms against autograd over the global batch at once, torch's clip and torch's AdamW:
+    dropout by (seed, step, sequence) in training alone, micro-batches accumulated, a schedule that moves at every step,
+    an epsilon that shows a gradient's scale, a decay that shows in three steps."""
+    changes = {"optimizer.epsilon": 0.1, "optimizer.lr": 0.05, "optimizer.weight_decay": 2.0, "optimizer.decay": decay}
+    changes |= {"schedule.name": "cosine", "schedule.warmup": 2, "schedule.steps": 3, "devices.zero": zero}
+    trainer = build_trainer(small_model(), micro_batch=2, **changes, **{"optimizer.gradient_clipping": clipping})
     trainer.run()
     recipe = trainer.plan.recipe
     plain = small_model()
     named = dict(plain.named_parameters())
-    groups = [
-        {"params": [p], "weight_decay": 0.0 if decay and p.ndim < 2 else recipe.optimizer.weight_decay}
-        for p in named.values()
-    ]
+    groups = [{"params": [p], "weight_decay": 2.0 if decay == "all" or p.ndim > 1 else 0.0} for p in named.values()]
     adamw = torch.optim.AdamW(groups, betas=(recipe.optimizer.beta1, recipe.optimizer.beta2), eps=0.1)
-    whole = build_trainer(small_model(), micro_batch=8, **{"schedule.steps": 3})._batches()
+    whole = build_trainer(small_model(), micro_batch=8, **changes)._batches()
+
+    def loss_of(batch, state):
+        batch = [torch.from_numpy(getattr(batch, n)) for n in ("input_ids", "decoder_input_ids", "labels")]
+        return plain(*batch[:2], labels=batch[2], dropout_state=state).loss
+
     for step, row in enumerate(trainer.rows):
         (micro,) = whole.collate(step)
-        batch = [torch.from_numpy(getattr(micro.batch, n)) for n in ("input_ids", "decoder_input_ids", "labels")]
-        loss = plain(*batch[:2], labels=batch[2], dropout_state=torch.tensor([recipe.seed, step, 0])).loss
+        loss = loss_of(micro.batch, torch.tensor([recipe.seed, step, 0]))
         loss.backward()
         for parameter in named.values():  # a dead weight decays too
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -104,6 +77,7 @@ def test_steps_are_those_of_plain_torch(zero, clipping):
         assert norm > 0.05  # so that the smaller limit clips
         assert row["loss"] == pytest.approx(loss.item(), abs=1e-5)
         assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert row["lr"] == recipe.learning_rate(step + 1)
         for group in adamw.param_groups:
             group["lr"] = recipe.learning_rate(step + 1)
         adamw.step()
@@ -113,17 +87,25 @@ def test_steps_are_those_of_plain_torch(zero, clipping):
         expected = {"model": parameter, **{key: adamw.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")}}
         for part, tensor in expected.items():
             wrong = (state[part][name] - tensor).norm() / (tensor.norm() + 1e-9)
-            assert wrong < 1e-3, f"{part} of {name} differs by {wrong:.1e} of its norm"
+            assert wrong < 1e-4, f"{part} of {name} differs by {wrong:.1e} of its norm"
+    plain.eval()
+    sequences = range(recipe.evaluation.sequences)  # no multiple of the micro-batch
+    expected = loss_of(trainer.plan.validation.batch(sequences, 0), None).item()
+    assert trainer.rows[-1]["eval_loss"] == pytest.approx(expected, abs=1e-5)
+    assert trainer.evaluate() == trainer.evaluate() == trainer.rows[-1]["eval_loss"]
+    assert trainer.engine.module.training
 
 
 @pytest.mark.parametrize(("precision", "zero"), [("fp32", 0), ("fp32", 1), ("bf16", 1), ("fp32", 2), ("bf16", 2)])
 def test_resume_is_bitwise(tmp_path, precision, zero):
     settings = {"precision": precision, "devices.zero": zero, "micro_batch": 4}
+    settings |= {"schedule.name": "cosine", "schedule.warmup": 3, "schedule.final": 0.1}
+    settings |= {"optimizer.decay": "matrices"} if zero == 0 else {}
     straight = build_trainer(small_model(), **settings)
     straight.run()
     folder = RunFolder(tmp_path)
-    build_trainer(small_model(), schedule__steps=2, folder=folder, **settings).run()
-    checkpoint = Checkpoints(folder.checkpoints, 2).load()
+    build_trainer(small_model(), folder=folder, **settings).run()
+    checkpoint = Checkpoints(folder.checkpoints, 2).load(before=4)
     assert checkpoint.step == 2
     other = small_model()
     with torch.no_grad():
@@ -131,7 +113,8 @@ def test_resume_is_bitwise(tmp_path, precision, zero):
             parameter.fill_(0.5)  # what is not loaded would show
     resumed = build_trainer(other, folder=folder, checkpoint=checkpoint, **settings)
     outcome = resumed.run()
-    assert [row["loss"] for row in resumed.rows] == [row["loss"] for row in straight.rows]
+    for key in ("loss", "lr", "grad_norm"):
+        assert [row[key] for row in resumed.rows] == [row[key] for row in straight.rows]
     assert resumed.rows[-1]["eval_loss"] == straight.rows[-1]["eval_loss"]
     spent = np.cumsum([row["seconds"] for row in resumed.rows])  # over both starts
     assert [row["elapsed"] for row in resumed.rows] == pytest.approx(spent, abs=2e-3)
@@ -158,38 +141,11 @@ def test_a_checkpoint_of_one_zero_stage_continues_on_another(tmp_path):
 def test_there_is_a_checkpoint_of_every_interval_and_of_the_last_step(tmp_path, every, steps):
     folder = RunFolder(tmp_path)
     changes = {"checkpoints.every": every, "checkpoints.keep": 9, "schedule.steps": steps, "evaluation.every": 100}
-    build_trainer(small_model(), folder=folder, **changes).run()
+    trainer = build_trainer(small_model(), folder=folder, **changes)
+    trainer.run()
+    assert [row["step"] for row in trainer.rows if "eval_loss" in row] == [steps]
     due = {step for step in range(1, steps + 1) if step % every == 0 or step == steps}
     assert [loaded["step"] for loaded in Checkpoints(folder.checkpoints, 9).states()] == sorted(due, reverse=True)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_nan_stops_the_run_before_the_weights_see_it(tmp_path, precision):
-    trainer = build_trainer(small_model(), folder=RunFolder(tmp_path), precision=precision)
-    model, calls = trainer.engine.module, []
-    healthy = model.forward
-
-    def poisoned(*inputs):
-        calls.append(1)
-        loss = healthy(*inputs)
-        return loss * float("nan") if trainer.step == 2 and model.training else loss
-
-    model.forward = poisoned
-    with pytest.raises(RunError, match=r"loss is nan in step 3.*--resume continues from step 2"):
-        trainer.run()
-    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2]
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_infinite_gradient_with_a_finite_loss_stops_the_run(precision):
-    model = small_model()
-    trainer = build_trainer(model, precision=precision)
-    parameter = next(p for p in model.parameters() if p.ndim == 2)
-    parameter.register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(RunError, match=r"gradient norm is (inf|nan|-1\.0) in step 1"):
-        trainer.run()
 
 
 def test_out_of_memory_in_a_step_says_what_to_do():

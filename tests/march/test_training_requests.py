@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from training_support import SMALL, small_overrides, write_corpus
+from training_support import SMALL, one_line, small_overrides, write_corpus
 
 import march
 from kernels.activations import ACTIVATIONS
@@ -36,13 +36,6 @@ def texts(tmp_path_factory) -> Path:
     (folder / "body.jsonl").write_text("\n".join(json.dumps({"body": row["text"]}) for row in rows))
     (folder / "marked.txt").write_bytes("\r\n***\r\n".join(row["text"] for row in rows).encode("utf-16"))
     return folder
-
-
-def one_line(text: str) -> str:
-    assert "Traceback" not in text
-    (line,) = [line for line in text.splitlines() if line.startswith("train.py: ")]
-    assert len(line) < 600
-    return line
 
 
 TRAIN = ["--recipe", "demo", "--precision", "fp32", "--steps", "1", *small_overrides()]

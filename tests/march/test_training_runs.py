@@ -12,12 +12,21 @@ from pathlib import Path
 
 import psutil
 import pytest
-from training_support import ROOT, losses, metrics, process_environment, run_command, small_overrides, write_corpus
+from training_support import (
+    LAUNCHER,
+    ROOT,
+    free_port,
+    launcher,
+    losses,
+    metrics,
+    one_line,
+    process_environment,
+    run_command,
+    small_overrides,
+    write_corpus,
+)
 
 from march.training.errors import RunError
-
-DEEPSPEED = Path(sys.executable).with_name("deepspeed")
-LAUNCHER = (str(DEEPSPEED),)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +88,7 @@ def test_python_train_writes_the_run_folder(reference):
 def test_launcher_with_two_processes_has_the_losses_of_one(corpus, reference, tmp_path):
     """Dropout on; half the micro-batch too, so both the split over ranks and over micro-steps differ."""
     arguments = [*corpus, "--steps", "4", "--run-dir", "run", "--micro-batch", "4"]
-    done = run_command(arguments, launcher=(*LAUNCHER, "--num_gpus", "2", "--master_port", free_port()), cwd=tmp_path)
+    done = run_command(arguments, launcher=launcher(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 process(es) x micro-batch 4 x 2 = 16" in done.stderr
     expected = metrics(reference[0])
@@ -91,8 +100,7 @@ def test_launcher_with_two_processes_has_the_losses_of_one(corpus, reference, tm
 
 def test_the_precision_is_measured_once_for_all_processes_and_kept_by_resume(corpus, tmp_path):
     open_precision = [option for option in corpus if option not in ("--precision", "fp32")]
-    launcher = (*LAUNCHER, "--num_gpus", "2", "--master_port", free_port())
-    first = run_command([*open_precision, "--steps", "1", "--run-dir", "run"], launcher=launcher, cwd=tmp_path)
+    first = run_command([*open_precision, "--steps", "1", "--run-dir", "run"], launcher=launcher(), cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert first.stderr.count("as fast as float32") == 1
     config = json.loads((tmp_path / "run/config.json").read_text())
@@ -112,8 +120,7 @@ def test_launcher_trains_another_experiment_without_a_compiler(corpus, tmp_path)
     for name in ("python", "python3", "deepspeed"):
         (only / name).symlink_to(Path(sys.executable).with_name(name))
     arguments = [*corpus, "--exp", "database", "--set", "database_states=8", "--steps", "2", "--run-dir", "run"]
-    launcher = (*LAUNCHER, "--master_port", free_port())
-    done = run_command(arguments, launcher=launcher, cwd=tmp_path, PATH=str(only), CC="", CXX="")
+    done = run_command(arguments, launcher=launcher(1), cwd=tmp_path, PATH=str(only), CC="", CXX="")
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path / "run")) == 2
     assert json.loads((tmp_path / "run/config.json").read_text())["experiment"] == "Database"
@@ -133,8 +140,7 @@ def test_resume_continues_with_identical_losses(reference, half, tmp_path):
 
 def test_resume_on_two_processes_continues_a_run_of_one(reference, half, tmp_path):
     shutil.copytree(half, tmp_path / "run")
-    launcher = (*LAUNCHER, "--num_gpus", "2", "--master_port", free_port())
-    again = run_command(["--resume", "run", "--steps", "4"], launcher=launcher, cwd=tmp_path)
+    again = run_command(["--resume", "run", "--steps", "4"], launcher=launcher(), cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert losses(tmp_path / "run") == pytest.approx(losses(reference[0]), abs=1e-5)
     starts = json.loads((tmp_path / "run/environment.json").read_text())["starts"]
@@ -166,7 +172,7 @@ def test_a_stopped_launcher_leaves_a_checkpoint_and_no_orphans(corpus, tmp_path,
     arguments = [*corpus, "--steps", "100000", "--run-dir", "run", "--checkpoint-every", "100000"]
     with open(tmp_path / "log", "w") as log:
         runner = subprocess.Popen(
-            [*LAUNCHER, "--num_gpus", "2", "--master_port", free_port(), str(ROOT / "train.py"), *arguments],
+            [*launcher(), str(ROOT / "train.py"), *arguments],
             cwd=tmp_path,
             env=process_environment(),
             stdout=log,
@@ -259,22 +265,6 @@ def test_a_run_that_has_to_stop_gets_one_line_and_exit_code_1(error, code, monke
 def test_torch_is_not_loaded_before_main_sets_its_environment(tmp_path):
     code = "import sys, march.training.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=process_environment()).returncode == 0
-
-
-def one_line(text: str) -> str:
-    """The only line that starts with the program's name, after checking that nothing was thrown."""
-    assert "Traceback" not in text
-    lines = [line for line in text.splitlines() if line.startswith("train.py: ")]
-    assert len(lines) == 1, text
-    return lines[0]
-
-
-def free_port() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def wait_for(condition, seconds: float) -> None:

@@ -1,13 +1,12 @@
 """The kernels' self-test before a run: who compiles while who waits for what, and when it runs."""
 
-import socket
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from training_support import ROOT, process_world, small_recipe
+from training_support import ROOT, free_port, process_world, small_recipe
 
 import kernels
 from march import experiments
@@ -53,10 +52,7 @@ dist.destroy_process_group()
 def said(tmp_path_factory):
     """What two processes said in turn, by which of them fail."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-c", RANK]
+    port, command = free_port(), [sys.executable, "-c", RANK]
     ranks = [subprocess.Popen([*command, str(r), port, str(folder)], cwd=ROOT) for r in range(2)]
     assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
     return {file.name: file.read_text().splitlines() for file in folder.iterdir()}

@@ -1,8 +1,11 @@
 """What the training tests share: a small corpus, a small model, and DeepSpeed's engine inside the test process."""
 
+import contextlib
+import itertools
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +19,8 @@ from march.training.distributed import World, start
 from march.training.loop import Plan, Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
+LAUNCHER = (str(Path(sys.executable).with_name("deepspeed")),)
+_PORTS = itertools.count(10_000 + os.getpid() % 400 * 50)
 
 # Overrides that shrink any experiment to some ten thousand parameters. Per-block lists and the database keep
 # their own values: an override changes the field named and nothing else.
@@ -90,6 +95,29 @@ def process_environment(**changes) -> dict[str, str]:
     group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
     kept = {name: value for name, value in os.environ.items() if name not in group}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **changes}
+
+
+def free_port() -> str:
+    """One of this process's share of the ports below those that a system gives away: between here and its use no
+    neighbour takes it."""
+    for port in _PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return str(port)
+
+
+def launcher(processes: int = 2) -> tuple[str, ...]:
+    """DeepSpeed's, for run_command."""
+    return (*LAUNCHER, "--num_gpus", str(processes), "--master_port", free_port())
+
+
+def one_line(text: str) -> str:
+    """The only line that starts with the program's name, after checking that nothing was thrown."""
+    assert "Traceback" not in text
+    lines = [line for line in text.splitlines() if line.startswith("train.py: ")]
+    assert len(lines) == 1, text
+    assert len(lines[0]) < 600
+    return lines[0]
 
 
 def losses(folder: Path) -> list[float]:
