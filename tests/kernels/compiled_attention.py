@@ -1,12 +1,8 @@
-"""Compiles attention launches for a GPU that is not there; a program of its own, since kernels tested beside it are
-interpreted. Input: cases as a JSON list in the only argument; output: rows of the report as a JSON list.
+"""Compiles attention launches for a GPU that is not there, in the process of compiling.py: rows of the report by case.
 
 A case: {"arch", "operator", "width", "value_width", "dropout", "causal", "padding", "bank", "dtype", "offset",
 "sizes"}, where sizes is a list of (batch, queries, keys), one call each.
 """
-
-import json
-import sys
 
 import torch
 
@@ -50,15 +46,11 @@ def _call(case, batch, queries, keys, site):
     out.backward(torch.empty_like(out))
 
 
-def main() -> None:
-    rows = []
-    for case in json.loads(sys.argv[1]):
+def rows(cases):
+    found = []
+    for case in cases:
         with recording(case.get("arch", "sm_86")) as launches:
             for site, sizes in enumerate(case["sizes"]):
                 _call(case, *sizes, site)
-        rows += [report.row() | {"case": case} for report in reports(launches)]
-    json.dump(rows, sys.stdout)
-
-
-if __name__ == "__main__":
-    main()
+        found += [report.row() | {"case": case} for report in reports(launches)]
+    return found

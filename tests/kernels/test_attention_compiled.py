@@ -2,29 +2,19 @@
 run. `kernels.compile_only.limits` holds the numbers."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import compiling
 import pytest
 
 from kernels.compile_only import ARCHITECTURES
 
-ROOT = Path(__file__).parents[2]
 PAPER = [(64, 921, 921)]
 CROSS = [(64, 206, 921)]
 
 
 def compiled(*cases):
-    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    program = Path(__file__).with_name("compiled_attention.py")
-    done = subprocess.run(
-        [sys.executable, str(program), json.dumps(cases)], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    code = "import json, sys; from compiled_attention import rows; print(json.dumps(rows(json.loads(sys.argv[1]))))"
+    return compiling.compiled(code, json.dumps(cases))
 
 
 def _assert_passes(rows):

@@ -1,12 +1,11 @@
 """Every shape that the interpreter's tests use compiles, with the specialisation of a real launch: see front_end.py."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
-from compiling import ROOT, compiled
+from compiling import ROOT, compiled, environment
 
 FILES = [
     f"tests/kernels/test_{name}.py"
@@ -24,11 +23,10 @@ FILES = [
 
 
 def _front_end(*arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # the tests believe in a device, so that nothing is interpreted; front_end.py says that it is meta
-    environment |= {"KERNEL_TEST_DEVICE": "cuda", "PYTHONPATH": os.pathsep.join([str(ROOT), "tests/kernels"])}
+    device = environment() | {"KERNEL_TEST_DEVICE": "cuda"}
     command = [sys.executable, "tests/kernels/front_end.py", *arguments]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=ROOT, env=device, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_training_runs import corpus  # noqa: F401
-from training_support import ROOT, launcher, losses, process_environment, run_command
+from training_support import ROOT, launcher, losses, process_environment, run_command, run_here
 
 import kernels
 import march
@@ -229,7 +229,7 @@ def run(corpus, tmp_path_factory):  # noqa: F811
 
 def resumed(run, tmp_path, *more):
     """run.py --resume of a copy of the run, from a folder of its own where the file of before may not be."""
-    return run_command(["--resume", str(tmp_path / "run"), "--steps", "3", *more], cwd=tmp_path)
+    return run_here(["--resume", str(tmp_path / "run"), "--steps", "3", *more], cwd=tmp_path)
 
 
 @pytest.fixture
@@ -269,17 +269,11 @@ def test_resume_takes_the_file_renamed_or_the_copy_and_refuses_another(copy):
         (folder / "renamed.py").write_bytes(text)
     finally:
         file.write_bytes(text)
-    renamed = run_command(["--resume", str(folder / "run"), "--steps", "4", "--exp", "renamed.py:MyIdea"], cwd=folder)
+    renamed = run_here(["--resume", str(folder / "run"), "--steps", "4", "--exp", "renamed.py:MyIdea"], cwd=folder)
     assert renamed.returncode == 0, renamed.stderr
-    other = run_command(["--resume", str(folder / "run"), "--steps", "5", "--exp", "Baseline"], cwd=folder)
+    other = run_here(["--resume", str(folder / "run"), "--steps", "5", "--exp", "Baseline"], cwd=folder)
     assert other.returncode == 2
     assert os.path.exists(folder / "run" / "renamed.py")
-
-
-def test_accepting_needs_a_resume(tmp_path):
-    done = run_command(["--exp", "Baseline", "--accept-changed-file"], cwd=tmp_path)
-    assert done.returncode == 2
-    assert "with --resume" in done.stderr
 
 
 @pytest.mark.slow

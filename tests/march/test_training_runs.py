@@ -22,6 +22,7 @@ from training_support import (
     one_line,
     process_environment,
     run_command,
+    run_here,
     small_overrides,
     write_corpus,
 )
@@ -45,15 +46,6 @@ def reference(corpus, tmp_path_factory):
     done = run_command([*corpus, "--steps", "4", "--run-dir", "run"], cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "run", done
-
-
-@pytest.fixture(scope="module")
-def half(corpus, tmp_path_factory):
-    """The first two of those steps; to be copied."""
-    folder = tmp_path_factory.mktemp("half")
-    done = run_command([*corpus, "--steps", "2", "--run-dir", "run"], cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
 
 
 def test_python_train_writes_the_run_folder(reference):
@@ -106,7 +98,7 @@ def test_the_precision_is_measured_once_for_all_processes_and_kept_by_resume(cor
     config = json.loads((tmp_path / "run/config.json").read_text())
     chosen = config["identity"]["precision"]
     assert chosen == config["recipe"]["precision"] == config["config"]["precision"]
-    again = run_command(["--resume", "run", "--steps", "2"], cwd=tmp_path)
+    again = run_here(["--resume", "run", "--steps", "2"], cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert [start["precision"] for start in json.loads((tmp_path / "run/environment.json").read_text())["starts"]] == [
         chosen
@@ -127,21 +119,11 @@ def test_launcher_trains_another_experiment_without_a_compiler(corpus, tmp_path)
     assert not shutil.which("cc", path=str(only))
 
 
-def test_resume_continues_with_identical_losses(reference, half, tmp_path):
-    shutil.copytree(half, tmp_path / "run")
-    again = run_command(["--resume", "run", "--steps", "4"], cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert "after step 2" in again.stderr
-    assert losses(tmp_path / "run") == losses(reference[0])  # bitwise
-    finished = run_command(["--resume", "run", "--steps", "4"], cwd=tmp_path)
-    assert finished.returncode == 2
-    assert "expected steps left to do" in one_line(finished.stderr)
-
-
-def test_resume_on_two_processes_continues_a_run_of_one(reference, half, tmp_path):
-    shutil.copytree(half, tmp_path / "run")
+def test_resume_on_two_processes_continues_a_run_of_one(corpus, reference, tmp_path):
+    assert run_here([*corpus, "--steps", "2", "--run-dir", "run"], cwd=tmp_path).returncode == 0
     again = run_command(["--resume", "run", "--steps", "4"], launcher=launcher(), cwd=tmp_path)
     assert again.returncode == 0, again.stderr
+    assert "after step 2" in again.stderr
     assert losses(tmp_path / "run") == pytest.approx(losses(reference[0]), abs=1e-5)
     starts = json.loads((tmp_path / "run/environment.json").read_text())["starts"]
     assert [start["processes"] for start in starts] == [1, 2]
@@ -150,7 +132,10 @@ def test_resume_on_two_processes_continues_a_run_of_one(reference, half, tmp_pat
 def test_resume_refuses_other_settings_and_damaged_checkpoints(corpus, reference, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(reference[0], folder)
-    other = run_command(["--resume", "run", "--steps", "6", "--seed", "1", "--set", "dim_model=64"], cwd=tmp_path)
+    finished = run_here(["--resume", "run", "--steps", "4"], cwd=tmp_path)
+    assert finished.returncode == 2
+    assert "expected steps left to do" in one_line(finished.stderr)
+    other = run_here(["--resume", "run", "--steps", "6", "--seed", "1", "--set", "dim_model=64"], cwd=tmp_path)
     assert other.returncode == 2
     line = one_line(other.stderr)
     assert "seed: the run has 42, asked 1" in line
@@ -159,7 +144,7 @@ def test_resume_refuses_other_settings_and_damaged_checkpoints(corpus, reference
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 2] ^= 0xFF
     file.write_bytes(damaged)
-    refused = run_command(["--resume", "run", "--steps", "6"], cwd=tmp_path)
+    refused = run_here(["--resume", "run", "--steps", "6"], cwd=tmp_path)
     assert refused.returncode == 2
     assert "only damaged ones" in one_line(refused.stderr)
     assert losses(folder) == losses(reference[0])  # nothing ran
