@@ -58,7 +58,7 @@ class Run:
             start_new_session=True,
         )
 
-    def wait_for_steps(self, count: int, seconds: float = 150) -> None:
+    def wait_for_steps(self, count: int, seconds: float = 400) -> None:
         end = time.monotonic() + seconds
         while self.steps() < count:
             assert self.process.poll() is None, self.text()
@@ -119,7 +119,7 @@ def test_a_dropped_connection_saves(home, tmp_path):
     run = Run(home, tmp_path, *home[1], "--run-dir", "run", "--steps", str(STEPS))
     run.wait_for_steps(3)
     run.process.send_signal(signal.SIGHUP)
-    run.process.wait(60)
+    run.process.wait(300)
     assert run.process.returncode == 128 + signal.SIGHUP
     assert run.summary()["stopped_by"] == "SIGHUP"
     assert run.summary()["finished"] is False
@@ -135,7 +135,7 @@ def test_every_ending_signal_saves(home, tmp_path, name, fault):
     run.wait_for_steps(2)
     begin = time.monotonic()
     run.process.send_signal(signal.Signals[name])
-    run.process.wait(60)
+    run.process.wait(300)
     assert run.process.returncode == 128 + signal.Signals[name]
     assert (run.path / "checkpoints/latest").read_text() == f"step-{run.steps():08d}"
     assert "Traceback" not in run.text()
@@ -146,12 +146,12 @@ def test_every_ending_signal_saves(home, tmp_path, name, fault):
 @pytest.mark.fault("SIGTERM before the first step", "ends at once, in one line")
 def test_a_signal_at_the_start_ends_at_once(home, tmp_path):
     run = Run(home, tmp_path, *home[1], "--run-dir", "run", "--steps", str(FAR))
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while "| recipe demo" not in run.text():
         assert time.monotonic() < end
         time.sleep(0.05)
     run.process.send_signal(signal.SIGTERM)
-    run.process.wait(60)
+    run.process.wait(300)
     assert run.process.returncode == 128 + signal.SIGTERM
     (line,) = run.ours()
     assert "stopped by SIGTERM before the first step" in line
@@ -187,7 +187,7 @@ def test_a_stopped_rank_is_named_and_ended(home, tmp_path, fault):
     run.wait_for_steps(3)
     family, stopped = run.family(), run.rank(1)
     stopped.suspend()
-    took = ends(family, TIMEOUT + 60)
+    took = ends(family, TIMEOUT + 120)
     (line,) = run.ours()
     assert f"rank 1 (process {stopped.pid} on {socket.gethostname()}) has not answered for {TIMEOUT} s" in line
     assert "continue with deepspeed --num_gpus 2 train.py --resume run" in line
@@ -202,7 +202,7 @@ def test_a_stopped_first_rank_is_named_and_ended(home, tmp_path):
     run.wait_for_steps(3)
     family, stopped = run.family(), run.rank(0)
     stopped.suspend()
-    ends(family, TIMEOUT + 60)
+    ends(family, TIMEOUT + 120)
     (line,) = run.ours()
     assert f"rank 0 (process {stopped.pid}" in line
 
@@ -221,7 +221,7 @@ def test_a_short_stop_is_forgiven(home, tmp_path):
     run.wait_for_steps(run.steps() + 3)
     family = run.family()
     run.process.terminate()
-    ends(family, 100)
+    ends(family, 200)
 
 
 @pytest.mark.slow
@@ -238,7 +238,7 @@ def test_a_launcher_that_ends_while_a_rank_hangs(home, tmp_path, who, fault):
         launch.kill()
     else:
         (run.process_handle if who == "runner" else launch).terminate()
-    took = ends(family, 2 * TIMEOUT + 40)
+    took = ends(family, 2 * TIMEOUT + 120)
     assert run.summary()["finished"] is False
     fault.happened(f"all ended after {took:.0f} s", AGAIN)
 
@@ -254,7 +254,7 @@ def test_a_killed_process_of_two_leaves_no_orphan(home, tmp_path, who, fault):
     family = run.family()
     victim = {"runner": run.process_handle, "launch": run.launch(), "rank 0": run.rank(0), "rank 1": run.rank(1)}[who]
     victim.kill()
-    took = ends(family, 100)
+    took = ends(family, 200)
     run.process.wait()
     assert run.summary()["finished"] is False  # whatever the launcher returned
     if "rank" in who:
@@ -277,18 +277,18 @@ def test_a_killed_process_of_two_leaves_no_orphan(home, tmp_path, who, fault):
 def test_two_at_once_in_one_folder(home, tmp_path):
     (tmp_path / "other").mkdir()
     runs = [Run(home, tmp_path, *home[1], "--run-dir", "run", "--steps", str(STEPS)) for _ in range(2)]
-    codes = sorted(run.process.wait(200) for run in runs)
+    codes = sorted(run.process.wait(600) for run in runs)
     assert codes == [0, 2], runs[0].text()
     assert_same_as_uninterrupted(home, runs[0])
     runs = [Run(home, tmp_path, "--resume", "run", "--steps", str(FAR)) for _ in range(2)]
-    end = time.monotonic() + 100
+    end = time.monotonic() + 300
     while all(run.process.poll() is None for run in runs) and time.monotonic() < end:
         time.sleep(0.2)
     (alive,) = [run for run in runs if run.process.poll() is None]
     (refused,) = [run for run in runs if run.process.poll() is not None]
     assert refused.process.returncode == 2
     alive.process.terminate()
-    assert alive.process.wait(100) == 128 + signal.SIGTERM
+    assert alive.process.wait(300) == 128 + signal.SIGTERM
     assert sum("is running; wait for its end" in line for line in alive.ours()) >= 1
     assert [row["step"] for row in metrics(alive.path)] == list(range(1, alive.steps() + 1))
 
@@ -301,9 +301,9 @@ def assert_same_as_uninterrupted(home, run: Run) -> None:
 @pytest.mark.fault("one process to two, and back", "losses of one process to 2e-4")
 def test_another_number_of_processes(home, tmp_path):
     run = Run(home, tmp_path, *home[1], "--run-dir", "run", "--steps", "10")
-    assert run.process.wait(150) == 0
+    assert run.process.wait(600) == 0
     run = Run(home, tmp_path, "--resume", "run", "--steps", "60", processes=2)
-    assert run.process.wait(200) == 0, run.text()
+    assert run.process.wait(600) == 0, run.text()
     done = run_command(["--resume", "run", "--steps", str(STEPS)], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     ours, theirs = metrics(run.path), metrics(home[0] / "straight")
@@ -363,7 +363,7 @@ def test_one_rank_that_is_not_finite_stops_both(tmp_path, settings):
         for rank in range(2)
     ]
     for rank in ranks:
-        out, errors = rank.communicate(timeout=150)
+        out, errors = rank.communicate(timeout=600)
         assert rank.returncode == 3, errors
         assert "same weights gradient norm is" in out
         assert "in step 3" in out

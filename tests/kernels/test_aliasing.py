@@ -5,16 +5,12 @@ from itertools import product
 import harness
 import pytest
 import torch
+from operator_cases import Case, call, cases_of
 
 import kernels
-from kernels.dropout import Dropout, dropout_state
 
-SIZES = {"B": 2, "L": 3, "H": 2, "K": 16, "D": 16, "F": 4, "V": 7}
+SIZES = {"B": 2, "L": 3, "M": 3, "H": 2, "K": 16, "D": 16, "F": 4, "V": 7}
 LAYOUTS = ("contiguous", "expanded", "transposed", "overlapping")
-
-
-def site(number: int) -> Dropout:
-    return Dropout(0.4, dropout_state(1, 2), number)
 
 
 def lay_out(shape: tuple[int, ...], layout: str, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
@@ -30,48 +26,18 @@ def lay_out(shape: tuple[int, ...], layout: str, generator: torch.Generator, dty
     return store[: torch.Size(shape).numel()].view(shape)
 
 
-def operators(n: dict[str, int]) -> dict:
-    """name: (shapes of the floating inputs, call)."""
-    ids = torch.arange(n["B"] * n["L"]).view(n["B"], n["L"]) % n["V"]
-    heads = (n["B"], n["L"], n["H"], n["K"])
-    packed = [(n["B"], n["L"], parts, n["H"], n["K"]) for parts in (3, 2)]
-    stream, table, lengths = (n["B"], n["L"], n["D"]), (n["V"], n["D"]), torch.full((n["B"],), max(1, n["L"] - 1))
-    padded = {"key_lengths": lengths, "dropout": site(0), "scale": 0.5}
+def operators(**sizes: int) -> dict:
+    """name: (shapes of the floating inputs, call of them)."""
 
-    def hidden(kind: str, activation: str):
-        rows = n["F"] * (1 if kind == "plain" else 2)
-        gate = {"gate_dropout": site(1)} if kind == "mixed" else {}
-        return [stream, (rows, n["D"])], lambda x, w, **o: kernels.glu(
-            x, w, kind=kind, activation=activation, dropout=site(0), **gate, **o
-        )
+    def of(case: Case):
+        shapes = {n: x.shape for n, x in case.inputs.items() if x is not None and x.is_floating_point()}
+        return list(shapes.values()), lambda *x, impl: call(case, case.inputs | dict(zip(shapes, x, strict=True)), impl)
 
-    return {
-        "attention": ([heads] * 3, lambda q, k, v, **o: kernels.attention(q, k, v, **padded, **o)),
-        "causal": ([heads] * 3, lambda q, k, v, **o: kernels.attention(q, k, v, scale=1.0, causal=True, **o)),
-        "self": (packed[:1], lambda x, **o: kernels.attention(x, **padded, **o)),
-        "cross": ([heads, packed[1]], lambda q, kv, **o: kernels.attention(q, kv, **padded, **o)),
-        "unified": ([heads] * 5, lambda *x, **o: kernels.attention(*x, causal=True, **padded, **o)),
-        "packed unified": (packed, lambda q, kv, **o: kernels.attention(q, k2=kv, causal=True, **padded, **o)),
-        "plain relu": hidden("plain", "relu"),
-        "plain identity": hidden("plain", "identity"),
-        "gated": hidden("gated", "silu"),
-        "mixed": hidden("mixed", "relu"),
-        "residual norm": (
-            [stream, stream, stream[2:]],
-            lambda x, s, g, **o: kernels.residual_norm(x, s, g, dropout=site(0), **o),
-        ),
-        "norm alone": ([stream, stream[2:]], lambda x, g, **o: kernels.residual_norm(x, None, g, **o)),
-        "no residual": (
-            [stream, stream[2:]],
-            lambda s, g, **o: kernels.residual_norm(None, s, g, dropout=site(0), **o),
-        ),
-        "cross entropy": ([stream, table], lambda h, w, **o: kernels.linear_cross_entropy(h, w, ids, scale=0.5, **o)),
-        "embedding": (
-            [table, (n["L"], n["D"])],
-            lambda t, p, **o: kernels.embedding(ids, t, p, dropout=site(0), position_dropout=site(1), **o),
-        ),
-        "linear": ([stream, (n["F"], n["D"])], lambda x, w, **o: kernels.linear(x, w, **o)),
-        "tied table": ([table], lambda t, **o: kernels.tied_table(t, **o)),
+    n = SIZES | sizes
+    stream, weight = (n["B"], n["L"], n["D"]), (n["F"], n["D"])
+    return {name: of(case) for name, case in cases_of(**n).items()} | {
+        "linear": ([stream, weight], lambda x, w, impl: [kernels.linear(x, w, impl=impl)]),
+        "tied table": ([(n["V"], n["D"])], lambda t, impl: list(kernels.tied_table(t, impl=impl))),
     }
 
 
@@ -80,7 +46,7 @@ def changed(before: list[torch.Tensor], after: list[torch.Tensor]) -> list[int]:
 
 
 def check(name: str, one: str | None, layout: str, impl: str, dtype: torch.dtype = torch.float32) -> None:
-    shapes, call = operators(SIZES | ({one: 1} if one else {}))[name]
+    shapes, call = operators(**({one: 1} if one else {}))[name]
     generator = torch.Generator().manual_seed(0)
     inputs = [lay_out(shape, layout, generator, dtype).requires_grad_() for shape in shapes]
     kept = [x.detach().clone() for x in inputs]
@@ -89,7 +55,7 @@ def check(name: str, one: str | None, layout: str, impl: str, dtype: torch.dtype
         call(*inputs, impl=impl)
     assert not changed(kept, [x.detach() for x in inputs]), f"{where}: a forward without grad wrote into an input"
     outputs = call(*inputs, impl=impl)
-    outputs = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if x.requires_grad]
+    outputs = [x for x in outputs if x.requires_grad]
     assert not changed(kept, [x.detach() for x in inputs]), f"{where}: forward wrote into an input"
     returned = [x.detach().clone() for x in outputs]
     upstream = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outputs]
@@ -104,7 +70,7 @@ def check(name: str, one: str | None, layout: str, impl: str, dtype: torch.dtype
         assert a is None or torch.equal(a, b.to_dense()), f"{where}: a second backward gives another gradient"
 
 
-NAMES = list(operators(SIZES))
+NAMES = list(operators())
 every_operator = pytest.mark.parametrize("name", NAMES)
 
 

@@ -102,39 +102,7 @@ def test_queries_without_keys_and_padding_keys_are_exactly_zero(small_tiles):
         assert inputs[name].grad[2, :33].any()
 
 
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_padding_keys_are_never_read_into_a_result(small_tiles, causal):
-    """NaN beyond key_lengths changes no bit of the output or of a gradient."""
-    lengths = torch.tensor([50, 0, 33], device=DEVICE)
-    results = []
-    for filling in (0.0, float("nan")):
-        inputs = {n: x.float().to(DEVICE) for n, x in case(3, 40, 50).items()}
-        padding = torch.arange(50, device=DEVICE)[None] >= lengths[:, None]
-        for name in ("k", "v"):
-            inputs[name][padding] = filling
-        leaves = [x.requires_grad_() for x in inputs.values()]
-        out = kernels.attention(*leaves, causal=causal, key_lengths=lengths, dropout=dropout(), impl="triton")
-        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
-    for with_zeros, with_nan in zip(*results, strict=True):
-        assert torch.equal(with_zeros, with_nan)
-
-
-@pytest.mark.parametrize("queries", [0, 3])
-@pytest.mark.parametrize("keys", [0, 3])
-@pytest.mark.parametrize("batch", [0, 2])
-def test_empty(batch, queries, keys):
-    if batch and queries and keys:
-        pytest.skip("not empty")
-    inputs = {n: x.float().requires_grad_() for n, x in case(batch, queries, keys).items()}
-    out = kernels.attention(**inputs, dropout=dropout(), impl="triton")
-    assert out.shape == (batch, queries, 1, 16)
-    out.sum().backward()
-    assert not out.any()
-    assert all(not x.grad.any() for x in inputs.values())
-
-
-@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(("groups", "shared"), [(1, False), (2, True), (4, True)])
 def test_grouped_and_shared_heads(small_tiles, groups, shared):
     inputs = case(2, 20, 40, heads=4, groups=groups, shared=shared)
     check("attention", inputs, {"dropout": dropout()}, torch.float16 if groups == 2 else torch.float32)
@@ -147,12 +115,6 @@ def test_partial_sums_of_shared_keys(small_tiles, monkeypatch, programs):
     check("attention", case(3, 20, 40, heads=2, groups=1, shared=True), {"dropout": dropout(), "scale": 0.7})
 
 
-@pytest.mark.parametrize("layout", ["guarded", "transposed", "strided"])
-@pytest.mark.parametrize("width", [16, 40])
-def test_layouts(layout, width):
-    check("attention", case(2, 9, 21, heads=2, width=width), {"dropout": dropout()}, layout=layout)
-
-
 @pytest.mark.parametrize("width", [16, 23])
 @pytest.mark.parametrize(("first", "more"), [(1, 0), (0, 3)], ids=["offset", "row stride"])
 def test_rows_that_start_at_odd_places(small_tiles, first, more, width):
@@ -160,7 +122,7 @@ def test_rows_that_start_at_odd_places(small_tiles, first, more, width):
     results = []
     for wider in (False, True):
         leaves, heads = [], []
-        for x in case(2, 20, 40, heads=2, width=width).values():
+        for x in case(1, 20, 40, heads=2, width=width).values():
             x = x.half().to(DEVICE)
             if wider:
                 x = torch.nn.functional.pad(x, (first, more), value=float("nan"))

@@ -2,57 +2,28 @@
 
 import pytest
 import torch
+from operator_cases import CASES, IMPLS, ONE_EACH, call, cases_of, floating, leaves_of
 from test_portable_path import Largest
 
 import kernels
 
-F, N = 3, 0  # a size, and none
+NONE = [{"B": 0}, {"L": 0}, {"M": 0}, {"L": 0, "M": 0, "F": 0}]
 
 
-def heads(batch, length):
-    return torch.randn(batch, length, 2, 16)
-
-
-CALLS = {
-    "attention": lambda b, n, m: (kernels.attention, [heads(b, n), heads(b, m), heads(b, m)]),
-    "self": lambda b, n, m: (kernels.attention, [torch.randn(b, n, 3, 2, 16)]),
-    "cross": lambda b, n, m: (kernels.attention, [heads(b, n), torch.randn(b, m, 2, 2, 16)]),
-    "unified": lambda b, n, m: (kernels.attention, [*(heads(b, n),) * 3, *(heads(b, m),) * 2]),
-    "packed unified": lambda b, n, m: (
-        lambda q, kv, **o: kernels.attention(q, k2=kv, **o),
-        [torch.randn(b, n, 3, 2, 16), torch.randn(b, m, 2, 2, 16)],
-    ),
-    "glu": lambda b, n, m: (kernels.glu, [torch.randn(b, n, 16), torch.randn(8, 16)]),
-    "norm": lambda b, n, m: (
-        lambda *x, **o: sum(kernels.residual_norm(*x, **o)),
-        [torch.randn(b, n, 16), torch.randn(b, n, 16), torch.randn(16)],
-    ),
-    "cross entropy": lambda b, n, m: (
-        lambda h, w, **o: kernels.linear_cross_entropy(h, w, torch.zeros(b, n, dtype=torch.int64), **o),
-        [torch.randn(b, n, 16), torch.randn(5, 16)],
-    ),
-    "embedding": lambda b, n, m: (
-        lambda e, t, **o: kernels.embedding(torch.zeros(b, n, dtype=torch.int64), e, t, **o),
-        [torch.randn(5, 16), torch.randn(4, 16)],
-    ),
-}
-
-
-@pytest.mark.parametrize("sizes", [(N, F, F), (F, N, F), (F, F, N), (F, N, N), (N, N, N)])
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
-def test_empty_batches_have_a_graph_and_zero_gradients(impl, name, sizes):
-    operator, inputs = CALLS[name](*sizes)
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    out = operator(*leaves, impl=impl)
-    assert out.requires_grad
-    out.sum().backward()
-    if out.numel() == 0 or name in ("cross entropy", "attention", "cross"):
-        empty = 0 in sizes[:2] or (name in ("attention", "cross") and sizes[2] == 0)
-        for x in leaves:
-            assert x.grad is not None
-            assert x.grad.shape == x.shape
-            assert not (empty and x.grad.any())
+@pytest.mark.parametrize("none", NONE, ids=lambda none: "".join(none))
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_of_nothing_there_is_a_graph_and_zero_gradients(impl, name, none):
+    case = cases_of(**none)[name]
+    leaves = leaves_of(case)
+    outputs = [x for x in call(case, leaves, impl) if x.requires_grad]
+    gradients = torch.autograd.grad(sum(x.sum() for x in outputs), list(floating(leaves).values()))
+    assert [g.shape for g in gradients] == [x.shape for x in floating(leaves).values()]
+    needed = {"glu": "BLF", "attention": "BLM"}.get(case.operator, "BL")
+    # two segments have keys of their own, a packed one has its keys' length
+    needed = "BL" if "k2" in case.inputs else "BM" if name == "self" else needed
+    if set(none) & set(needed):
+        assert not any(x.any() for x in (*outputs, *gradients))
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
@@ -63,18 +34,23 @@ def test_no_gradient_of_the_table_is_computed_without_grad(context):
     assert largest.elements <= 2 * 500
 
 
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("impl", IMPLS)
 def test_operators_take_the_type_of_autocast(impl, name):
     """Mixed inputs too; gradients come back in each input's own type. float64 stays, as in torch's products."""
-    operator, inputs = CALLS[name](2, 3, 4)
-    leaves = [x.to(torch.float16 if i else torch.float32).requires_grad_() for i, x in enumerate(inputs)]
+    case = CASES[name]
+    leaves = leaves_of(case)
+    for n in list(floating(leaves))[1:]:
+        leaves[n] = leaves[n].detach().half().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        out = operator(*leaves, impl=impl)
-    expected = operator(*(x.to(torch.bfloat16) for x in leaves), impl=impl)
-    assert torch.equal(out, expected)
-    assert out.dtype == expected.dtype
-    assert [g.dtype for g in torch.autograd.grad(out.sum(), leaves)] == [x.dtype for x in leaves]
+        outputs = call(case, leaves, impl)
+    rounded = {n: x if x is None or not x.is_floating_point() else x.bfloat16() for n, x in leaves.items()}
+    for got, expected in zip(outputs, call(case, rounded, impl), strict=True):
+        assert torch.equal(got, expected)
+        assert got.dtype == expected.dtype
+    used = [x for x in outputs if x.requires_grad]
+    gradients = torch.autograd.grad(sum(x.sum() for x in used), list(floating(leaves).values()))
+    assert [g.dtype for g in gradients] == [x.dtype for x in floating(leaves).values()]
     if impl != "triton":
         with torch.autocast("cpu", torch.bfloat16):
-            assert operator(*(x.double() for x in inputs), impl=impl).dtype == torch.float64
+            assert call(case, leaves_of(case, dtype=torch.float64), impl)[0].dtype == torch.float64

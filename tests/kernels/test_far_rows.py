@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from harness import DEVICE, INTERPRETED
-from test_launch import CASES, HEADS, SEGMENTS, STREAM, Case, call, leaves_of, randn
+from operator_cases import CASES, Case, call, leaves_of, randn
 from test_values import no_stray_access
 from torch import Tensor
 
@@ -33,10 +33,12 @@ def _far(memory: Tensor, x: Tensor, dim: int) -> Tensor:
     return memory.as_strided(x.shape, strides).copy_(x)
 
 
+HEADS, SEGMENTS = CASES["lengths"].inputs, CASES["unified lengths"].inputs
+STREAM = CASES["norm"].inputs
 ENTROPY = cases.linear_cross_entropy_inputs(2, 9, 24, 40)
 RELU = Case("glu", cases.glu_inputs(2, 9, 24, 40, kind="plain"), {"kind": "plain"})
 GATED = Case("glu", cases.glu_inputs(2, 9, 24, 20, kind="gated"), {"activation": "silu"})
-ATTENTION = Case("attention", {n: randn(2, 9, 9, 16) for n in HEADS})
+ATTENTION = Case("attention", {n: randn(2, 9, 3, 16) for n in HEADS})
 PACKED = Case("attention", CASES["self"].inputs)
 RECOMPUTED = Case("linear_cross_entropy", ENTROPY, {"logits": "recompute"})
 # (operator, tensor or output whose gradient it is, dimension): every tensor whose strides a kernel is told

@@ -12,7 +12,7 @@ FILES = [
     for name in (
         "attention",
         "unified_attention",
-        "attention_operators",
+        "every_operator",
         "packed",
         "glu",
         "residual_norm",

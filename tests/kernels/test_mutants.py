@@ -23,14 +23,14 @@ COMMON = {"dropout": dropout(), "scale": 0.5}
 WORDS = {"scale": 0.3, "ignore_index": 4}
 CASES = {
     "causal": ("attention", test_attention.case(1, 20, 50), COMMON | {"causal": True}),
-    "lengths": ("attention", test_attention.case(2, 20, 50), COMMON | {"key_lengths": torch.tensor([50, 18])}),
+    "lengths": ("attention", test_attention.case(1, 20, 50), COMMON | {"key_lengths": torch.tensor([38])}),
     "mask": ("attention", test_attention.case(1, 20, 50), COMMON | {"key_mask": torch.arange(50)[None] % 3 != 1}),
     "shared": ("attention", test_attention.case(2, 20, 40, heads=2, groups=1, shared=True), COMMON),
     "parts": ("attention", test_attention.case(1, 20, 37, heads=2, groups=1, width=48), {}),
     "unified": (
         "attention",
-        test_unified_attention.case(2, 20, 50, heads=2),
-        COMMON | {"key_lengths": torch.tensor([50, 18]), "causal": True},
+        test_unified_attention.case(1, 20, 40, heads=2),
+        COMMON | {"key_lengths": torch.tensor([18]), "causal": True},
     ),
     **{
         name: ("glu", cases.glu_inputs(2, 9, 40, 85, kind=kind), {"kind": kind, "dropout": dropout(site=2), **more})

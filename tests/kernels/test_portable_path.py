@@ -4,11 +4,11 @@ import functools
 
 import pytest
 import torch
+from operator_cases import Case, call, cases_of, floating, leaves_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from kernels.activations import ACTIVATIONS
 from kernels.dropout import keep_mask, keep_words, site_keys
 from kernels.portable import chunked_attention as attention_module
 from kernels.portable import loss as loss_module
@@ -26,134 +26,71 @@ def drop(p, site=3):
     return kernels.Dropout(p, kernels.dropout_state(*STATE), site) if p else None
 
 
-def run(operator, tensors, dtype, impl, **options):
-    """Outputs, and gradients of all tensors from random output gradients."""
-    leaves = [x.to(dtype).requires_grad_() for x in tensors]
-    out = operator(*leaves, impl=impl, **options)
-    outputs = [x for x in (out if isinstance(out, tuple) else (out,)) if x.requires_grad]
+def run(case, dtype, impl):
+    """Outputs, and gradients of all inputs from random output gradients, twice."""
+    leaves = leaves_of(case, dtype=dtype)
+    outputs = [x for x in call(case, leaves, impl) if x.requires_grad]
     weights = [draw(*x.shape, seed=9 + i).to(x.dtype) for i, x in enumerate(outputs)]
-    gradients = torch.autograd.grad(outputs, leaves, weights, retain_graph=True)
-    again = torch.autograd.grad(outputs, leaves, weights)
+    wanted = list(floating(leaves).values())
+    gradients = torch.autograd.grad(outputs, wanted, weights, retain_graph=True)
+    again = torch.autograd.grad(outputs, wanted, weights)
     assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True)), "a second backward differs"
     return [x.detach() for x in (*outputs, *gradients)]
 
 
-def agree(operator, tensors, dtype, **options):
-    """float64 and float32 by tolerance; 16-bit by budget: no further from float64 than twice the plain formula."""
-    ours = run(operator, tensors, dtype, "torch", **options)
+def forms(p):
+    """Every case, in sizes that no chunk divides; and one of everything, odd widths, no key at all, other values."""
+    cases = cases_of(B=3, L=7, M=11, H=4, K=8, D=12, F=14, V=19, p=p)
+    q, k, v = (draw(2, n, h, w, seed=w) for n, h, w in ((6, 6, 5), (10, 2, 5), (10, 2, 12)))
+    kwargs = cases["lengths"].kwargs
+    one, none = dict.fromkeys("BLMHK", 1), torch.tensor([11, 0, 0])
+    return cases | {
+        "one": cases_of(**one)["lengths"],
+        "odd head": cases_of(B=2, L=17, M=33, K=95, p=p)["lengths"],
+        "no key": Case("attention", cases["lengths"].inputs, kwargs | {"key_lengths": torch.tensor([11, 4, 0])}),
+        "no other key": Case("attention", cases["unified mask"].inputs, kwargs | {"causal": True, "key_lengths": none}),
+        "grouped, values wider": Case("attention", {"q": q, "k": k, "v": v}, {"dropout": kwargs["dropout"]}),
+        "all labels": replaced(cases["chunks"], labels=torch.arange(21).view(3, 7) % 19),
+        "no label": replaced(cases["chunks"], labels=torch.full((3, 7), -100)),
+        "sum": Case("embedding", cases["embedding"].inputs, cases["embedding"].kwargs | {"combine": "sum"}),
+    }
+
+
+def replaced(case, **inputs):
+    return Case(case.operator, case.inputs | inputs, case.kwargs)
+
+
+FORMS = {p: forms(p) for p in (0.0, 0.1, 0.5)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["f64", "f32", "bf16"])
+@pytest.mark.parametrize("p", FORMS)
+@pytest.mark.parametrize("name", FORMS[0.0])
+def test_every_form_is_the_formula(name, p, dtype, monkeypatch):
+    """In several chunks. float64 and float32 by tolerance; 16-bit by budget: no further from float64 than twice the
+    plain formula."""
+    monkeypatch.setattr(attention_module, "CHUNK_SCORES", 100)
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 70)
+    monkeypatch.setattr(loss_module, "CACHED_LOGITS", 50)
+    case = FORMS[p][name]
     if dtype in TOLERANCE:
         rtol, atol = TOLERANCE[dtype]
-        for a, b in zip(ours, run(operator, tensors, dtype, "reference", **options), strict=True):
+        for a, b in zip(run(case, dtype, "torch"), run(case, dtype, "reference"), strict=True):
             torch.testing.assert_close(a, b, rtol=rtol, atol=atol * max(1.0, b.abs().max().item()))
         return
-    rounded = [x.to(dtype).double() for x in tensors]
-    exact = run(operator, rounded, torch.float64, "reference", **options)
-    plain = run(operator, rounded, dtype, "reference", **options)
-    for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
+    rounded = replaced(case, **{n: x.to(dtype).double() for n, x in floating(leaves_of(case)).items()})
+    ours, plain = (run(rounded, dtype, impl) for impl in ("torch", "reference"))
+    for i, (a, b, c) in enumerate(zip(ours, plain, run(rounded, torch.float64, "reference"), strict=True)):
         error, budget = ((x.double() - c).norm().item() for x in (a, b))
         assert error <= 2 * budget + 1e-5 * c.norm().item(), (i, error, budget)
 
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["f64", "f32", "bf16"])
-
-# batch, queries, keys, heads, key heads, K, Kv, and what is masked
-ATTENTION = {
-    "plain": (3, 7, 13, 4, 4, 8, 8, {}),
-    "one": (1, 1, 1, 1, 1, 1, 1, {}),
-    "causal": (2, 9, 9, 2, 2, 16, 16, {"causal": True}),
-    "causal wide": (2, 5, 9, 2, 2, 16, 16, {"causal": True}),
-    "lengths": (3, 5, 11, 2, 2, 8, 8, {"lengths": [11, 4, 0]}),
-    "mask": (3, 5, 11, 2, 2, 8, 8, {"mask": True}),
-    "causal mask": (3, 43, 43, 2, 2, 8, 8, {"mask": True, "causal": True}),
-    "values wider": (2, 6, 10, 3, 3, 5, 12, {}),
-    "grouped": (2, 6, 10, 6, 2, 8, 8, {"mask": True}),
-    "scale": (2, 6, 10, 2, 2, 8, 8, {"scale": 0.3}),
-    "bank": (3, 6, 10, 4, 1, 8, 8, {"bank": True}),
-    "odd head": (2, 17, 33, 2, 2, 95, 95, {}),
-}
-
-
-def attention_case(name):
-    batch, queries, keys, heads, groups, width, value_width, what = ATTENTION[name]
-    shared = 1 if what.get("bank") else batch
-    tensors = [
-        draw(batch, queries, heads, width, seed=1),
-        draw(shared, keys, groups, width, seed=2),
-        draw(shared, keys, groups, value_width, seed=3),
-    ]
-    options = {"scale": what.get("scale", 1.0)} | {key: what[key] for key in ("causal",) if key in what}
-    if "lengths" in what:
-        options["key_lengths"] = torch.tensor(what["lengths"])
-    if "mask" in what:
-        options["key_mask"] = draw(batch, keys, seed=4) > 0
-        options["key_mask"][0] = False
-    return tensors, options
-
-
-@DTYPES
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
-@pytest.mark.parametrize("name", ATTENTION)
-def test_attention(name, p, dtype, monkeypatch):
-    tensors, options = attention_case(name)
-    monkeypatch.setattr(attention_module, "CHUNK_SCORES", 100)  # several chunks
-    agree(kernels.attention, tensors, dtype, dropout=drop(p), **options)
-
-
 def test_rows_without_a_key_are_zero_and_have_zero_gradients():
-    tensors, options = attention_case("lengths")
-    out, dq, dk, dv = run(kernels.attention, tensors, torch.float32, "torch", **options)
+    out, dq, dk, dv = run(FORMS[0.1]["no key"], torch.float32, "torch")
     for x in (out, dq, dk, dv):
         assert x[2].abs().max() == 0
         assert x[0].abs().max() > 0
     assert dk[1, 4:].abs().max() == 0
-
-
-@DTYPES
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("padding", ["none", "real", "lengths", "mask"])
-def test_unified_attention(padding, p, dtype, monkeypatch):
-    monkeypatch.setattr(attention_module, "CHUNK_SCORES", 300)
-    tensors = [
-        draw(2, 7, 4, 8, seed=1),
-        draw(2, 7, 2, 8, seed=2),
-        draw(2, 7, 2, 12, seed=3),
-        draw(2, 11, 4, 8, seed=4),
-        draw(2, 11, 4, 12, seed=5),
-    ]
-    options = {
-        "none": {},
-        "real": {"key_mask": torch.ones(2, 11, dtype=torch.bool)},
-        "lengths": {"key_lengths": torch.tensor([11, 0])},
-        "mask": {"key_mask": draw(2, 11, seed=6) > 0},
-    }[padding]
-    agree(kernels.attention, tensors, dtype, dropout=drop(p), causal=True, **options)
-
-
-@DTYPES
-@pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize(
-    ("kind", "activation"),
-    [("mixed", "relu"), *((kind, name) for kind in ("plain", "gated") for name in ACTIVATIONS)],
-)
-def test_glu(kind, activation, p, dtype):
-    tensors = [draw(2, 5, 12, seed=1), draw(14 if kind == "plain" else 28, 12, seed=2, scale=0.3)]
-    more = {"factor": 0.5, "gate_dropout": drop(0.5, site=8)} if kind == "mixed" else {}
-    agree(kernels.glu, tensors, dtype, kind=kind, activation=activation, dropout=drop(p), **more)
-
-
-@DTYPES
-@pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("given", ["both", "x", "s"])
-def test_residual_norm(given, p, dtype):
-    x, s, gain = draw(3, 5, 24, seed=1), draw(3, 5, 24, seed=2), 1 + 0.1 * draw(24, seed=3)
-
-    def operator(*tensors, impl, dropout):
-        first = {"both": tensors[:2], "x": (tensors[0], None), "s": (None, tensors[0])}[given]
-        y, z = kernels.residual_norm(*first, tensors[-1], dropout=None if given == "x" else dropout, impl=impl)
-        return y * 1.0, z
-
-    tensors = {"both": [x, s, gain], "x": [x, gain], "s": [s, gain]}[given]
-    agree(operator, tensors, dtype, dropout=drop(p))
 
 
 def test_residual_norm_with_one_output_used():
@@ -168,43 +105,12 @@ def test_residual_norm_with_one_output_used():
             assert (a is None or not a.any()) if b is None else torch.allclose(a, b, rtol=1e-9)
 
 
-@DTYPES
-@pytest.mark.parametrize("chunk", [10**9, 60])
-@pytest.mark.parametrize("ignored", [0, 4, 10])
-def test_linear_cross_entropy(ignored, chunk, dtype, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk)
-    monkeypatch.setattr(loss_module, "CACHED_LOGITS", 50)
-    tensors = [draw(2, 5, 12, seed=1), draw(19, 12, seed=2)]
-    labels = torch.arange(10).view(2, 5)
-    labels.view(-1)[:ignored] = -100
-    agree(lambda *t, impl: kernels.linear_cross_entropy(*t, labels, scale=0.7, impl=impl), tensors, dtype)
-    ours, theirs = (
-        kernels.linear_cross_entropy(*tensors, labels, scale=0.7, return_per_token=True, impl=impl)
-        for impl in ("torch", "reference")
-    )
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
-
-
 def test_a_very_unlikely_label_has_its_true_loss():
     """Its probability underflows; the loss must not come from its logarithm."""
     h = torch.full((1, 1, 4), 100.0)
     weight = torch.eye(4, 4).requires_grad_() * torch.tensor([10.0, 1.0, 1.0, -10.0])
     loss = kernels.linear_cross_entropy(h, weight, torch.tensor([[3]]), impl="torch")
     assert loss.item() == pytest.approx(2000.0)
-
-
-@DTYPES
-@pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("combine", ["average", "sum"])
-def test_embedding(combine, p, dtype):
-    ids = torch.tensor([[1, 5, 5, 0, 2], [5, 5, 3, 2, 1]])
-    agree(
-        lambda *t, impl: kernels.embedding(
-            ids, *t, combine=combine, dropout=drop(p), position_dropout=drop(p, site=4), impl=impl
-        ),
-        [draw(7, 12, seed=1), draw(9, 12, seed=2)],
-        dtype,
-    )
 
 
 def test_a_frequent_token_loses_no_small_gradient():
@@ -307,20 +213,20 @@ def test_relu_keeps_one_tensor_for_backward():
 
 
 @pytest.mark.parametrize(
-    "what", ["plain", "causal", "mask", "causal mask", "bank", "grouped", "lengths", "values wider"]
+    "name", ["lengths", "mask", "causal", "shared", "filled up", "no key", "grouped, values wider"]
 )
-def test_library_attention_is_the_same_function(what):
+def test_library_attention_is_the_same_function(name):
     """What CUDA takes without Triton, computed here: SDPA with the masks it is given."""
-    tensors, options = attention_case(what)
-    tensors = [x.requires_grad_() for x in tensors]
-    q, k, v = tensors
+    case = FORMS[0.0][name]
+    kwargs = {n: x for n, x in case.kwargs.items() if n != "dropout"}
+    q, k, v = tensors = list(leaves_of(case, dtype=torch.float64).values())
     padding = None
-    if "key_mask" in options or "key_lengths" in options:
-        lengths, mask = options.get("key_lengths"), options.get("key_mask")
+    if "key_mask" in kwargs or "key_lengths" in kwargs:
+        lengths, mask = kwargs.get("key_lengths"), kwargs.get("key_mask")
         padding = kernels.reference.key_padding(q.shape[0], k.shape[1], lengths, mask, q.device)
-    causal = options.get("causal", False)
-    ours = attention_module._library(q, k, v, 1.0, causal, padding, None, None)
-    theirs = kernels.attention(q, k, v, impl="reference", **options)
+    scale = kwargs.setdefault("scale", 1.0)
+    ours = attention_module._library(q, k, v, scale, kwargs.get("causal", False), padding, None, None)
+    theirs = kernels.attention(q, k, v, impl="reference", **kwargs)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
     weight = draw(*ours.shape, seed=7)
     for a, b in zip(*(torch.autograd.grad(out, tensors, weight) for out in (ours, theirs)), strict=True):
@@ -329,7 +235,7 @@ def test_library_attention_is_the_same_function(what):
 
 def test_library_attention_says_whose_dropout_it_is(caplog):
     attention_module._say_library_dropout.cache_clear()
-    (q, k, v), _ = attention_case("plain")
+    q, k, v = FORMS[0.0]["lengths"].inputs.values()
     for _ in range(2):
         attention_module._library(q, k, v, 1.0, False, None, None, drop(0.1))
     assert sum("torch's generator" in record.message for record in caplog.records) == 1
@@ -369,10 +275,16 @@ def test_float32_products_by_onednn_are_float32_products(monkeypatch):
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this torch is built without oneDNN")
     x, weight = draw(3, 40, 33), draw(21, 33, seed=2)
-    expected = run(lambda a, b, impl: torch.nn.functional.linear(a, b), [x, weight], torch.float64, "torch")
+
+    def of(linear, dtype):
+        leaves = [y.to(dtype).requires_grad_() for y in (x, weight)]
+        out = linear(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, draw(*out.shape, seed=9).to(dtype))]
+
+    expected = of(torch.nn.functional.linear, torch.float64)
     for chosen in (True, False):
         monkeypatch.setattr(products, "onednn_float32", lambda chosen=chosen: chosen)
-        ours = run(kernels.linear, [x, weight], torch.float32, "torch")
+        ours = of(functools.partial(kernels.linear, impl="torch"), torch.float32)
         for a, b in zip(ours, expected, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
     batch = draw(3, 5, 7).float(), draw(3, 7, 6, seed=2).float()

@@ -7,15 +7,16 @@ from unittest import mock
 import pytest
 import torch
 from harness import DEVICE
-from test_launch import CASES, HEADS, LENGTHS, MASK, SEGMENTS, Case, call, differentiate, leaves_of, randn
+from operator_cases import CASES, IMPLS, Case, call, differentiate, leaves_of, randn
 from torch import Tensor
 
 import kernels
 from kernels.dropout import Dropout, dropout_state
 from kernels.fused import attention as fused_attention
 
-IMPLS = ("triton", "torch", "reference")
 RNG = dropout_state(42, 7, 3)
+HEADS, SEGMENTS = CASES["lengths"].inputs, CASES["unified lengths"].inputs
+LENGTHS, MASK = CASES["lengths"].kwargs["key_lengths"], CASES["mask"].kwargs["key_mask"]
 
 
 LONG = torch.tensor([2**31, 2**32, 2**32 + 3, 2**63 - 1, -1, -(2**31), -(2**32), -(2**63)])
@@ -43,30 +44,35 @@ def test_lengths_and_mask_together_are_refused_below_the_api_too(form):
         fused_attention.attention(*(of.get(n, q) for n in form.split()), scale=1.0, causal=True, dropout=None, **both)
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("padding", ["key_lengths", "key_mask"])
-@pytest.mark.parametrize("given", [HEADS, SEGMENTS], ids=["one segment", "two segments"])
-def test_what_lies_in_padding_keys_reaches_nothing(given, padding, shared):
+@pytest.mark.parametrize("form", ["plain", "causal", "shared", "packed", "two segments", "two segments, shared"])
+def test_what_lies_in_padding_keys_reaches_nothing(form, padding, impl):
     """Keys and values, NaN included: outputs and gradients keep the bits that zeros there give. Shared keys: what is
     padding in one sequence alone, and in all of them."""
     real = torch.arange(9)[None] < torch.tensor([6, 4])[:, None] if padding == "key_lengths" else MASK.clone()
     real[:, -2:] = False
     argument = torch.tensor([6, 4], device=DEVICE) if padding == "key_lengths" else real.to(DEVICE)
     filling = torch.tensor([math.inf, 3e38, -math.inf]).repeat(5)[:9].index_fill(0, torch.tensor([4, 8]), math.nan)
+    shared, two = "shared" in form, "two" in form
     results = []
-    for values in (torch.zeros(9), filling.flip(0), filling):
-        inputs = {n: x.float() for n, x in given.items()}
+    for values in (torch.zeros(9), filling):
+        inputs = {n: x.float() for n, x in (SEGMENTS if two else HEADS).items()}
         for n in list(inputs)[-2:]:
             absent = ~(real.any(0, keepdim=True) if shared else real)
             x = inputs[n][:1] if shared else inputs[n]
             inputs[n] = torch.where(absent[..., None, None], values[None, :, None, None], x)
-        leaves = [x.to(DEVICE).requires_grad_() for x in inputs.values()]
+        if form == "packed":
+            inputs = {"q": inputs["q"], "k": torch.stack([inputs["k"], inputs["v"]], 2)}
+        leaves = {n: x.to(DEVICE).requires_grad_() for n, x in inputs.items()}
         d = Dropout(0.3, RNG.to(DEVICE), 4)
-        out = kernels.attention(*leaves, **{padding: argument}, causal=len(leaves) > 3, dropout=d, impl="triton")
-        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+        options = {padding: argument, "causal": two or form == "causal", "dropout": d, "impl": impl}
+        out = kernels.attention(**leaves, **options)
+        results.append((out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))))
     assert results[0][0].isfinite().all()
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+        for a, b in zip(other, results[0], strict=True):
+            assert torch.equal(a, b) if impl == "triton" else torch.allclose(a, b)
 
 
 def test_what_is_padding_in_one_sequence_alone_stays_out_of_that_sequence():

@@ -124,7 +124,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_were_not(tmp_path, only_it):
 
 def test_two_comparisons_at_once_run_nothing_twice(tmp_path):
     others = [compare_process(tmp_path, pause=0.05) for _ in range(2)]
-    assert [process.wait(60) for process in others] == [0, 0]
+    assert [process.wait(300) for process in others] == [0, 0]
     todo = cells(tmp_path, "--pause", "0.05", seeds=3)
     assert {cell.status() for cell in todo} == {FINISHED}
     assert starts(tmp_path) == dict.fromkeys((cell.folder.name for cell in todo), 1)
@@ -138,7 +138,7 @@ def test_a_run_of_a_comparison_that_dies_is_taken_over(tmp_path):
     waiting.start()
     time.sleep(0.3)
     kill_tree(process, only_it=False)
-    waiting.join(60)
+    waiting.join(300)
     assert {cell.status() for cell in cells(tmp_path, "--pause", "0.3", seeds=1)} == {FINISHED}
 
 
@@ -148,7 +148,7 @@ def test_an_interrupted_comparison_stops_its_runs_with_a_checkpoint(tmp_path):
         time.sleep(0.02)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) != 0
+    assert process.wait(300) != 0
     statuses = [cell.status() for cell in cells(tmp_path, "--pause", "0.3", seeds=3)]
     assert statuses.count(INTERRUPTED) == 2
     assert RUNNING not in statuses

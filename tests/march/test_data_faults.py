@@ -162,7 +162,7 @@ def test_file_names_may_be_any_bytes(tmp_path):
     path = tmp_path / os.fsdecode(b"caf\xe9.txt")
     path.write_text("few words " * 200)
     command = ["-m", "march.data", "prepare", "--files", path, "--data-dir", tmp_path / os.fsdecode(b"\xff")]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, timeout=600)
     assert (done.returncode, done.stderr) == (0, b"")
     assert rb"caf\udce9.txt" in next(tmp_path.glob("*/*/ATTRIBUTION.txt")).read_bytes()
 
@@ -435,7 +435,7 @@ def test_a_reader_that_has_gone_is_no_error(command, prepared):
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, *command, *more], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120
+        [sys.executable, *command, *more], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=600
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")

@@ -88,7 +88,6 @@ def test_a_line_separator_inside_json_is_no_end_of_line(tmp_path):
         ("a.txt", b"caf\xe9", {}, r"utf-8 text in line 1 of .*a\.txt, got byte 0xe9 .*--encoding latin-1"),
         ("a.jsonl", b'{"body": "y"}\n', {}, r"field 'text' in line 1 .* got the fields body; fix: .*--field"),
         ("a.csv", b"a,b", {}, r"a file ending in \.txt .*got .*a\.csv"),
-        ("a.txt", b"x", {"encoding": "utf-9"}, r"an encoding that Python knows, got 'utf-9'"),
         ("a.txt", b"x", {"separator": ""}, r"separator of at least one character"),
     ],
 )
@@ -138,13 +137,6 @@ def test_the_vocabulary_of_files_follows_from_their_size(tmp_path):
     assert 357 < opened.vocab_size < 420
     assert opened.path.name.endswith("-vauto")
     assert ensure("files", tmp_path / "data", files=[str(path)]).manifest == opened.manifest
-
-
-def test_unknown_sources_and_options_are_refused(tmp_path):
-    with pytest.raises(DataError, match="a source of excerpt, wikipedia, files"):
-        ensure("wiki", tmp_path)
-    with pytest.raises(DataError, match="options of the source excerpt: none, got files"):
-        ensure("excerpt", tmp_path, files=["a.txt"])
 
 
 # Wikipedia
@@ -250,7 +242,7 @@ def test_prepare_info_and_verify(tmp_path, capsys):
 def test_without_a_network_wikipedia_is_one_line_at_once(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "march.data", "prepare", "--source", "wikipedia", "--directory", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -72,13 +71,6 @@ def test_a_store_holds_every_document_and_nothing_else(prepared, texts):
     assert (tokens == 0).sum() == 60
 
 
-def test_small_corpora_are_split_by_document_at_5_percent(prepared):
-    opened = Store(prepared)
-    total = sum(opened.manifest["tokens"].values())
-    for name in ("test", "validation"):
-        assert 0.03 * total < opened.split(name).size <= 0.05 * total
-
-
 def test_tokens_are_mapped_read_only(prepared):
     tokens = Store(prepared).split("train")
     assert isinstance(tokens, np.memmap)
@@ -96,12 +88,6 @@ def test_unigram_entropy_is_that_of_the_training_tokens(prepared):
     share = counts / counts.sum()
     assert opened.unigram_entropy == pytest.approx(-(share * np.log(share)).sum())
     assert 3 < opened.unigram_entropy < np.log(500)
-
-
-def test_a_store_feeds_examples(prepared):
-    task = SpanCorruption(128)
-    batch = Examples(Store(prepared).split("train"), task).batch([0, 1], 0)
-    assert batch.input_ids.shape == (2, task.input_length)
 
 
 def test_preparing_twice_gives_the_same_bytes(prepared, lines, tmp_path):
@@ -239,31 +225,30 @@ def test_a_store_under_another_ones_name_is_stale(prepared, tmp_path, lines):
 
 
 @pytest.mark.fault("SIGKILL in a preparation", "nothing that looks finished; the next one is whole")
-@pytest.mark.parametrize("moment", ["stores.write_manifest", "_sync", "SplitWriter.close", "vocabulary.train"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "vocabulary.train",
+        "SplitWriter",
+        "SplitWriter.close",
+        "stores.remember_checked",
+        "stores.write_manifest",
+        "_sync",
+    ],
+)
 def test_a_killed_preparation_leaves_nothing_that_looks_finished(lines, tmp_path, moment):
     code = (
         "import os, sys\nfrom march.data import prepare\n"
         f"prepare.{moment} = lambda *a, **k: os.kill(os.getpid(), 9)\n"
         f"prepare.ensure('files', sys.argv[1], 500, files=[sys.argv[2]])"
     )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path, lines], cwd=ROOT, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path, lines], cwd=ROOT, timeout=600)
     assert done.returncode == -signal.SIGKILL
     assert list(tmp_path.glob(".*.partial")), "it was killed in the middle"
     assert list(store.stores_in(tmp_path)) == []
     opened = ensure("files", tmp_path, 500, files=[str(lines)])
     assert opened.manifest["documents"] == 60
     assert not list(tmp_path.glob(".*.partial"))
-
-
-@pytest.mark.fault("no space for a store's manifest", "one line, nothing left")
-def test_a_failed_preparation_is_cleaned_up(lines, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(prepare.stores, "write_manifest", full)
-    with pytest.raises(DataError, match="No space left on device; fix: check space"):
-        ensure("files", tmp_path, 500, files=[str(lines)])
-    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
 
 
 @pytest.mark.fault("an error in a renewal", "the old store stays")
@@ -282,7 +267,7 @@ def test_two_at_once_prepare_once_and_the_second_says_that_it_waits(lines, tmp_p
     def build(*arguments):
         built.append(1)
         started.set()
-        assert go_on.wait(60)
+        assert go_on.wait(300)
         real(*arguments)
 
     monkeypatch.setattr(prepare, "_build", build)
@@ -292,7 +277,7 @@ def test_two_at_once_prepare_once_and_the_second_says_that_it_waits(lines, tmp_p
         for _ in range(2)
     ]
     threads[0].start()
-    assert started.wait(60)
+    assert started.wait(300)
     threads[1].start()
     waited = ""
     for _ in range(600):
@@ -302,7 +287,7 @@ def test_two_at_once_prepare_once_and_the_second_says_that_it_waits(lines, tmp_p
         threads[1].join(0.1)
     go_on.set()
     for thread in threads:
-        thread.join(120)
+        thread.join(600)
     assert f"another process prepares {tmp_path}" in waited
     assert len(built) == 1
     assert len(found) == 2
@@ -353,39 +338,9 @@ def test_a_full_disk_at_any_write_is_one_line_and_leaves_nothing(lines, tmp_path
         "sys.exit(main(['prepare', '--vocab-size', '500', '--files', sys.argv[2], '--data-dir', sys.argv[1]]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path, lines], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, tmp_path, lines], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: expected to be able to read the corpus and to write to ")
     assert done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
-
-
-@pytest.mark.fault("SIGKILL after seconds of a preparation", "the next one is whole")
-@pytest.mark.parametrize(
-    "moment", [0.1, pytest.param(0.5, marks=pytest.mark.slow), pytest.param(0.9, marks=pytest.mark.slow)]
-)
-def test_a_preparation_killed_at_some_moment_is_made_good_by_the_next(lines, tmp_path, moment):
-    command = [
-        sys.executable,
-        "-m",
-        "march.data",
-        "prepare",
-        "--files",
-        lines,
-        "--vocab-size",
-        "500",
-        "--data-dir",
-        tmp_path,
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not list(tmp_path.glob(".*.partial")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(moment)
-    process.kill()
-    process.wait()
-    for path in store.stores_in(tmp_path):
-        Store(path).verify()
-    assert ensure("files", tmp_path, 500, files=[str(lines)]).manifest["documents"] == 60
-    assert not list(tmp_path.glob(".*.partial"))

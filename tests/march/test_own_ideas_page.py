@@ -43,7 +43,7 @@ def test_a_diff_of_one_file_is_enough(number, file, name, fields, parameters, tm
     code = AGREE.replace("NAME", repr(name)).replace("FIELDS", fields).replace("dict(SIZES)", f"dict({SIZES})")
     environment = process_environment(PYTHONPATH=str(tmp_path))
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == parameters

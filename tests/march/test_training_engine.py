@@ -1,5 +1,6 @@
 """The loop through DeepSpeed's engine, in this process: split of the batch, state, failures."""
 
+import models
 import numpy as np
 import pytest
 import torch
@@ -19,24 +20,9 @@ def small_model(name="Baseline", **changes):
     return march.build_model(name, **{**SMALL, "vocab_size": VOCABULARY, **changes})
 
 
-def reduced(name):
-    """Overrides that shrink `name` without changing what it is about."""
-    config = experiments.configuration(name)
-    small = {"dim_model": 48, "dim_feedforward": 64, "max_length": 64, "vocab_size": VOCABULARY}
-    if config.num_layers > 8:
-        small["num_layers"] = 4
-    if config.database_states:
-        small["database_states"] = 24
-    for field in ("num_heads", "dim_qkv"):
-        value = getattr(config, field)
-        factor = 4 if field == "num_heads" else 8
-        small[field] = [max(1, v // factor) for v in value] if isinstance(value, tuple) else max(1, value // factor)
-    return small
-
-
 @pytest.mark.parametrize("name", experiments.names())
 def test_every_experiment_trains_two_steps_and_changes_every_live_weight(name):
-    model = march.build_model(name, **reduced(name))
+    model = models.small_model(name, vocab_size=VOCABULARY, max_length=64)
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
     outcome = build_trainer(model, schedule__steps=2).run()
     assert outcome.steps == 2
@@ -157,16 +143,6 @@ def test_out_of_memory_in_a_step_says_what_to_do():
     trainer.engine.module.forward = full
     with pytest.raises(RunError, match=r"out of memory in step 1 at micro-batch 4; .*--micro-batch 2"):
         trainer.run()
-
-
-def test_a_tiny_run_overfits_a_few_sequences():
-    often = {"evaluation.every": 1000, "checkpoints.every": 1000}
-    changes = {"schedule.steps": 150, "batch.sequences": 4, "optimizer.lr": 1e-2, **often}
-    trainer = build_trainer(small_model(dropout=0.0), micro_batch=4, **changes)
-    trainer.plan.train._rows = trainer.plan.train._rows[:4]
-    outcome = trainer.run()
-    assert outcome.first_loss > 5.0
-    assert outcome.final_loss < 2.0
 
 
 def test_configuration_is_checked_key_by_key():

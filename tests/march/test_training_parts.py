@@ -99,8 +99,6 @@ def test_the_paper_recipe_is_the_published_one():
     assert (paper.evaluation.every, paper.evaluation.sequences, paper.data.vocab_size) == (20, 1000, 30_000)
     assert paper.comparable
     assert not load("demo").comparable
-    with pytest.raises(UsageError, match=r"checkpoint-every: expected a whole number from 1 .* got '0'"):
-        request("--checkpoint-every", "0")
 
 
 def request(*argv, cuda=False):
@@ -121,14 +119,6 @@ def test_default_recipe_follows_the_device_and_precision_the_recipe_or_experimen
     assert request("--set", "precision=bf16").precision == "bf16"
     with pytest.raises(UsageError, match="expected one precision"):
         request("--precision", "fp32", "--set", "precision=bf16")
-
-
-def test_a_seed_beyond_32_bits_is_refused():
-    """Dropout keys have 32: such a seed would have the masks of another one."""
-    assert request("--seed", str(2**32 - 1)).seed == 2**32 - 1
-    for seed in (2**32, 2**40 + 1, 2**63, -1):
-        with pytest.raises(UsageError, match=r"--seed from 0 to 2\^32 - 1"):
-            request("--seed", str(seed))
 
 
 def test_only_the_recipe_itself_is_comparable():

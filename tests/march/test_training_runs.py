@@ -164,15 +164,15 @@ def test_a_stopped_launcher_leaves_a_checkpoint_and_no_orphans(corpus, tmp_path,
             stderr=log,
             start_new_session=True,
         )
-        wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and len(losses(tmp_path / "run")) > 2, 120)
+        wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and len(losses(tmp_path / "run")) > 2, 300)
         children = psutil.Process(runner.pid).children(recursive=True)
         assert len(children) >= 3  # launch and two workers
         if how == "Ctrl-C":
             os.killpg(runner.pid, signal.SIGINT)
         else:
             runner.send_signal(signal.SIGTERM)
-        runner.wait(60)
-    _, alive = psutil.wait_procs(children, timeout=60)
+        runner.wait(300)
+    _, alive = psutil.wait_procs(children, timeout=300)
     assert not alive
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["finished"] is False
@@ -189,9 +189,9 @@ def test_sigint_ends_an_ordinary_run_orderly(corpus, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and len(losses(tmp_path / "run")) > 2, 120)
+    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and len(losses(tmp_path / "run")) > 2, 300)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "stopped by SIGINT after step" in errors
     assert "Traceback" not in errors
@@ -218,7 +218,7 @@ def test_two_nodes_by_a_hostfile(corpus, reference, tmp_path):
         )
         for rank in (0, 1)
     ]
-    errors = [node.communicate(timeout=240)[1] for node in nodes]
+    errors = [node.communicate(timeout=600)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], errors
     assert losses(tmp_path / "run") == pytest.approx(losses(reference[0]), abs=1e-5)
     (start,) = json.loads((tmp_path / "run/environment.json").read_text())["starts"]

@@ -54,7 +54,7 @@ def said(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     port, command = free_port(), [sys.executable, "-c", RANK]
     ranks = [subprocess.Popen([*command, str(r), port, str(folder)], cwd=ROOT) for r in range(2)]
-    assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=600) for rank in ranks] == [0, 0]
     return {file.name: file.read_text().splitlines() for file in folder.iterdir()}
 
 

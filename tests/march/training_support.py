@@ -86,7 +86,7 @@ def build_trainer(model, *, micro_batch=8, folder=None, checkpoint=None, **chang
 
 
 def run_command(
-    arguments: list[str], *, launcher=(), cwd: Path, timeout=240, **environment
+    arguments: list[str], *, launcher=(), cwd: Path, timeout=600, **environment
 ) -> subprocess.CompletedProcess:
     """train.py in processes of its own, from `cwd`; `launcher` goes before it instead of the Python interpreter."""
     command = [*(launcher or (sys.executable,)), str(ROOT / "train.py"), *arguments]
