@@ -43,10 +43,12 @@ def forms(p):
     cases = cases_of(B=3, L=7, M=11, H=4, K=8, D=12, F=14, V=19, p=p)
     q, k, v = (draw(2, n, h, w, seed=w) for n, h, w in ((6, 6, 5), (10, 2, 5), (10, 2, 12)))
     kwargs = cases["lengths"].kwargs
+    hidden = cases["mask"].kwargs | {"causal": True, "key_mask": torch.arange(33).view(3, 11) % 11 > 1}
     one, none = dict.fromkeys("BLMHK", 1), torch.tensor([11, 0, 0])
     return cases | {
         "one": cases_of(**one)["lengths"],
         "odd head": cases_of(B=2, L=17, M=33, K=95, p=p)["lengths"],
+        "causal, first keys masked": Case("attention", cases["mask"].inputs, hidden),  # some rows see no key
         "no key": Case("attention", cases["lengths"].inputs, kwargs | {"key_lengths": torch.tensor([11, 4, 0])}),
         "no other key": Case("attention", cases["unified mask"].inputs, kwargs | {"causal": True, "key_lengths": none}),
         "grouped, values wider": Case("attention", {"q": q, "k": k, "v": v}, {"dropout": kwargs["dropout"]}),

@@ -30,7 +30,7 @@ def step(model, call=None):
 SLOW = ("Baseline", "UnifiedAttention", "Database", "MixedAct", "ScalingHeads")
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", ["GELUGatedLinearUnit", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
