@@ -3,7 +3,7 @@
 `check(operator, inputs, kwargs, dtype)` runs an implementation on poisoned inputs, with poisoned allocations and in a
 shuffled program order, and compares outputs and every gradient. Every tensor argument lies in memory as no kernel would
 choose: inputs by `layout`, lengths, masks and generator states with poison between their elements. With `again`, once
-an operator (test_second_backward.py), a second backward is given upstream gradients and saved tensors likewise, as a
+an operator (test_every_operator.py), a second backward is given upstream gradients and saved tensors likewise, as a
 hook may hand them back. That a wrong kernel fails is shown by mistakes in its source: mutants.py.
 """
 
