@@ -216,7 +216,8 @@ def test_environment_says_where_and_with_what():
 def test_metrics_of_steps_that_run_again_are_dropped(tmp_path):
     file = tmp_path / "metrics.jsonl"
     rows = [{"step": step, "loss": float(step)} for step in (1, 2, 3)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "lo')
+    stale = {"step": 2, "loss": 9.0}  # of a start that was killed: what came later holds
+    file.write_text("".join(json.dumps(row) + "\n" for row in (rows[0], stale, *rows[1:])) + '{"step": 4, "lo')
     assert read(file) == rows
     metrics = Metrics(file, tmp_path / "tensorboard", read(file)[:2])
     metrics.add({"step": 3, "loss": 30.0, "grad_norm": None})
