@@ -112,6 +112,16 @@ REFUSED = {
     "hidden": ("glu", [_meta(*MANY, 8), _meta(8, 8)], {"kind": "plain"}, r"2\^28 rows"),
     "width": ("glu", [_meta(1, 1, WIDTH), _meta(1, WIDTH)], {"kind": "plain"}, "features"),
     "stream": ("residual_norm", [_meta(*MANY, 8), None, _meta(8)], {}, r"2\^28 rows"),
+    "positions": ("attention", [_meta(1, 1 << 24, 1, 16)] * 3, {}, r"fewer than 2\^24 positions"),
+    "positions of two": ("attention", [_meta(1, 1 << 24, 1, 16)] * 5, {}, r"fewer than 2\^24 positions"),
+    "norm's width": ("residual_norm", [*[_meta(1, 1, 16385)] * 2, _meta(16385)], {}, "16384"),
+    "embedding's width": ("embedding", [_meta(1, 2, dtype=torch.int64), *[_meta(2, 16385)] * 2], {}, "16384"),
+    "no word": (
+        "linear_cross_entropy",
+        [_meta(1, 2, 8), _meta(0, 8), _meta(1, 2, dtype=torch.int64)],
+        {},
+        "vocabulary",
+    ),
     "tokens": ("linear_cross_entropy", [_meta(*MANY, 8), _meta(9, 8), _meta(*MANY, dtype=torch.int64)], {}, "rows"),
 }
 
