@@ -91,6 +91,7 @@ def _call(operator: str, tensors: Sequence[Tensor | None], arguments: dict[str, 
         n: x
         for n, x in arguments.items()
         if x is not None and not isinstance(x, Dropout | Tensor) and (n in CHOICES or x != defaults[n].default)
+        if n != "return_kv"  # of packed tensors, which are named by what they hold
     }
     absent = tuple(n for n, s in zip(OPERATORS[operator].contract.tensors, shapes, strict=False) if s is None)
     return Call(operator, dims, plain, dropouts, absent)
