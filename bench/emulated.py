@@ -39,8 +39,8 @@ from kernels.emulator.parse import Kernel
 from kernels.emulator.session import EMULATED
 from march import experiments
 from march.config import ConfigError, parse_overrides
-from march.cost.flops import launch_flops
-from march.cost.measure import DTYPES
+from march.cost.counter import launch_event
+from march.cost.step import DTYPES
 
 WIDTH = 100
 # line 0: LLVM moved it, out of a loop or together from several places
@@ -118,7 +118,7 @@ def profile(launches: Iterable[EmulatedLaunch]) -> Profile:
         out.launches += 1
         out.programs += launch.recorded.programs
         if flops:
-            out.formula += launch_flops(launch.recorded) / max(flops)
+            out.formula += launch_event(launch.recorded).flops / max(flops)
         for number, slots in counts.warps.items():
             where, opcode = counts.sources[number], counts.opcodes[number]
             code = linecache.getline(where.file, where.line).strip() if where.line else MOVED

@@ -23,11 +23,9 @@ from bench.projection import executed
 from kernels.compile_only import ARCHITECTURES, Launch
 from kernels.compile_only.report import report
 from march import experiments
-from march.cost.counter import Counter, Event, Product
-from march.cost.flops import FORMULAS
-from march.cost.measure import DTYPES, measure
-from march.cost.op_costs import event_cost
-from march.cost.size import total_parameters
+from march.cost import total_parameters
+from march.cost.counter import WITH_PRODUCTS, Counter, Event, Product
+from march.cost.step import DTYPES, measure
 from march.predecessor.eager import Eager
 
 IMPLEMENTATIONS = ("eager", "triton")
@@ -122,10 +120,9 @@ def group(calls: Iterable[Call]) -> tuple[Call, ...]:
 
 
 def _call(event: Event, operator: str, compiled: Compiled | None = None) -> Call:
-    cost = event_cost(event)
-    executed = round(cost.flops * executed_share(event.launch)) if event.launch and compiled else 0
-    traffic = cost.dram_read, cost.dram_written
-    return Call(event.phase, operator, event.name, 1, cost.flops, *traffic, event.product, compiled, executed)
+    executed = round(event.flops * executed_share(event.launch)) if event.launch and compiled else 0
+    moved = event.reads, event.writes
+    return Call(event.phase, operator, event.name, 1, event.flops, *moved, event.product, compiled, executed)
 
 
 # what an operator of torch is called in the tables; the rest is "elementwise"
@@ -152,8 +149,7 @@ def eager_calls(name: str, micro_batch: int, lengths: tuple[int, int]) -> tuple[
             for parameter in model.parameters():
                 counter.ignore(parameter)
             loss = F.cross_entropy(model.logits(encoder, decoder, mask), decoder.flatten())
-            counter.phase = "backward"
-            loss.backward()
+            counter.backward(loss)
     return group(_call(event, _EAGER.get(event.name.removeprefix("aten::"), "elementwise")) for event in counter.events)
 
 
@@ -217,7 +213,7 @@ def fused_events(name: str, micro_batch: int, arch: str, lengths: tuple[int, int
         "triton",
         precision,
         arch,
-        compile=lambda kernel: kernel in FORMULAS,
+        compile=lambda kernel: kernel in WITH_PRODUCTS,
     ).events
 
 

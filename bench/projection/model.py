@@ -27,7 +27,7 @@ import pandas as pd
 
 from bench.projection.collect import Call, Compiled, Counts, cdiv
 from march.cost.devices import Device
-from march.cost.op_costs import optimizer_cost
+from march.cost.step import optimizer_cost
 from march.predecessor.runs import EVALUATION_SECONDS, SEQUENCES
 
 # between two kernels of one stream on a full queue, start and drain included; the host runs ahead
@@ -151,7 +151,7 @@ def work(
     sent = 16 + (12 if gradient == 2 else 0) if gpus > 1 else 0
     rest = {
         "gradient sums": (counts.parameters * (steps * (gradient + 8) + sent) / device.bandwidth, 0.0),
-        "optimizer": (optimizer_cost(counts.parameters, counts.precision).dram / gpus / device.bandwidth, 0.0),
+        "optimizer": (optimizer_cost(counts.parameters, counts.precision).bytes / gpus / device.bandwidth, 0.0),
         "exchange": (0.0, exchange_seconds(counts, gpus, exchange)),
     }
     if counts.impl == "eager":

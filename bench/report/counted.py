@@ -33,7 +33,7 @@ def count(name: str, micro_batch: int = MICRO_BATCH) -> Counted:
         "micro_batch": micro_batch,
         "precision": ledger.precision,
         "rows": [
-            {key: value for key, value in asdict(row).items() if key not in ("names", "moved")} | {"dram": row.dram}
+            {key: value for key, value in asdict(row).items() if key not in ("names", "moved")} | {"dram": row.bytes}
             for row in ledger.rows
         ],
         "kept": ledger.total().saved,

@@ -70,11 +70,11 @@ RECORD = Operator(
     flops=_flops,
     checked={"kind": "gated", "activation": "gelu", "factor": 1.0, "gate_dropout": None},
     kernels={
-        "_glu_forward_kernel": Kernel("rng_ptr gate_rng_ptr", "hidden_ptr saved_ptr", _product),
-        "_glu_backward_kernel": Kernel("saved_ptr d_hidden_ptr rng_ptr gate_rng_ptr", "d_product_ptr"),
-        "_glu_recompute_kernel": Kernel("d_hidden_ptr rng_ptr gate_rng_ptr", "d_product_ptr", _product),
-        "_glu_dx_kernel": Kernel("", "dx_ptr", _gradient),
-        "_glu_dw_kernel": Kernel("", "parts_ptr", _gradient),
+        "_glu_forward_kernel": Kernel("hidden_ptr saved_ptr", _product),
+        "_glu_backward_kernel": Kernel("d_product_ptr"),
+        "_glu_recompute_kernel": Kernel("d_product_ptr", _product),
+        "_glu_dx_kernel": Kernel("dx_ptr", _gradient),
+        "_glu_dw_kernel": Kernel("parts_ptr", _gradient),
     },
     tiles=_tiles,
     limits=(

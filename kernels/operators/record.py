@@ -49,10 +49,9 @@ def normalised(axis: str) -> Values:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A fused kernel for the cost model. once: pointers that it reads once, and writes: that it writes; what else it
-    reads is walked (march.cost.cache says in which order). flops: of a launch, given its arguments by name."""
+    """A fused kernel for the cost model. writes: pointers that it writes, it reads the others; flops: of a launch, by
+    its arguments' names."""
 
-    once: str
     writes: str
     flops: Callable[[Any], int] | None = None
 

@@ -7,7 +7,7 @@ import torch
 
 import march
 from march import config, experiments
-from march.cost.size import total_parameters
+from march.cost import total_parameters
 
 # parameters are exact, with per-dimension norm gains; BigHeads2 and 3 counted by hand from their shapes
 COUNTS = {
