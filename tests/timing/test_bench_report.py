@@ -217,7 +217,7 @@ def test_markdown_and_html_have_the_same_cells(tmp_path):
     assert [unescape(re.sub("</?code>", "`", cell)) for cell, _ in found] == [*cells, "none"]
     assert [value for _, value in found] == ["1.5"] * len(cells) + ["-"]
     assert "<code>b</code>" in html
-    assert '<p class="kind ">CPU time</p>' in html
+    assert '<p class="kind">CPU time</p>' in html
     assert '<a href="#s0">One</a>' in html
 
 
