@@ -28,11 +28,11 @@ import torch
 
 import march
 from bench.cache import LENGTHS
-from bench.compiled import missing_operators, training_step
+from bench.compiled import implementations, training_step
 from bench.tables import markdown, table
 from kernels import dropout_state, emulator
 from kernels.compile_only.sass import innermost
-from kernels.dispatch import OPERATORS, triton_interpreted
+from kernels.dispatch import triton_interpreted
 from kernels.emulator import EmulatedLaunch
 from kernels.emulator.instructions import kind_of
 from kernels.emulator.parse import Kernel
@@ -164,7 +164,7 @@ def emulated_step(
 ) -> emulator.Session:
     """One forward and backward of experiment `name`; overrides: fields of march.config.ModelConfig."""
     config = experiments.configuration(name, **overrides)
-    model = march.build_model(name, impl=_impl(), seed=0, **overrides).to(DTYPES[config.precision]).train()
+    model = march.build_model(name, impl=implementations(), seed=0, **overrides).to(DTYPES[config.precision]).train()
     generator = torch.Generator().manual_seed(0)
 
     def ids(length: int) -> torch.Tensor:
@@ -177,10 +177,6 @@ def emulated_step(
         assert loss is not None
         loss.backward()
     return session
-
-
-def _impl() -> dict[str, str]:
-    return {operator: "torch" if operator in missing_operators() else "triton" for operator in OPERATORS}
 
 
 # ---------------------------------------------------------------- tables

@@ -17,6 +17,7 @@ incoming gradient.
 
 import math
 import weakref
+from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -78,15 +79,6 @@ class Allocation:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    bytes: int
-
-
-@dataclass
-class Compulsory:
-    """Bytes of one call that cross its boundary."""
-
-    operator: str
-    phase: str
     bytes: int
 
 
@@ -169,18 +161,18 @@ def _python_function(name: str) -> Callable | None:
 
 
 class Counter(TorchDispatchMode):
-    """events, allocations, compulsory in their order; live: bytes alive now, peak: the most beyond
-    `ignore`d tensors. operator, phase: labels of what is dispatched next, "" for what no operator owns. saved: bytes
-    that are kept for backward by the operator that keeps them, each storage once. launches: a recording's list."""
+    """events, allocations in their order; live: bytes alive now, peak: the most, beyond what it `ignore`s. operator,
+    phase: labels of what is dispatched next, "" for what no operator owns. compulsory: bytes by operator and phase;
+    saved: bytes kept for backward by the operator that keeps them, each storage once. launches: a recording's list."""
 
     def __init__(self, launches: list[Launch] | None = None):
         super().__init__()
         self.events: list[Event] = []
         self.allocations: list[Allocation] = []
-        self.compulsory: list[Compulsory] = []
+        self.compulsory: Counts[tuple[str, str]] = Counts()
         self.operator, self.phase = "", "forward"
         self.live = self.peak = 0
-        self.saved: dict[str, int] = {}
+        self.saved: Counts[str] = Counts()
         self._launches = launches if launches is not None else []
         self._noted = len(self._launches)
         # numbers of the storages that live: addresses are used again, numbers are not
@@ -226,8 +218,7 @@ class Counter(TorchDispatchMode):
         number = self._number(x)
         if number not in self._kept:
             self._kept.add(number)
-            operator = self.operator or LINEAR
-            self.saved[operator] = self.saved.get(operator, 0) + x.untyped_storage().nbytes()
+            self.saved[self.operator or LINEAR] += x.untyped_storage().nbytes()
         return x
 
     def note_launches(self) -> None:
@@ -263,8 +254,8 @@ class Counter(TorchDispatchMode):
         self.events.append(Event(operator, self.phase, name, flops, *moved, product))
         if operator == LINEAR and self.phase == "forward":
             # backward: dY, X, W, dX, dW
-            for phase, size in (("forward", sum(moved)), ("backward", moved[0] + sum(moved))):
-                self.compulsory.append(Compulsory(LINEAR, phase, size))
+            self.compulsory[LINEAR, "forward"] += sum(moved)
+            self.compulsory[LINEAR, "backward"] += moved[0] + sum(moved)
         return out
 
     # ------------------------------------------------------------ who does what, and what must move
@@ -300,19 +291,17 @@ class Counter(TorchDispatchMode):
         if name == "self_attention":
             outputs = outputs[:1]  # keys and values are handed on where they are
         lse = math.prod(tensors(out)[0].shape[:3]) * 4 if "lse" in needs else 0
-        moved = total_bytes(tensors((args, kwargs))) + total_bytes(outputs) + lse
-        self.compulsory.append(Compulsory(operator, "forward", moved))
+        self.compulsory[operator, "forward"] += total_bytes(tensors((args, kwargs))) + total_bytes(outputs) + lse
         wanted = [x for x in named.values() if isinstance(x, Tensor) and x.requires_grad]
         if not wanted:
             return
         if name == "residual_norm" and kwargs.get("dropout") is None and len(wanted) == 3:
             wanted = wanted[1:]  # one gradient serves x and s
         needed = [named[one] for one in needs if one in named] + tensors(out)[: "out" in needs]
-        backward = Compulsory(operator, "backward", total_bytes(needed) + total_bytes(wanted) + lse)
-        self.compulsory.append(backward)
+        self.compulsory[operator, "backward"] += total_bytes(needed) + total_bytes(wanted) + lse
 
         def incoming(gradient: Tensor | None) -> None:
-            backward.bytes += 0 if gradient is None else tensor_bytes(gradient)
+            self.compulsory[operator, "backward"] += 0 if gradient is None else tensor_bytes(gradient)
 
         for x in tensors(out):
             if x.requires_grad:

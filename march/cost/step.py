@@ -242,10 +242,10 @@ def step_costs(
         row.add(OpCost("", "", launched, 1 - launched, event.flops, event.reads, event.writes))
         row.names[event.name] = row.names.get(event.name, 0) + 1
         row.moved[event.name] = row.moved.get(event.name, 0) + event.reads + event.writes
-    for one in counter.compulsory:
-        rows[one.operator, one.phase].compulsory += one.bytes
+    for key, size in counter.compulsory.items():
+        rows[key].compulsory = size
     for operator, size in counter.saved.items():
-        rows[operator, "forward"].saved += size
+        rows[operator, "forward"].saved = size
     rows["adamw", "optimizer"] = optimizer_cost(total_parameters(config), chosen)
     for key, row in rows.items():
         row.operator, row.phase = key
