@@ -26,7 +26,6 @@ RECORD = Operator(
     portable="kernels.portable.token_embedding",
     sizes=_sizes,
     values={"ids": _ids},
-    outputs=lambda s, given, kwargs: [(s["B"], s["L"], s["D"])],
     saved=("ids",),
     checked={"combine": "average"},
     drops=DROPS,

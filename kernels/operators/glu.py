@@ -65,7 +65,6 @@ RECORD = Operator(
     portable="kernels.portable.feedforward",
     sizes=_sizes,
     values={"weight": normalised("D")},
-    outputs=lambda s, given, kwargs: [(s["B"], s["L"], s["rows"] // halves(kwargs["kind"]))],
     saved=("x", "weight"),
     flops=_flops,
     checked={"kind": "gated", "activation": "gelu", "factor": 1.0, "gate_dropout": None},

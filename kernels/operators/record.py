@@ -103,15 +103,13 @@ class Operator:
     sizes: the axes of the contract from the dimensions that tests and bench speak of; values: of tensors that are not
     drawn from N(0, 1). checked: the arguments at which it is compared where no step was recorded, beside dropout in
     `drops` and key lengths where the contract has them. differentiable: how many of the outputs are, None for all.
-    outputs: shapes of what is new memory, of (sizes, which tensors are given, other arguments); saved: what any
-    backward must see again ("out": the first output, "lse": a float32 a row of attention); flops: products that the
-    formula needs, forward and backward, two for each multiply-add.
+    saved: what any backward must see again ("out": the first output, "lse": a float32 a row of attention); flops:
+    products that the formula needs, forward and backward, two for each multiply-add.
     kernels, tiles, limits: of its fused kernels, by name."""
 
     contract: Contract
     portable: str
     sizes: Callable[..., dict[str, int]]
-    outputs: Callable[[Sizes, Mapping[str, Any], Mapping[str, Any]], list[tuple[int, ...]]]
     saved: tuple[str, ...]
     checked: dict[str, Any]
     drops: tuple[str, ...] = ("dropout",)

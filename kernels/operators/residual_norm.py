@@ -23,7 +23,6 @@ RECORD = Operator(
     sizes=lambda batch, length, width: {"B": batch, "L": length, "D": width},
     values={"gain": lambda draw, sizes, shape: 1 + draw.normal(shape, scale=0.1)},
     # without s, y is x
-    outputs=lambda s, given, kwargs: [(s["B"], s["L"], s["D"])] * (1 if given.get("s") is None else 2),
     saved=("out", "gain"),
     checked={"eps": 1e-6},
     libraries=("apex",),

@@ -22,7 +22,6 @@ RECORD = Operator(
         | dict.fromkeys(("H", "G", "G'"), heads)
     ),
     values={"q": normalised("K")},
-    outputs=attention.RECORD.outputs,
     saved=("q", "k_own", "v_own", "k_other", "v_other", "out", "lse"),
     flops=attention.products,
     checked={"scale": 0.5} | NO_PADDING,
