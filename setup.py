@@ -28,6 +28,7 @@ setup(
         "triton>=3.8; platform_system == 'Linux'",
         "deepspeed>=0.17",
         "numpy>=1.26",
+        "networkx>=3",  # of torch's own requirements
         "pydantic>=2.5",
         "filelock>=3.12",
         "psutil>=5.9",

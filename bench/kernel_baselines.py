@@ -93,26 +93,23 @@ def _later(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(1)
 
 
-def eager_attention(q, k, v, *, scale=1.0, causal=False, dropout=None):
-    q, k, v = _heads_first(q, k, v, batch=q.shape[0], heads=q.shape[2])
+def _joined(
+    q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries, both segments' keys and values as one, heads first, and the mask of what is seen, None for all."""
+    seen = ~_later(q.shape[1], k.shape[1], q.device) if causal else None
+    if k2 is not None and v2 is not None:
+        assert seen is not None
+        k, v = torch.cat([k, k2], 1), torch.cat([v, v2], 1)
+        seen = torch.cat([seen, seen.new_ones(q.shape[1], k2.shape[1])], 1)
+    return *_heads_first(q, k, v, batch=q.shape[0], heads=q.shape[2]), seen  # type: ignore[return-value]
+
+
+def eager_attention(q, k, v, k2=None, v2=None, *, scale=1.0, causal=False, dropout=None):
+    q, k, v, seen = _joined(q, k, v, k2, v2, causal)
     scores = q @ k.transpose(-1, -2) * scale
-    if causal:
-        scores = scores.masked_fill(_later(*scores.shape[-2:], q.device), float("-inf"))
-    return (F.dropout(torch.softmax(scores, -1), _p(dropout)) @ v).transpose(1, 2)
-
-
-def _joined(q: Tensor, k_own: Tensor, v_own: Tensor, k_other: Tensor, v_other: Tensor) -> tuple[Tensor, ...]:
-    """Queries, both segments' keys and values as one, and the mask of what is seen."""
-    k, v = torch.cat([k_own, k_other], 1), torch.cat([v_own, v_other], 1)
-    later = _later(q.shape[1], k_own.shape[1], q.device)
-    seen = torch.cat([~later, later.new_ones(q.shape[1], k_other.shape[1])], 1)
-    return q, k, v, seen
-
-
-def eager_unified_attention(q, k_own, v_own, k_other, v_other, *, scale=1.0, dropout=None):
-    q, k, v, seen = _joined(q, k_own, v_own, k_other, v_other)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen, float("-inf"))
+    if seen is not None:
+        scores = scores.masked_fill(~seen, float("-inf"))
     return (F.dropout(torch.softmax(scores, -1), _p(dropout)) @ v).transpose(1, 2)
 
 
@@ -152,7 +149,6 @@ def eager_embedding(ids, table, positions, *, combine="average", dropout=None, p
 
 EAGER: dict[str, Function] = {
     "attention": eager_attention,
-    "unified_attention": eager_unified_attention,
     "glu": eager_glu,
     "residual_norm": eager_residual_norm,
     "linear_cross_entropy": eager_linear_cross_entropy,
@@ -190,26 +186,17 @@ def _backend(name: str, function: Function) -> Callable[[], Function]:
 
 
 def _sdpa(backend: str) -> Implementation:
-    def attention(q, k, v, *, scale=1.0, causal=False, dropout=None):
-        q, k, v = _heads_first(q, k, v, batch=q.shape[0], heads=q.shape[2])
+    def attention(q, k, v, k2=None, v2=None, *, scale=1.0, causal=False, dropout=None):
+        two = k2 is not None
+        _needs(not two or backend in ("EFFICIENT_ATTENTION", "MATH"), "two segments want a mask that it does not take")
+        q, k, v, seen = _joined(q, k, v, k2, v2, causal and two)
         with sdpa_kernel(getattr(SDPBackend, backend)):
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=_p(dropout), is_causal=causal, scale=scale)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=seen, dropout_p=_p(dropout), is_causal=causal and not two, scale=scale
+            )
         return out.transpose(1, 2)
 
     return Implementation(f"SDPA {backend.lower().removesuffix('_attention')}", _backend(backend, attention))
-
-
-def _sdpa_unified(backend: str) -> Implementation:
-    def unified_attention(q, k_own, v_own, k_other, v_other, *, scale=1.0, dropout=None):
-        q, k, v, seen = _joined(q, k_own, v_own, k_other, v_other)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        with sdpa_kernel(getattr(SDPBackend, backend)):
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=_p(dropout), scale=scale)
-        return out.transpose(1, 2)
-
-    return Implementation(
-        f"SDPA {backend.lower().removesuffix('_attention')}, joined", _backend(backend, unified_attention)
-    )
 
 
 def _flex() -> Implementation:
@@ -222,7 +209,8 @@ def _flex() -> Implementation:
         def mask(queries: int, keys: int, device: torch.device):
             return create_block_mask(lambda b, h, i, j: i >= j, None, None, queries, keys, device=device)
 
-        def attention(q, k, v, *, scale=1.0, causal=False, dropout=None):
+        def attention(q, k, v, k2=None, v2=None, *, scale=1.0, causal=False, dropout=None):
+            _needs(k2 is None, "written here for one segment of keys")
             q, k, v = _heads_first(q, k, v, batch=q.shape[0], heads=q.shape[2])
             seen = mask(q.shape[2], k.shape[2], q.device) if causal else None
             return compiled(q, k, v, scale=scale, block_mask=seen).transpose(1, 2)
@@ -292,8 +280,6 @@ def implementations(operator: str) -> list[Implementation]:
     found.append(_compiled(operator))
     if operator == "attention":
         found += [_library(operator, "flash_attn"), *(_sdpa(backend) for backend in BACKENDS), _flex()]
-    elif operator == "unified_attention":
-        found += [_sdpa_unified("EFFICIENT_ATTENTION"), _sdpa_unified("MATH")]
     elif operator == "residual_norm":
         found += [_library(operator, "apex"), _rms_norm(), _liger(operator)]
     elif operator == "linear_cross_entropy":

@@ -65,16 +65,15 @@ class Call:
         return inputs | dict.fromkeys(self.absent)
 
 
-def _call(form: str, tensors: Sequence[Tensor | None], arguments: dict[str, Any]) -> Call:
-    """Of a call that a model made, of an operator or a packed form of it."""
-    operator = packed.operator_of(form)
-    given = tensors if operator == form else packed.unpack(*(x for x in tensors if x is not None))
+def _call(operator: str, tensors: Sequence[Tensor | None], arguments: dict[str, Any]) -> Call:
+    """Of a call that a model made; packed tensors are named by what they hold."""
+    given = packed.unpack(*tensors) if operator == "attention" else tensors
     shapes = [None if x is None else tuple(x.shape) for x in given]
     first = next(shape for shape in shapes if shape is not None)
-    if operator in ("attention", "unified_attention"):
+    if operator == "attention":
         dims = {"batch": first[0], "queries": first[1], "heads": first[2], "width": first[3]}
         batch, keys, key_heads, _ = shapes[-1]  # type: ignore[misc]
-        dims["keys" if operator == "attention" else "other"] = keys
+        dims |= {"keys": keys} | ({"segments": 2} if len(given) > 3 else {})
         dims |= {"key_heads": key_heads} if key_heads != first[2] else {}
         dims |= {"key_batch": 1} if batch == key_heads == 1 and first[2] > 1 else {}
     else:
@@ -93,17 +92,18 @@ def _call(form: str, tensors: Sequence[Tensor | None], arguments: dict[str, Any]
         for n, x in arguments.items()
         if x is not None and not isinstance(x, Dropout | Tensor) and (n in CHOICES or x != defaults[n].default)
     }
-    names = OPERATORS[operator].contract.tensors
-    return Call(operator, dims, plain, dropouts, tuple(n for n, s in zip(names, shapes, strict=True) if s is None))
+    plain.pop("return_kv", None)  # of packed tensors, which are timed apart
+    absent = tuple(n for n, s in zip(OPERATORS[operator].contract.tensors, shapes, strict=False) if s is None)
+    return Call(operator, dims, plain, dropouts, absent)
 
 
 def calls(name: str, sizes: Sizes) -> list[Call]:
     """The operator calls of one forward pass of an experiment's model, recorded on meta tensors, where nothing runs."""
     found = []
 
-    def wrap(form: str, function: Callable) -> Callable:
+    def wrap(operator: str, function: Callable) -> Callable:
         def call(*tensors: Tensor | None, **arguments: Any) -> Any:
-            found.append(_call(form, tensors, arguments))
+            found.append(_call(operator, tensors, arguments))
             return function(*tensors, **arguments)
 
         return call
@@ -134,8 +134,8 @@ def with_batch(call: Call, batch: int) -> Call:
 def shape_name(call: Call) -> str:
     """Short and unique among the calls of one set of sizes: "64x921x921 8x64 causal"."""
     d, kind = call.dims, call.kwargs
-    if call.operator in ("attention", "unified_attention"):
-        keys = d["keys"] if "keys" in d else f"{d['queries']}+{d['other']}"
+    if call.operator == "attention":
+        keys = f"{d['queries']}+{d['keys']}" if "segments" in d else d["keys"]
         bank = " shared keys" if d.get("key_batch") == 1 else ""
         causal = " causal" if kind.get("causal") else ""
         return f"{d['batch']}x{d['queries']}x{keys} {d['heads']}x{d['width']}{bank}{causal}"

@@ -10,7 +10,7 @@ import time
 import torch
 
 from kernels import selftest
-from kernels.calls import fused_function, generic_call
+from kernels.calls import fused_function, generic_calls
 from kernels.dispatch import OPERATORS, triton_interpreted
 
 MARK = "check: "
@@ -19,8 +19,8 @@ MARK = "check: "
 def check(operator: str, device: torch.device, dtype: torch.dtype) -> str:
     """ "" where the fused kernel agrees with the formula, else what is wrong."""
     try:
-        call = generic_call(operator, dtype)
-        return "; ".join(selftest.disagreements(call, fused_function(operator), device))
+        calls, function = generic_calls(operator, dtype), fused_function(operator)
+        return "; ".join(problem for call in calls for problem in selftest.disagreements(call, function, device))
     except Exception as error:  # a kernel that does not compile here is what this is for
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 

@@ -19,7 +19,7 @@ from kernels import packed, reference
 from kernels.activations import activation_of
 from kernels.dispatch import Impl, ImplementationError, choice, implementation, transformed
 from kernels.dropout import Dropout
-from kernels.operators import CONTRACTS
+from kernels.operators import OPERATORS
 from kernels.portable.products import linear as portable_linear
 from kernels.portable.token_embedding import tied_table as portable_tied_table
 from kernels.validation import check, check_dense, check_heads, check_indices
@@ -27,18 +27,14 @@ from kernels.validation import check, check_dense, check_heads, check_indices
 __all__ = [
     "attention",
     "autocast_dtype",
-    "cross_attention",
     "embedding",
     "glu",
     "head_width",
     "linear",
     "linear_cross_entropy",
-    "packed_unified_attention",
     "residual_norm",
     "row_width",
-    "self_attention",
     "tied_table",
-    "unified_attention",
 ]
 LOGITS = ("auto", "recompute", "chunks")
 
@@ -81,99 +77,63 @@ def _active(dropout: Dropout | None) -> Dropout | None:
     return dropout if dropout is not None and dropout.p > 0 else None
 
 
-def _attend(
-    form: str,
-    tensors: dict[str, Tensor],
-    impl: Impl,
-    scale: float | None,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    dropout: Dropout | None,
-    as_published: bool = False,
-    **causal: bool,
-) -> Any:
-    """Validation and dispatch of attention, over one segment of keys or two, plain or packed."""
-    contract, padding = CONTRACTS[form], {"key_lengths": key_lengths, "key_mask": key_mask}
-    sizes = contract.check((dropout,), **tensors, **padding)
-    fix = "give the mask alone, it can express the lengths"
-    check(key_lengths is None or key_mask is None, form, "key_lengths or key_mask", "both", fix)
-    check_heads(contract, sizes)
-    first = next(iter(tensors.values()))
-    arguments = {"scale": sizes["K"] ** -0.5 if scale is None else float(scale), **causal, **padding}
-    arguments["dropout"] = _active(dropout)
-    if not as_published:
-        return implementation(form, impl, first.device, first.dtype)(*tensors.values(), **arguments)
-    name = choice(form, impl, first.device)
-    if name != "reference":
-        raise ImplementationError(
-            f"{form}: the published mask exists in impl='reference' only, got {name!r} on {first.device}; "
-            "pass impl={'unified_attention': 'reference'}"
-        )
-    return packed.resolve(form, reference)(*tensors.values(), as_published=True, **arguments)
-
-
 @_operator
 def attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    k2: Tensor | None = None,
+    v2: Tensor | None = None,
     *,
     scale: float | None = None,
     causal: bool = False,
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
     dropout: Dropout | None = None,
+    return_kv: bool = False,
+    as_published: bool = False,
     impl: Impl = "auto",
-) -> Tensor:
-    """dropout(softmax(scale Q K^T + mask)) V (Vaswani et al., 2017), for each head.
+) -> Any:
+    """dropout(softmax(scale Q K^T + mask)) V (Vaswani et al., 2017), for each head. Returns [B, Lq, H, Kv].
 
     q [B, Lq, H, K]; k [B or 1, Lk, G, K]; v [B or 1, Lk, G, Kv], H a multiple of G: query head h reads key/value
-    head h // (H / G); a batch of 1 is shared by all sequences. K, Kv from 1 to 512. Returns [B, Lq, H, Kv].
+    head h // (H / G); a batch of 1 is shared by all sequences. K, Kv from 1 to 512.
+    Packed: k alone holds keys and values [B or 1, Lk, 2, G, K]; q alone queries, keys and values [B, L, 3, H, K]. Their
+    gradients are packed too, written in one go by the fused kernels.
+    k2, v2, or k2 packed: a second segment of Lo keys, under one softmax with the first, whose keys are then the
+    queries' own positions. `causal` concerns the first segment, key_lengths and key_mask the last.
 
     scale: any number, K^-1/2 where it is not given; heads filled up with zeros (`head_width`) need that of their own K.
-
     causal: query i sees keys j <= i (both counted from 0). key_lengths: integers [B] of any value, keys from there on
     are padding. key_mask: bool [B, Lk], True where a key is real; one of the two. A query that sees no key gives zeros
     and zero gradients. What stands in padding keys and their values, NaN too, reaches neither O nor a gradient; the
     future under causal is data like any.
     dropout: on the probabilities, rows (sequence, head, query), columns keys.
+    return_kv: (O, kv) of a packed q alone; kv [B, L, 2, H, K] is a view of its keys and values, for other calls to
+    read: what comes back to it in backward is part of q's gradient.
+    as_published: of two segments, the mask of the published runs, whose segments were in the other order than the
+    keys, so that a query saw later positions. `reference` only; any other explicit choice raises ImplementationError.
     """
-    tensors = {"q": q, "k": k, "v": v}
-    return _attend("attention", tensors, impl, scale, key_lengths, key_mask, dropout, causal=causal)
-
-
-@_operator
-def self_attention(
-    qkv: Tensor,
-    *,
-    scale: float | None = None,
-    causal: bool = False,
-    key_lengths: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    dropout: Dropout | None = None,
-    impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]:
-    """`attention` of queries, keys and values packed in qkv [B, L, 3, H, K]: (O [B, L, H, K], kv [B, L, 2, H, K]).
-
-    kv is a view of the keys and values in qkv, to be handed on to `cross_attention` and its like: what comes back to
-    it in backward is part of qkv's gradient, which the fused kernels write in one go.
-    """
-    return _attend("self_attention", {"qkv": qkv}, impl, scale, key_lengths, key_mask, dropout, causal=causal)
-
-
-@_operator
-def cross_attention(
-    q: Tensor,
-    kv: Tensor,
-    *,
-    scale: float | None = None,
-    key_lengths: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    dropout: Dropout | None = None,
-    impl: Impl = "auto",
-) -> Tensor:
-    """`attention` of q [B, Lq, H, K] to keys and values packed in kv [B or 1, Lk, 2, G, K]; no causal mask."""
-    return _attend("cross_attention", {"q": q, "kv": kv}, impl, scale, key_lengths, key_mask, dropout, causal=False)
+    op, tensors = "attention", {"q": q, "k": k, "v": v, "k2": k2, "v2": v2}
+    contract, padding = OPERATORS[op].contract_of(tensors), {"key_lengths": key_lengths, "key_mask": key_mask}
+    sizes = contract.check((dropout,), **tensors, **padding)
+    fix = "give the mask alone, it can express the lengths"
+    check(key_lengths is None or key_mask is None, op, "key_lengths or key_mask", "both", fix)
+    check_heads(contract, sizes)
+    alone = contract.tensors == ("q",)
+    check(alone or not return_kv, op, "return_kv with q packed and alone", ", ".join(contract.tensors), "leave it out")
+    arguments = {"scale": sizes["K"] ** -0.5 if scale is None else float(scale), "causal": causal, **padding}
+    arguments |= {"dropout": _active(dropout)} | ({"return_kv": True} if return_kv else {})
+    if not as_published:
+        return implementation(op, impl, q.device, q.dtype)(*tensors.values(), **arguments)
+    check(k2 is not None, op, "as_published with a second segment", "one", "leave it out")
+    name = choice(op, impl, q.device)
+    if name != "reference":
+        raise ImplementationError(
+            f"{op}: the published mask exists in impl='reference' only, got {name!r} on {q.device}; "
+            "pass impl={'attention': 'reference'}"
+        )
+    return reference.attention(*tensors.values(), as_published=True, **arguments)
 
 
 def head_width(width: int, device: torch.device, *, impl: Impl = "auto") -> int:
@@ -182,7 +142,7 @@ def head_width(width: int, device: torch.device, *, impl: Impl = "auto") -> int:
     The fused kernels copy q, k and v into that width where they come in another (`kernels.packed.head_stride`). A model
     that fills its projections' weights up with zeros has products, outputs and gradients that need no copy.
     """
-    if "triton" in [choice(operator, impl, device) for operator in packed.FORMS]:
+    if choice("attention", impl, device) == "triton":
         return packed.head_stride(width)
     return width
 
@@ -220,51 +180,6 @@ def tied_table(table: Tensor, dtype: torch.dtype | None = None, *, impl: Impl = 
 
 
 @_operator
-def unified_attention(
-    q: Tensor,
-    k_own: Tensor,
-    v_own: Tensor,
-    k_other: Tensor,
-    v_other: Tensor,
-    *,
-    scale: float | None = None,
-    key_lengths: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    dropout: Dropout | None = None,
-    as_published: bool = False,
-    impl: Impl = "auto",
-) -> Tensor:
-    """One softmax over two segments: [own keys, causal | other keys, padding-masked].
-
-    q [B, L, H, K]; k_own, v_own [B, L, G, K]; k_other, v_other [B, Lo, G', K]. key_lengths / key_mask: of the other
-    segment, as in `attention`. Returns [B, L, H, Kv].
-
-    as_published: the mask of the published runs, whose segments were in the other order than the keys, so that a
-    query saw later positions. `reference` only; any other explicit choice raises ImplementationError.
-    """
-    tensors = {"q": q, "k_own": k_own, "v_own": v_own, "k_other": k_other, "v_other": v_other}
-    return _attend("unified_attention", tensors, impl, scale, key_lengths, key_mask, dropout, as_published)
-
-
-@_operator
-def packed_unified_attention(
-    qkv: Tensor,
-    kv_other: Tensor,
-    *,
-    scale: float | None = None,
-    key_lengths: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    dropout: Dropout | None = None,
-    as_published: bool = False,
-    impl: Impl = "auto",
-) -> Tensor:
-    """`unified_attention` of own queries, keys and values packed in qkv [B, L, 3, H, K] to themselves and to those
-    packed in kv_other [B or 1, Lo, 2, G', K]."""
-    tensors = {"qkv": qkv, "kv_other": kv_other}
-    return _attend("packed_unified_attention", tensors, impl, scale, key_lengths, key_mask, dropout, as_published)
-
-
-@_operator
 def glu(
     x: Tensor,
     weight: Tensor,
@@ -286,7 +201,7 @@ def glu(
     recompute: the fused kernels keep no products for backward but compute them again; the others always keep them.
     """
     op = "glu"
-    rows = CONTRACTS[op].check((dropout, gate_dropout), x=x, weight=weight)["rows"]
+    rows = OPERATORS[op].contract.check((dropout, gate_dropout), x=x, weight=weight)["rows"]
     check(kind in ("plain", "gated", "mixed"), op, "kind plain, gated or mixed", repr(kind), "name one of them")
     activation_of(activation)
     even = kind == "plain" or rows % 2 == 0
@@ -327,7 +242,7 @@ def residual_norm(
     stream = x if x is not None else s
     if stream is None:
         raise ValueError(f"{op}: expected x or s, got neither; give the tensor to normalise")
-    width = CONTRACTS[op].check((dropout,), x=x, s=s, gain=gain)["D"]
+    width = OPERATORS[op].contract.check((dropout,), x=x, s=s, gain=gain)["D"]
     check(s is not None or dropout is None, op, "no dropout without s", "one", "leave it out")
     check(features is None or 1 <= features <= width, op, f"features from 1 to {width}", features, "leave it out")
     more = {} if features in (None, width) else {"features": features}
@@ -357,7 +272,7 @@ def linear_cross_entropy(
     "auto" (the first for 16 bits and D up to 512, else the second); the other implementations have one way.
     """
     op = "linear_cross_entropy"
-    words = CONTRACTS[op].check(h=h, weight=weight, labels=labels)["V"]
+    words = OPERATORS[op].contract.check(h=h, weight=weight, labels=labels)["V"]
     whole = isinstance(ignore_index, int) and -(1 << 63) <= ignore_index < 1 << 63
     check(whole, op, "ignore_index as an int of 64 bits", repr(ignore_index), "-1 or -100 stands for no token")
     check(logits in LOGITS, op, f"logits among {', '.join(LOGITS)}", repr(logits), "auto takes the faster")
@@ -386,7 +301,7 @@ def embedding(
     does); the device is not waited for. KERNELS_DEBUG=1 in the environment names it instead (ValueError), and waits.
     """
     op = "embedding"
-    sizes = CONTRACTS[op].check((dropout, position_dropout), ids=ids, table=table, positions=positions)
+    sizes = OPERATORS[op].contract.check((dropout, position_dropout), ids=ids, table=table, positions=positions)
     length, places = sizes["L"], sizes["P"]
     check(length <= places, op, f"at most {places} positions", length, "shorten the sequences or enlarge max_length")
     check(combine in ("average", "sum"), op, "combine average or sum", repr(combine), "name one of them")

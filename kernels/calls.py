@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import packed
 from kernels.dropout import Dropout, dropout_state
-from kernels.operators import CONTRACTS, OPERATORS
+from kernels.operators import OPERATORS
 from kernels.operators.record import Draw
+from kernels.validation import Contract
 
 # (sequences, positions, words), the smallest first; the first that launches the same programs is taken. Positions and
 # words keep their remainder by 16, which Triton specialises on, and are more than the widest tile has.
@@ -64,13 +64,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an operator or packed form. kwargs: a Layout for a tensor, a Drop for a Dropout. upstream: of each
+    """One call of an operator. kwargs: a Layout for a tensor, a Drop for a Dropout. upstream: of each
     output the layout of its gradient, None where backward gets none; () for ones of our own for every output."""
 
     operator: str
     tensors: dict[str, Layout | None]
     kwargs: dict[str, Any] = field(default_factory=dict)
     upstream: tuple[Layout | None, ...] = ()
+
+    @property
+    def contract(self) -> Contract:
+        return OPERATORS[self.operator].contract_of(self.tensors)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,12 +92,13 @@ class Call:
         return self.resized(size)
 
     def resized(self, size: Callable[[str, int], int]) -> "Call":
-        """The call with size(axis, n) in place of n, for each named axis of the operator's contract."""
+        """The call with size(axis, n) in place of n, for each named axis of its contract."""
+        contract = self.contract
 
         def changed(name: str, x: Any) -> Any:
             if not isinstance(x, Layout):
                 return x
-            axes = CONTRACTS[self.operator].arguments[name].axes
+            axes = contract.arguments[name].axes
             return x.cut(tuple(n if a.isdigit() else size(a, n) for a, n in zip(axes, x.shape, strict=True)))
 
         tensors = {name: changed(name, x) for name, x in self.tensors.items()}
@@ -101,8 +106,8 @@ class Call:
 
     def draw(self, device: torch.device) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
         """(tensors, other arguments) with the values of the operator's record."""
-        draw, arguments = Draw(0, torch.float64, "cpu"), CONTRACTS[self.operator].arguments
-        record, rng = OPERATORS[packed.operator_of(self.operator)], dropout_state(42, 1, 5, device)
+        draw, arguments = Draw(0, torch.float64, "cpu"), self.contract.arguments
+        record, rng = OPERATORS[self.operator], dropout_state(42, 1, 5, device)
         given = {n: x for n, x in {**self.tensors, **self.kwargs}.items() if isinstance(x, Layout)}
         sizes = {a: n for name, x in given.items() for a, n in zip(arguments[name].axes, x.shape, strict=True)}
         sizes |= {"ignore_index": self.kwargs.get("ignore_index", -100)}
@@ -117,8 +122,6 @@ class Call:
                 x = draw.integers(4, shape) > 0
             else:
                 x = record.draw(name, draw, sizes, shape)
-            if name == "qkv":  # its queries are drawn as q is
-                x[:, :, 0] *= shape[-1] ** -0.5
             return layout.place(x.to(device, layout.dtype))
 
         tensors = {name: None if x is None else drawn(name, x) for name, x in self.tensors.items()}
@@ -143,28 +146,33 @@ def call_of(operator: str, tensors: Iterable[Tensor | None], kwargs: Mapping[str
     def plain(x: Any) -> Any:
         return Drop(x.p) if isinstance(x, Dropout) else Layout.of(x) if isinstance(x, Tensor) else x
 
-    named = zip(CONTRACTS[operator].tensors, (plain(x) for x in tensors), strict=True)
+    named = zip(OPERATORS[operator].contract.tensors, (plain(x) for x in tensors), strict=True)
     return Call(operator, dict(named), {name: plain(x) for name, x in kwargs.items()})
 
 
-def generic_call(operator: str, dtype: torch.dtype, contract_dropout: bool = True) -> Call:
-    """What an operator or a packed form is checked at where no step was recorded: every feature that masks or scales.
+def generic_calls(operator: str, dtype: torch.dtype, library: bool = False) -> list[Call]:
+    """What an operator is checked at where no step was recorded, one call a form: every feature that masks or scales.
 
-    contract_dropout: False for a library that draws its own masks or has no padding; it is checked without either.
+    library: of one that draws its own masks, has no padding and one form: without these.
     """
-    record, contract = OPERATORS[packed.operator_of(operator)], CONTRACTS[operator]
+    record = OPERATORS[operator]
 
-    def layout(name: str) -> Layout:
-        argument = contract.arguments[name]
-        shape = [int(axis) if axis.isdigit() else GENERIC.get(axis) or GENERIC[axis[0]] for axis in argument.axes]
-        x = torch.empty(shape, dtype=torch.int64 if argument.type else dtype, device="meta")
-        return replace(Layout.of(x), differentiable=not argument.type)
+    def call(contract: Contract) -> Call:
+        def layout(name: str) -> Layout:
+            argument = contract.arguments[name]
+            shape = [int(axis) if axis.isdigit() else GENERIC.get(axis) or GENERIC[axis[0]] for axis in argument.axes]
+            x = torch.empty(shape, dtype=torch.int64 if argument.type else dtype, device="meta")
+            return replace(Layout.of(x), differentiable=not argument.type)
 
-    drop, lengths = (Drop(0.25), "key_lengths" in contract.arguments) if contract_dropout else (None, False)
-    kwargs: dict[str, Any] = record.checked | dict.fromkeys(record.drops, drop)
-    kwargs |= {"key_lengths": layout("key_lengths")} if lengths else {}
-    kwargs |= {"causal": False} if operator == "cross_attention" else {}
-    return Call(operator, {name: layout(name) for name in contract.tensors}, kwargs)
+        kwargs: dict[str, Any] = record.checked | dict.fromkeys(record.drops, None if library else Drop(0.25))
+        if "key_lengths" in contract.arguments and not library:
+            kwargs["key_lengths"] = layout("key_lengths")
+        if contract.tensors == ("q",):
+            kwargs["return_kv"] = True
+        given = {name: layout(name) for name in contract.tensors}
+        return Call(operator, dict.fromkeys(record.contract.tensors) | given, kwargs)
+
+    return [call(contract) for contract in (record.forms or (record.contract,))[: 1 if library else None]]
 
 
 def results(
@@ -176,7 +184,7 @@ def results(
         outputs = function(**leaves, **kwargs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         named: dict[str, Tensor] = {f"output {i}": x for i, x in enumerate(outputs)}
-        used = outputs[: OPERATORS[packed.operator_of(operator)].differentiable]
+        used = outputs[: OPERATORS[operator].differentiable]
         given = []
         for x, layout in zip(used, upstream or (...,) * len(used), strict=False):
             if layout is None:
@@ -199,7 +207,7 @@ def results(
 
 def fused_function(operator: str) -> Callable:
     """The fused kernels' function, past the dispatch, whose own check would come first."""
-    return packed.resolve(operator, OPERATORS[packed.operator_of(operator)].module("triton"))
+    return getattr(OPERATORS[operator].module("triton"), operator)
 
 
 def record(call: Call, arch: str) -> frozenset[str]:

@@ -15,7 +15,6 @@ from functools import cache
 
 import torch
 
-from kernels import packed
 from kernels.operators import OPERATORS as RECORDS
 
 log = logging.getLogger("kernels")
@@ -91,8 +90,7 @@ def _automatic(operator: str, device_type: str) -> str:
 
 
 def choice(operator: str, impl: Impl, device: torch.device) -> str:
-    """Name of the implementation that `operator`, or the operator of a packed form, takes on `device`."""
-    operator = packed.operator_of(operator)
+    """Name of the implementation that `operator` takes on `device`."""
     name = impl if isinstance(impl, str) else impl.get(operator, "auto")
     return _automatic(operator, device.type) if name == "auto" else name
 
@@ -103,21 +101,19 @@ def fused_available(operator: str) -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("triton", RECORDS[operator].fused_module))
 
 
-# by (name, operator or form): nothing of these has to be loaded or checked, so torch.compile may meet them first
+# by (name, operator): nothing of these has to be loaded or checked, so torch.compile may meet them first
 _PLAIN: dict[tuple[str, str], Callable] = {
-    (name, called): packed.resolve(called, record.module(name))
+    (name, operator): getattr(record.module(name), operator)
     for name in ("torch", "reference")
     for operator, record in RECORDS.items()
-    for called in (operator, *record.forms)
 }
 # the others: filled by `_load`, read by `implementation`: a plain dictionary, which torch.compile can trace
 _LOADED: dict[tuple[str, str, torch.device, torch.dtype], Callable] = {}
 
 
-def _function(called: str, name: str, device_type: str) -> Callable:
-    operator = packed.operator_of(called)
-    if (name, called) in _PLAIN:
-        return _PLAIN[name, called]
+def _function(operator: str, name: str, device_type: str) -> Callable:
+    if (name, operator) in _PLAIN:
+        return _PLAIN[name, operator]
     if name == "triton":
         if not fused_available(operator):
             raise ImplementationError(
@@ -133,7 +129,7 @@ def _function(called: str, name: str, device_type: str) -> Callable:
         raise ImplementationError(
             f"{operator}: impl={name!r} needs a CUDA device, got tensors on {device_type}; use impl='torch'"
         )
-    return packed.resolve(called, RECORDS[operator].module(name))
+    return getattr(RECORDS[operator].module(name), operator)
 
 
 def _is_checked(name: str, device: torch.device) -> bool:
@@ -185,8 +181,8 @@ def transformed() -> bool:
 
 
 def implementation(operator: str, impl: Impl, device: torch.device, dtype: torch.dtype) -> Callable:
-    """The function that computes `operator`, or a packed form of one, on tensors of `device` and `dtype`; its keyword
-    arguments are those of kernels.reference."""
+    """The function that computes `operator` on tensors of `device` and `dtype`; its keyword arguments are those of
+    kernels.reference."""
     name = choice(operator, impl, device)
     if (name, operator) in _PLAIN:
         function = _PLAIN[name, operator]
@@ -232,15 +228,14 @@ def self_test(
 
         outcome, cases = selftest.verify_step(step, device)
         for call in cases:
-            if chosen.get(packed.operator_of(call.operator)) == "triton":
+            if chosen.get(call.operator) == "triton":
                 key = call.operator, "triton", device, call.dtype
                 _LOADED[key] = _function(call.operator, "triton", device.type)
         report = {o: f"triton, step {outcome}" for o, name in chosen.items() if name == "triton"}
     for operator, name in chosen.items():
         before = time.perf_counter()
         if operator not in report:
-            for form in (operator, *RECORDS[operator].forms):
-                implementation(form, impl, device, dtype)
+            implementation(operator, impl, device, dtype)
             report[operator] = f"{name}, {time.perf_counter() - before:.1f} s"
     return report
 

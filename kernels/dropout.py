@@ -14,8 +14,8 @@ serves a whole row or column; an element costs one integer multiply-add and a co
 Elements of a row are pairwise independent over A and B; tests/kernels/test_dropout.py checks frequency and the
 correlation between neighbours, rows, heads, sites, steps, sequences and 2 x 2 blocks.
 
-Streams [B, L, D] use head 0, position i, column d. Attention probabilities use query i and key j; the second segment
-of `unified_attention` counts its columns from SEGMENT_COLUMNS.
+Streams [B, L, D] use head 0, position i, column d. Attention probabilities use query i and key j; a second segment of
+keys counts its columns from SEGMENT_COLUMNS.
 """
 
 from dataclasses import dataclass
@@ -105,33 +105,6 @@ def _int32(words: Tensor) -> Tensor:
     return torch.where(words > 0x7FFFFFFF, words - (1 << 32), words).to(torch.int32)
 
 
-def _row_counter(dropout: Dropout, batch: int, heads: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(i, h, g) of every row, each [batch, heads, rows]."""
-    rng = dropout.rng
-    g = (rng[2] + torch.arange(batch, device=rng.device))[:, None, None] & MASK32
-    h = torch.arange(heads, device=rng.device)[None, :, None]
-    i = torch.arange(rows, device=rng.device)[None, None, :]
-    i, h, g = torch.broadcast_tensors(i, h, g)
-    return i, h, g
-
-
-def _key(dropout: Dropout) -> tuple[Tensor, Tensor]:
-    return dropout.rng[0] & MASK32, dropout.rng[1] & MASK32
-
-
-def row_keys(dropout: Dropout, batch: int, heads: int, rows: int) -> tuple[Tensor, Tensor]:
-    """(A, B) of every row: two int32 tensors [batch, heads, rows]."""
-    w0, w1 = philox(_key(dropout), (*_row_counter(dropout, batch, heads, rows), 2 * dropout.site))
-    return _int32(w0 | 1), _int32(w1)
-
-
-def column_keys(dropout: Dropout, columns: int, offset: int = 0) -> Tensor:
-    """C of columns offset, offset + 1, ...: int32 [columns]."""
-    columns_ = torch.arange(offset, offset + columns, device=dropout.rng.device)
-    w0, _ = philox(_key(dropout), (columns_, 0, 0, 2 * dropout.site + 1))
-    return _int32(w0 | 1)
-
-
 @dataclass(frozen=True)
 class SiteKeys:
     """The keys of one site, from one Philox call: A, and B with its sign bit flipped, int32 [batch * heads, rows]; C,
@@ -159,17 +132,20 @@ def unpack_keys(tensors: list[Tensor], *probabilities: float | None) -> list[Sit
     return [None if p is None else SiteKeys(next(rest), next(rest), next(rest), p) for p in probabilities]
 
 
-def site_keys(dropout: Dropout, batch: int, heads: int, rows: int, segments: tuple[int, ...]) -> SiteKeys:
-    """Keys of a site's rows and columns: one segment, or two, of which the second counts from SEGMENT_COLUMNS."""
-    i, h, g = _row_counter(dropout, batch, heads, rows)
-    device = dropout.rng.device
-    starts = zip(segments, (0, SEGMENT_COLUMNS), strict=False)
-    columns = torch.cat([torch.arange(start, start + n, device=device) for n, start in starts])
-    zeros = torch.zeros_like(columns)
-    count = batch * heads * rows
-    c0, c1, c2 = (torch.cat([x.reshape(count), y]) for x, y in ((i, columns), (h, zeros), (g, zeros)))
-    c3 = torch.cat([torch.zeros(count, dtype=torch.int64, device=device), zeros + 1]) + 2 * dropout.site
-    w0, w1 = philox(_key(dropout), (c0, c1, c2, c3))
+def site_keys(
+    dropout: Dropout, batch: int, heads: int, rows: int, segments: tuple[int, ...], offset: int = 0
+) -> SiteKeys:
+    """Keys of a site's rows and columns: one segment, or two, of which the second counts from SEGMENT_COLUMNS.
+    offset: of the first column."""
+    rng = dropout.rng
+    g, h, i = (torch.arange(n, device=rng.device) for n in (batch, heads, rows))
+    rows_ = torch.cartesian_prod((rng[2] + g) & MASK32, h, i).T
+    starts = zip(segments, (offset, SEGMENT_COLUMNS), strict=False)
+    columns = torch.cat([torch.arange(start, start + n, device=rng.device) for n, start in starts])
+    zeros, count = torch.zeros_like(columns), batch * heads * rows
+    c0, c1, c2 = (torch.cat([x, y]) for x, y in zip(rows_.flip(0), (columns, zeros, zeros), strict=True))
+    c3 = torch.cat([torch.zeros_like(rows_[0]), zeros + 1]) + 2 * dropout.site
+    w0, w1 = philox((rng[0] & MASK32, rng[1] & MASK32), (c0, c1, c2, c3))
     w0 = _int32(w0 | 1)
     shape = (batch * heads, rows)
     b = _int32(w1[:count]) ^ -(1 << 31)
@@ -201,15 +177,10 @@ def mask_(x: Tensor, words: Tensor) -> Tensor:
     return x
 
 
-def keep_from_keys(a: Tensor, b: Tensor, c: Tensor, p: float) -> Tensor:
-    """bool [..., rows, columns], True where kept, of row keys a, b [..., rows] and column keys c [columns]."""
-    return keep_words(a, b ^ -(1 << 31), c, p).bool()
-
-
 def keep_mask(dropout: Dropout, batch: int, heads: int, rows: int, columns: int, offset: int = 0) -> Tensor:
-    """bool [batch, heads, rows, columns], True where kept."""
-    a, b = row_keys(dropout, batch, heads, rows)
-    return keep_from_keys(a, b, column_keys(dropout, columns, offset), dropout.p)
+    """bool [batch, heads, rows, columns], True where kept; columns count from `offset`."""
+    keys = site_keys(dropout, batch, heads, rows, (columns,), offset)
+    return keep_words(keys.a, keys.b, keys.c, keys.p).view(batch, heads, rows, columns).bool()
 
 
 def stream_keep_mask(dropout: Dropout, x: Tensor) -> Tensor:

@@ -1,71 +1,39 @@
-"""Packed forms of the attention operators: what a model has after one product for Wq, Wk and Wv.
+"""Packed attention: what a model has after one product for Wq, Wk and Wv.
 
-qkv [B, L, 3, H, K] holds queries, keys and values, kv [B, L, 2, G, K] keys and values. Taken whole, their gradients are
-tensors of the same layout, which an implementation can write at once; split outside, autograd copies them together.
-A form is chosen, loaded and checked as its operator is. An implementation that has none of its own gets `split`.
+q may hold queries, keys and values [B, L, 3, H, K]; k, or k2 of a second segment, keys and values [B, L, 2, G, K].
+Taken whole, their gradients are tensors of the same layout, which an implementation can write at once; split outside,
+autograd copies them together. An implementation that takes none whole is `unpacked`.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-FORMS: dict[str, tuple[str, ...]] = {
-    "attention": ("self_attention", "cross_attention"),
-    "unified_attention": ("packed_unified_attention",),
-}
-_OPERATOR = {form: operator for operator, forms in FORMS.items() for form in forms}
-# arguments of a form: how many of the operator's arguments each holds
-_ARGUMENTS: dict[str, dict[str, int]] = {
-    "self_attention": {"qkv": 3},
-    "cross_attention": {"q": 1, "kv": 2},
-    "packed_unified_attention": {"qkv": 3, "kv_other": 2},
-}
 
-
-def operator_of(name: str) -> str:
-    """The operator that `name` is a form of, or `name` itself."""
-    return _OPERATOR.get(name, name)
-
-
-def unpack(*sources: Tensor) -> tuple[Tensor, ...]:
+def unpack(*sources: Tensor | None) -> tuple[Tensor, ...]:
     """Views [B, L, H, K] of every part of packed [B, L, n, H, K] and plain [B, L, H, K] tensors, in their order."""
-    return tuple(x for one in sources for x in (one.unbind(2) if one.dim() == 5 else (one,)))
+    return tuple(x for one in sources if one is not None for x in (one.unbind(2) if one.dim() == 5 else (one,)))
 
 
-def pack(form: str, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The arguments of `form` from those of its operator, copied."""
-    parts, packed = iter(inputs.values()), {}
-    for name, count in _ARGUMENTS[form].items():
-        some = [next(parts) for _ in range(count)]
-        packed[name] = torch.stack(some, 2) if count > 1 else some[0]
-    return packed
+def unpacked(plain: Callable) -> Callable:
+    """`plain`, attention of q, k, v and perhaps k2, v2, of packed tensors too; autograd adds up and packs the
+    gradients."""
 
+    @functools.wraps(plain)
+    def attention(q: Tensor, *keys: Tensor | None, return_kv: bool = False, **arguments: Any) -> Any:
+        kv = None
+        if q.dim() == 5:
+            # handed on as one view, so that its gradient is one tensor; q apart from it: of a slice's gradient
+            # autograd makes a tensor of the whole
+            q, kv = q.split((1, 2), 2)
+            q = q.squeeze(2)
+        named = [arguments.pop(name, None) for name in ("k", "v", "k2", "v2")]
+        out = plain(*unpack(q, kv, *keys, *named), **arguments)
+        return (out, kv) if return_kv else out
 
-def split(form: str, plain: Callable) -> Callable:
-    """`form` by its operator's function on views; autograd adds up and packs the gradients."""
-
-    def self_attention(qkv: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
-        # handed on as one view, so that its gradient is one tensor; q apart from it: of a slice's gradient autograd
-        # makes a tensor of the whole
-        q, kv = qkv.split((1, 2), 2)
-        return plain(q.squeeze(2), *kv.unbind(2), **arguments), kv
-
-    def cross_attention(q: Tensor, kv: Tensor, **arguments: Any) -> Tensor:
-        return plain(q, *kv.unbind(2), **arguments)
-
-    def packed_unified_attention(qkv: Tensor, kv_other: Tensor, **arguments: Any) -> Tensor:
-        return plain(*unpack(qkv, kv_other), **arguments)
-
-    forms = (self_attention, cross_attention, packed_unified_attention)
-    return next(one for one in forms if one.__name__ == form)
-
-
-def resolve(name: str, module: Any) -> Callable:
-    """The function of `module` that computes an operator or a form of it."""
-    own = getattr(module, name, None)
-    return own if own is not None else split(name, getattr(module, operator_of(name)))
+    return attention
 
 
 def aligned_width(width: int, element_size: int) -> int:

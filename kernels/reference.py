@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.activations import activation_of
 from kernels.dropout import SEGMENT_COLUMNS, Dropout, keep_mask, keep_scale, stream_keep_mask
+from kernels.packed import unpacked
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -67,89 +68,45 @@ def _per_head(x: Tensor, batch: int, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
+@unpacked
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    causal: bool = False,
-    key_lengths: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    dropout: Dropout | None = None,
-) -> Tensor:
-    """dropout(softmax(scale Q K^T + mask)) V; contract in kernels.api.attention."""
-    batch, queries, heads, _ = q.shape
-    keys = k.shape[1]
-    if keys == 0:
-        return zeros_of((*q.shape[:3], v.shape[3]), q, k, v)
-    padding = key_padding(batch, keys, key_lengths, key_mask, q.device)
-    k, v = without_padding(k, batch, padding), without_padding(v, batch, padding)
-    valid = padding[:, None, None]
-    if causal:
-        valid = valid & causal_valid(queries, keys, q.device)
-    scores = torch.einsum("bmhk,bhnk->bhmn", q, _per_head(k, batch, heads)) * scale
-    probabilities = masked_softmax(scores.to(at_least_float32(q.dtype)), valid)
-    if dropout is not None and dropout.p > 0:
-        keep = keep_mask(dropout, batch, heads, queries, keys)
-        probabilities = torch.where(keep, probabilities * keep_scale(dropout.p), 0.0)
-    return torch.einsum("bhmn,bhnk->bmhk", probabilities.to(v.dtype), _per_head(v, batch, heads))
-
-
-def unified_attention(
-    q: Tensor,
-    k_own: Tensor,
-    v_own: Tensor,
-    k_other: Tensor,
-    v_other: Tensor,
-    *,
-    scale: float,
-    key_lengths: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    dropout: Dropout | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *second: Tensor, scale: float, causal: bool = False,
+    key_lengths: Tensor | None = None, key_mask: Tensor | None = None, dropout: Dropout | None = None,
     as_published: bool = False,
-) -> Tensor:
-    """One softmax over [own keys, causal | other keys, padding-masked]; contract in kernels.api.unified_attention.
+) -> Tensor:  # fmt: skip
+    """dropout(softmax(scale Q K^T + mask)) V over one segment of keys or two; contract in kernels.api.attention.
 
     as_published: the original's mask [padding | causal] over keys [own | other], which lets a query see future
     positions; kept so that its effect can be measured, in this implementation only.
     """
     batch, queries, heads, _ = q.shape
-    own, other = k_own.shape[1], k_other.shape[1]
-    if own + other == 0 or batch == 0:
-        return zeros_of((*q.shape[:3], v_own.shape[3]), q, k_own, v_own, k_other, v_other)
-    real = key_padding(batch, other, key_lengths, key_mask, q.device)
+    segments: list[tuple[Tensor, ...]] = [(k, v), second] if second else [(k, v)]
+    lengths = [keys.shape[1] for keys, _ in segments]
+    if sum(lengths) == 0 or batch == 0:
+        return zeros_of((*q.shape[:3], v.shape[3]), q, k, v, *second)
+    real = key_padding(batch, lengths[-1], key_lengths, key_mask, q.device)
     if not as_published:
-        k_other, v_other = without_padding(k_other, batch, real), without_padding(v_other, batch, real)
-    padding = real[:, None, None].expand(-1, 1, queries, -1)
-    causal = causal_valid(queries, own, q.device).expand(batch, 1, -1, -1)
-    valid = torch.cat([padding, causal] if as_published else [causal, padding], dim=-1)
-    k = torch.cat([_per_head(k_own, batch, heads), _per_head(k_other, batch, heads)], dim=2)
-    v = torch.cat([_per_head(v_own, batch, heads), _per_head(v_other, batch, heads)], dim=2)
-    scores = torch.einsum("bmhk,bhnk->bhmn", q, k) * scale
+        segments[-1] = tuple(without_padding(x, batch, real) for x in segments[-1])
+    # of each segment whether a key may be seen, [B, 1, queries, keys]: causal the first, padding the last
+    seen = [torch.ones(batch, 1, queries, n, dtype=torch.bool, device=q.device) for n in lengths]
+    seen[-1] &= real[:, None, None]
+    if causal:
+        seen[0] &= causal_valid(queries, lengths[0], q.device)
+    valid = torch.cat(seen[::-1] if as_published else seen, -1)
+    keys, values = (torch.cat([_per_head(x, batch, heads) for x in part], 2) for part in zip(*segments, strict=True))
+    scores = torch.einsum("bmhk,bhnk->bhmn", q, keys) * scale
     probabilities = masked_softmax(scores.to(at_least_float32(q.dtype)), valid)
     if dropout is not None and dropout.p > 0:
-        keep = torch.cat(
-            [
-                keep_mask(dropout, batch, heads, queries, own),
-                keep_mask(dropout, batch, heads, queries, other, offset=SEGMENT_COLUMNS),
-            ],
-            dim=-1,
-        )
+        starts = zip(lengths, (0, SEGMENT_COLUMNS), strict=False)
+        keep = torch.cat([keep_mask(dropout, batch, heads, queries, n, offset=start) for n, start in starts], -1)
         probabilities = torch.where(keep, probabilities * keep_scale(dropout.p), 0.0)
-    return torch.einsum("bhmn,bhnk->bmhk", probabilities.to(v.dtype), v)
+    return torch.einsum("bhmn,bhnk->bmhk", probabilities.to(v.dtype), values)
 
 
 def glu(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    kind: str,
-    activation: str = "relu",
-    factor: float = 1.0,
-    dropout: Dropout | None = None,
-    gate_dropout: Dropout | None = None,
-) -> Tensor:
+    x: Tensor, weight: Tensor, *, kind: str, activation: str = "relu", factor: float = 1.0,
+    dropout: Dropout | None = None, gate_dropout: Dropout | None = None,
+) -> Tensor:  # fmt: skip
     """Hidden layer of a feedforward; contract in kernels.api.glu."""
     product = x @ weight.T
     if kind == "plain":
@@ -171,14 +128,9 @@ def rms_norm(y: Tensor, gain: Tensor, eps: float = 1e-6, features: int | None = 
 
 
 def residual_norm(
-    x: Tensor | None,
-    s: Tensor | None,
-    gain: Tensor,
-    *,
-    dropout: Dropout | None = None,
-    eps: float = 1e-6,
+    x: Tensor | None, s: Tensor | None, gain: Tensor, *, dropout: Dropout | None = None, eps: float = 1e-6,
     features: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y = x + dropout(s), z = rms_norm(y) gain; contract in kernels.api.residual_norm."""
     if s is None:
         y = x
@@ -204,14 +156,9 @@ def linear_cross_entropy(
 
 
 def embedding(
-    ids: Tensor,
-    table: Tensor,
-    positions: Tensor,
-    *,
-    combine: str = "average",
-    dropout: Dropout | None = None,
+    ids: Tensor, table: Tensor, positions: Tensor, *, combine: str = "average", dropout: Dropout | None = None,
     position_dropout: Dropout | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """dropout(E[ids]) and dropout(T[:L]), averaged or summed; contract in kernels.api.embedding."""
     unknown = ((ids < 0) | (ids >= table.shape[0]))[..., None]
     tokens = drop(table[ids.masked_fill(unknown[..., 0], 0)], dropout).masked_fill(unknown, torch.nan)

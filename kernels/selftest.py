@@ -12,6 +12,7 @@ tensors, torch.func, a default device) does not reach it.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -25,8 +26,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kernels import packed, reference
-from kernels.calls import Call, cases_of, fused_function, generic_call, results, uncovered
+from kernels import reference
+from kernels.calls import Call, cases_of, fused_function, generic_calls, results, uncovered
 from kernels.operators import OPERATORS
 
 T = TypeVar("T")
@@ -39,13 +40,9 @@ ERROR_FACTOR, ERROR_FLOOR = 4.0, 1e-4
 
 
 def evaluate(
-    operator: str,
-    function: Callable,
-    inputs: Mapping[str, Any],
-    kwargs: Mapping[str, Any],
-    dtype: torch.dtype,
+    operator: str, function: Callable, inputs: Mapping[str, Any], kwargs: Mapping[str, Any], dtype: torch.dtype,
     call: Call | None = None,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """Outputs and gradients by name, in float64 on the CPU. call: which of them, and in what layouts; without, all."""
 
     def leaf(name: str, x: Any) -> Any:
@@ -62,7 +59,7 @@ def evaluate(
 def disagreements(call: Call, function: Callable, device: torch.device) -> list[str]:
     """What of `function`'s outputs and gradients is further from the float64 formula than the call's dtype explains."""
     inputs, kwargs = call.draw(device)
-    formula = packed.resolve(call.operator, reference)
+    formula = getattr(reference, call.operator)
     own = {n: x for n, x in kwargs.items() if n not in ("logits", "recompute")}  # how, not what
     oracle = evaluate(call.operator, formula, inputs, own, torch.float64, call)
     plain = evaluate(call.operator, formula, inputs, own, call.dtype, call)
@@ -121,18 +118,12 @@ def _remembered() -> dict[str, float]:
     return data if isinstance(data, dict) else {}
 
 
-def _remember(key: str, seconds: float) -> None:
-    """Adds one pass; ranks write at once, so the file is replaced whole. A directory that cannot be written costs the
-    check at every start, nothing else."""
-    path = cache_file()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data = _remembered() | {key: round(seconds, 3)}
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(data, file, indent=1)
-        os.replace(file.name, path)
-    except OSError:
-        return
+def write_json(path: Path, data: Any) -> None:
+    """Replaces the file whole or not at all, whoever else writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(json.dumps(data, indent=1) + "\n")
+    os.replace(file.name, path)
 
 
 def _checked(key: str, device: torch.device, check: Callable[[], None], what: str) -> str:
@@ -149,7 +140,9 @@ def _checked(key: str, device: torch.device, check: Callable[[], None], what: st
     start = time.perf_counter()
     _apart(check, device)
     seconds = time.perf_counter() - start
-    _remember(key, seconds)
+    # a directory that cannot be written costs the check at every start, nothing else
+    with contextlib.suppress(OSError):
+        write_json(cache_file(), _remembered() | {key: round(seconds, 3)})
     return f"passed in {seconds:.1f} s"
 
 
@@ -179,11 +172,10 @@ def _compare(call: Call, name: str, function: Callable, device: torch.device) ->
 
     problems = disagreements(call, function, device)
     if problems:
-        operator = packed.operator_of(call.operator)
         raise ImplementationError(
             f"{call.operator}: impl={name!r} disagrees with the reference formula on {device} in {call.dtype} ("
             + "; ".join(problems)
-            + f"); its kernel is wrong on this device: use impl={{{operator!r}: 'torch'}} and report it"
+            + f"); its kernel is wrong on this device: use impl={{{call.operator!r}: 'torch'}} and report it"
         )
 
 
@@ -193,10 +185,13 @@ def verify(operator: str, name: str, function: Callable, device: torch.device, d
     Returns "remembered" or "passed in N s"; raises ImplementationError on disagreement, and where torch.compile or a
     CUDA graph's capture surrounds the first use.
     """
-    own = name not in OPERATORS[packed.operator_of(operator)].libraries
-    call = generic_call(operator, dtype, contract_dropout=own)
-    key = fingerprint(device, operator, name, dtype)
-    return _checked(key, device, lambda: _compare(call, name, function, device), operator)
+    calls = generic_calls(operator, dtype, library=name in OPERATORS[operator].libraries)
+
+    def check() -> None:
+        for call in calls:
+            _compare(call, name, function, device)
+
+    return _checked(fingerprint(device, operator, name, dtype), device, check, operator)
 
 
 def verify_step(

@@ -13,9 +13,7 @@ import datetime
 import fnmatch
 import functools
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,11 +157,7 @@ def write(path: Path, device_name: str, choices: Iterable[Choice]) -> None:
         for c in choices
         if c.best.milliseconds is not None
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump({"entries": dict(sorted((old | new).items()))}, file, indent=1)
-        file.write("\n")
-    os.replace(file.name, path)
+    selftest.write_json(path, {"entries": dict(sorted((old | new).items()))})
 
 
 def line(choice: Choice) -> str:

@@ -127,7 +127,7 @@ def test_only_layers_and_the_model_call_operators():
         if path.is_relative_to(ROOT / "march/model"):
             continue
         source = path.read_text(encoding="utf-8")
-        for operator in ("attention", "unified_attention", "glu", "residual_norm", "linear_cross_entropy", "embedding"):
+        for operator in ("attention", "glu", "residual_norm", "linear_cross_entropy", "embedding"):
             assert f"kernels.{operator}(" not in source, path
 
 

@@ -16,7 +16,6 @@ GUIDE, GRID = "#5f6368", "#e8eaed"
 COLOURS = {
     "linear": "#4c78a8",
     "attention": "#e45756",
-    "unified_attention": "#b279a2",
     "glu": "#f58518",
     "linear_cross_entropy": "#54a24b",
     "residual_norm": "#72b7b2",

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -108,52 +109,27 @@ class _Pointer:
         return self._address
 
 
-class _Launcher:
-    """In place of the CUDA launcher: accepts a launch and does nothing."""
-
-    def __init__(self, src: Any, metadata: Any):
-        pass
-
-    def __call__(self, *args: Any) -> None:
-        pass
-
-
-class _Utils:
-    """In place of the CUDA driver's helpers. Shared memory is unlimited here: the report names the breach instead."""
-
-    def get_device_properties(self, device: Any) -> dict[str, int]:
-        return {"max_shared_mem": sys.maxsize}
-
-    def load_binary(self, name: str, kernel: bytes, shared: int, device: Any) -> tuple:
-        return object(), object(), 0, 0, 1024
-
-    def unload_module(self, module: Any) -> None:
-        pass
-
-
-class CompileOnlyDriver:
+def _driver(arch: str) -> SimpleNamespace:
     """The part of a Triton driver that compiling and launching use, for a target that is not there."""
+    from triton.backends.compiler import GPUTarget
 
-    def __init__(self, arch: str):
-        from triton.backends.compiler import GPUTarget
-
-        self.arch = arch
-        self.target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-        self.utils = _Utils()
-        self.launcher_cls = _Launcher
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> str:
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    utils = SimpleNamespace(
+        # unlimited here: the report names the breach instead
+        get_device_properties=lambda device: {"max_shared_mem": sys.maxsize},
+        load_binary=lambda *arguments: (object(), object(), 0, 0, 1024),
+        unload_module=lambda module: None,
+    )
+    return SimpleNamespace(
+        utils=utils,
+        # accepts a launch and does nothing
+        launcher_cls=lambda src, metadata: lambda *arguments: None,
+        get_current_target=lambda: target,
         # Triton keeps compiled kernels by device: a name of its own keeps them apart from those of a real GPU
-        return f"compile_only:{self.arch}"
-
-    def get_current_stream(self, device: Any) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
+        get_current_device=lambda: f"compile_only:{arch}",
+        get_current_stream=lambda device: 0,
+        get_active_torch_device=lambda: torch.device("meta"),
+    )
 
 
 def _argument(name: str, value: Any) -> Argument:
@@ -296,7 +272,7 @@ def installed(recorder: Recorder) -> Iterator[Recorder]:
         return recorder.run(original, self, args, grid, warmup, kwargs)
 
     JITFunction.run = run
-    driver.set_active(CompileOnlyDriver(recorder.arch))
+    driver.set_active(_driver(recorder.arch))
     _active.append(recorder)
     try:
         yield recorder

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class Report:
     async_copies: dict[int, int]
     ldsm: int
     atomics: int
-    failures: tuple[str, ...]
+    failures: tuple[str, ...] = ()
 
     @property
     def main_loop(self) -> Loop | None:
@@ -58,24 +58,23 @@ class Report:
 
     def row(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        row = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "loops"}
+        row = {name: getattr(self, name) for name in self.__dataclass_fields__}
         for name in ("loads", "stores", "async_copies"):
             row[name] = {str(width): n for width, n in row[name].items()}
-        row["loops"] = [
-            {
-                "issue_slots": loop.issue_slots,
-                "hmma": loop.hmma,
-                "useful_hmma": round(loop.useful_hmma, 2),
-                "issue_per_hmma": round(loop.issue_per_hmma, 2) if loop.hmma else None,
-                "ldsm": loop.count("LDSM"),
-                "ldgsts": loop.count("LDGSTS"),
-                "shared_per_tensor": round(loop.shared_per_tensor, 3) if loop.hmma else None,
-                "fill_per_tensor": round(loop.fill_cycles / loop.tensor_cycles, 3) if loop.hmma else None,
-            }
-            for loop in self.loops
-        ]
-        row["passed"] = self.passed
-        return row
+        return row | {"loops": [_loop_row(loop) for loop in self.loops], "passed": self.passed}
+
+
+def _loop_row(loop: Loop) -> dict[str, Any]:
+    row = {"issue_slots": loop.issue_slots, "hmma": loop.hmma, "useful_hmma": round(loop.useful_hmma, 2)}
+    row |= {"ldsm": loop.count("LDSM"), "ldgsts": loop.count("LDGSTS")}
+    ratios = dict.fromkeys(("issue_per_hmma", "shared_per_tensor", "fill_per_tensor"))
+    if loop.hmma:
+        ratios = {
+            "issue_per_hmma": round(loop.issue_per_hmma, 2),
+            "shared_per_tensor": round(loop.shared_per_tensor, 3),
+            "fill_per_tensor": round(loop.fill_cycles / loop.tensor_cycles, 3),
+        }
+    return row | ratios
 
 
 @cache
@@ -95,41 +94,38 @@ def report(launch: Launch, same: Iterable[Launch] = ()) -> Report:
     same = list(same) or [launch]
     program, resources, _ = _disassembled(launch.compiled.asm["cubin"])
     ttgir = launch.compiled.asm["ttgir"]
-    fractions = useful_fraction(ttgir)
-    loops = _loops(program, fractions)
     shared = launch.compiled.metadata.shared + _static_shared(resources, launch.arch)
     blocks = ARCHITECTURE_DATA[launch.arch].resident_blocks(resources.registers, shared, launch.num_warps)
-    values = {
-        "kernel": launch.kernel,
-        "arch": launch.arch,
-        "configuration": launch.configuration,
-        "dtype": next((a.dtype for a in launch.arguments if a.is_tensor and "float" in a.dtype), "-"),
-        "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages,
-        "launches": len(same),
-        "programs": sum(one.programs for one in same),
-        "registers": resources.registers,
-        "stack": resources.stack,
-        "local": resources.local,
-        "spill_stores": program.count("STL"),
-        "spill_loads": program.count("LDL"),
-        "shared": shared,
-        "blocks_per_sm": blocks,
-        "warps_per_sm": blocks * launch.num_warps,
-        "hmma": program.count("HMMA", "HGMMA", "UTCHMMA"),
-        "duplicated": max((p.duplicates for p in products(ttgir)), default=1.0),
-        "loops": loops,
-        "loads": program.widths("LDG"),
-        "stores": program.widths("STG"),
-        "async_copies": program.widths("LDGSTS"),
-        "ldsm": program.count("LDSM"),
+    unchecked = Report(
+        kernel=launch.kernel,
+        arch=launch.arch,
+        configuration=launch.configuration,
+        dtype=next((a.dtype for a in launch.arguments if a.is_tensor and "float" in a.dtype), "-"),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        launches=len(same),
+        programs=sum(one.programs for one in same),
+        registers=resources.registers,
+        stack=resources.stack,
+        local=resources.local,
+        spill_stores=program.count("STL"),
+        spill_loads=program.count("LDL"),
+        shared=shared,
+        blocks_per_sm=blocks,
+        warps_per_sm=blocks * launch.num_warps,
+        hmma=program.count("HMMA", "HGMMA", "UTCHMMA"),
+        duplicated=max((p.duplicates for p in products(ttgir)), default=1.0),
+        loops=_loops(program, useful_fraction(ttgir)),
+        loads=program.widths("LDG"),
+        stores=program.widths("STG"),
+        async_copies=program.widths("LDGSTS"),
+        ldsm=program.count("LDSM"),
         # those of sm_100 in shared memory give out its tensor memory
-        "atomics": program.count(*(name for name in ATOMICS if (name, launch.arch) != ("ATOMS", "sm_100"))),
-    }
-    unchecked = Report(**values, failures=())  # type: ignore[arg-type]
+        atomics=program.count(*(name for name in ATOMICS if (name, launch.arch) != ("ATOMS", "sm_100"))),
+    )
     limits = limits_of(launch.kernel, launch.constants, launch.arch)
     failures = [*_failures(unchecked, limits), *_imprecise(launch.compiled.asm["ttir"])]
-    return Report(**values, failures=tuple(failures))  # type: ignore[arg-type]
+    return replace(unchecked, failures=tuple(failures))
 
 
 def _imprecise(ttir: str) -> Iterable[str]:
@@ -193,57 +189,36 @@ def _widths(widths: dict[int, int]) -> str:
     return " ".join(f"{n}x{width}" for width, n in widths.items()) or "-"
 
 
-_HEADER = (
-    "kernel",
-    "configuration",
-    "dtype",
-    "regs",
-    "STL/LDL",
-    "smem",
-    "blk/SM",
-    "warps/SM",
-    "HMMA loop",
-    "slots/HMMA",
-    "smem/tensor",
-    "LDSM",
-    "LDGSTS",
-    "LDG",
-    "STG",
-    "atomics",
-    "verdict",
-)
+def _cells(row: Report) -> dict[str, str]:
+    """A row of `table` by column."""
+    loops = [loop for loop in row.loops if loop.hmma]
+    return {
+        "kernel": row.kernel,
+        "configuration": row.configuration,
+        "dtype": row.dtype,
+        "regs": str(row.registers),
+        "STL/LDL": f"{row.spill_stores}/{row.spill_loads}",
+        "smem": str(row.shared),
+        "blk/SM": str(row.blocks_per_sm),
+        "warps/SM": str(row.warps_per_sm),
+        "HMMA loop": ",".join(str(loop.hmma) for loop in loops) or "-",
+        "slots/HMMA": ",".join(f"{loop.issue_per_hmma:.2f}" for loop in loops) or "-",
+        "smem/tensor": ",".join(f"{loop.shared_per_tensor:.2f}" for loop in loops) or "-",
+        "LDSM": str(row.ldsm),
+        "LDGSTS": _widths(row.async_copies),
+        "LDG": _widths(row.loads),
+        "STG": _widths(row.stores),
+        "atomics": str(row.atomics),
+        "verdict": "pass" if row.passed else "FAIL: " + "; ".join(row.failures),
+    }
 
 
 def table(rows: Iterable[Report]) -> str:
     """The reports as text, one line each. slots/HMMA and smem/tensor list every innermost loop with products."""
-    lines = [_HEADER]
-    for row in rows:
-        loops = [loop for loop in row.loops if loop.hmma]
-        lines.append(
-            (
-                row.kernel,
-                row.configuration,
-                row.dtype,
-                str(row.registers),
-                f"{row.spill_stores}/{row.spill_loads}",
-                str(row.shared),
-                str(row.blocks_per_sm),
-                str(row.warps_per_sm),
-                ",".join(str(loop.hmma) for loop in loops) or "-",
-                ",".join(f"{loop.issue_per_hmma:.2f}" for loop in loops) or "-",
-                ",".join(f"{loop.shared_per_tensor:.2f}" for loop in loops) or "-",
-                str(row.ldsm),
-                _widths(row.async_copies),
-                _widths(row.loads),
-                _widths(row.stores),
-                str(row.atomics),
-                "pass" if row.passed else "FAIL: " + "; ".join(row.failures),
-            )
-        )
-    sizes = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
-    return "\n".join(
-        "  ".join(cell.ljust(size) for cell, size in zip(line, sizes, strict=True)).rstrip() for line in lines
-    )
+    cells = [_cells(row) for row in rows]
+    sizes = {name: max(len(name), *(len(line[name]) for line in cells)) for name in cells[0]} if cells else {}
+    lines = [{name: name for name in sizes}, *cells]
+    return "\n".join("  ".join(line[name].ljust(n) for name, n in sizes.items()).rstrip() for line in lines)
 
 
 def save(launches: Iterable[Launch], directory: Path) -> None:

@@ -9,10 +9,12 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+
+import networkx as nx
 
 
 @dataclass(frozen=True)
@@ -167,46 +169,19 @@ class Program:
 
 def innermost(successors: Sequence[Collection[int]]) -> list[set[int]]:
     """Blocks of every innermost loop of a flow graph whose entry is block 0, in the order of their headers."""
-    predecessors: list[set[int]] = [set() for _ in successors]
-    for source, targets in enumerate(successors):
-        for target in targets:
-            predecessors[target].add(source)
-    dominators = _dominators(successors, predecessors)
+    graph = nx.DiGraph((source, target) for source, targets in enumerate(successors) for target in targets)
+    graph.add_node(0)
+    dominator = nx.immediate_dominators(graph, 0)
     bodies: dict[int, set[int]] = {}
-    for source, targets in enumerate(successors):
-        for header in targets:
-            if header in (dominators[source] or ()):
-                bodies.setdefault(header, {header}).update(_natural(header, source, predecessors))
+    for source, header in graph.edges:
+        above, known = source, source in dominator or source == 0
+        while above != header and above in dominator:
+            above = dominator[above]
+        # a back edge: the loop is what reaches its source without passing its header
+        if above == header and known:
+            inside = nx.ancestors(graph.subgraph(set(graph) - {header}), source) if source != header else set()
+            bodies.setdefault(header, {header}).update(inside | {source})
     return [body for header, body in sorted(bodies.items()) if not any(h in body for h in bodies if h != header)]
-
-
-def _dominators(successors: Sequence[Collection[int]], predecessors: list[set[int]]) -> list[set[int] | None]:
-    """For each block the blocks on every path to it; None where no path leads."""
-    dominators: list[set[int] | None] = [None] * len(successors)
-    if successors:
-        dominators[0] = {0}
-    changed = True
-    while changed:
-        changed = False
-        for number in range(1, len(successors)):
-            known: Iterable[set[int]] = [d for p in predecessors[number] if (d := dominators[p]) is not None]
-            if not known:
-                continue
-            new = set.intersection(*known) | {number}
-            if new != dominators[number]:
-                dominators[number], changed = new, True
-    return dominators
-
-
-def _natural(header: int, source: int, predecessors: list[set[int]]) -> set[int]:
-    """Blocks that reach `source` without passing `header`."""
-    body, stack = {header}, [source]
-    while stack:
-        block = stack.pop()
-        if block not in body:
-            body.add(block)
-            stack.extend(predecessors[block])
-    return body
 
 
 def tool(name: str) -> str:

@@ -1,11 +1,11 @@
-"""Attention on the fused kernels, over one segment of keys or two, plain or packed: launches, custom operators,
-autograd. Contracts: kernels.api.
+"""Attention on the fused kernels, over one segment of keys or two: launches, custom operators, autograd. Contract:
+kernels.api.
 
-Sources are [q, k, v] and, of `unified_attention`, the second segment's k and v, or packed tensors that hold these
-(`kernels.packed`). Saved for backward: the sources, O and the log-sum-exp. What specialises a compiled kernel: dtype,
-head widths, the number of segments, causal, the kind of padding, dropout on or off, the sign of scale, the common
-alignment of the strides (ALIGN), whether keys are shared, and the tile. Lengths, batch, heads, strides, scale, seeds,
-site and probability do not.
+Sources are [q, k, v] and perhaps the second segment's k and v, or packed tensors that hold these (`kernels.packed`).
+Saved for backward: the sources, O and the log-sum-exp. What specialises a compiled kernel: dtype, head widths, the
+number of segments, causal, the kind of padding, dropout on or off, the sign of scale, the common alignment of the
+strides (ALIGN), whether keys are shared, and the tile. Lengths, batch, heads, strides, scale, seeds, site and
+probability do not.
 """
 
 import math
@@ -282,42 +282,17 @@ class Attention(torch.autograd.Function):
         return *[None] * 7, *attention_backward_op(do, sources, o, lse, handed, *settings)
 
 
-def attend(
-    name: str, *sources: Tensor, scale: float, causal: bool, key_lengths: Tensor | None, key_mask: Tensor | None,
-    dropout: Dropout | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """(O, and of [qkv] its keys and values) of the operator `name`. Rows that cannot be read 16 bytes at a time cost a
-    copy (`in_vectors`, `padded_heads`)."""
+def attention(
+    q: Tensor, *keys: Tensor | None, scale: float, causal: bool, key_lengths: Tensor | None, key_mask: Tensor | None,
+    dropout: Dropout | None, return_kv: bool = False, **named: Tensor | None,
+) -> Any:  # fmt: skip
+    """Contract in kernels.api.attention. Rows that cannot be read 16 bytes at a time cost a copy (`in_vectors`,
+    `padded_heads`)."""
+    sources = [x for x in (q, *keys, *(named.get(name) for name in ("k", "v", "k2", "v2"))) if x is not None]
     rng, p, site = drop_arguments(dropout)
     width = unpack(*sources)[2].shape[3]
-    check_supported(name, *sources, value_width=width)
-    sources = padded_heads(*sources)
+    check_supported("attention", *sources, value_width=width)
     settings = key_lengths, key_mask, rng, scale, causal, p, site
-    out, _, *kv = differentiable(Attention, needs_backward(*sources), *settings, *sources)
-    return tuple(x[..., :width] for x in (out, *kv))
-
-
-# Contracts of these: kernels.api. Settings: those of `attend`, causal where the contract has it.
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
-    return attend("attention", q, k, v, **settings)[0]
-
-
-def self_attention(qkv: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
-    out, kv = attend("self_attention", qkv, **settings)
-    return out, kv
-
-
-def cross_attention(q: Tensor, kv: Tensor, **settings: Any) -> Tensor:
-    return attend("cross_attention", q, kv, **settings)[0]
-
-
-def unified_attention(
-    q: Tensor, k_own: Tensor, v_own: Tensor, k_other: Tensor, v_other: Tensor, **settings: Any
-) -> Tensor:
-    return attend("unified_attention", q, k_own, v_own, k_other, v_other, causal=True, **settings)[0]
-
-
-def packed_unified_attention(qkv: Tensor, kv_other: Tensor, **settings: Any) -> Tensor:
-    return attend("packed_unified_attention", qkv, kv_other, causal=True, **settings)[0]
+    padded = padded_heads(*sources)
+    out, _, *kv = differentiable(Attention, needs_backward(*padded), *settings, *padded)
+    return (out[..., :width], kv[0][..., :width]) if return_kv else out[..., :width]

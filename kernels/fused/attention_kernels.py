@@ -17,7 +17,17 @@ grid end at 65,535.
 import triton
 import triton.language as tl
 
-from kernels.fused.primitives import column_keys, keep, row_keys
+from kernels.fused.primitives import (
+    add_product,
+    column_keys,
+    keep,
+    load_rows,
+    multiplied,
+    product_over_width,
+    row_keys,
+    store_rows,
+    zero_rows,
+)
 
 # The running maximum before any key. Finite, so that exp2(NO_KEY - NO_KEY) is 1 and not NaN; masked scores are -inf.
 NO_KEY = tl.constexpr(-1.0e30)
@@ -26,12 +36,6 @@ RUNTIME = [
     *(f"stride_{x}{d}" for x in ("q", "k", "v", "k2", "v2", "do") for d in "blh"), "stride_mb", "site", "threshold",
     "plane", "first", "gap", "H", "GROUP", "GROUP2", "Lq", "Lpad", "Lk", "Lk2", "PAIRS", "SPLITS", "Bk",
 ]  # fmt: skip
-
-
-@triton.constexpr_function
-def start_of(D, i):
-    """First column of part i of a width, or the end of part i - 1."""
-    return sum(D[:i])
 
 
 @triton.constexpr_function
@@ -54,78 +58,6 @@ def head_rows(ptr, strides, b, h, ALIGN: tl.constexpr):
 def rows_from(rows, start):
     """`rows` without the first `start`."""
     return rows[0] + tl.cast(start, tl.int64) * rows[1], rows[1]
-
-
-@triton.jit
-def load_rows(rows, offs, end, D: tl.constexpr, WIDTH: tl.constexpr, ROWS_MASKED: tl.constexpr = True, real=None):
-    """Rows `offs`: a part i is [rows, D[i]], 0 from column WIDTH on, from row `end` on (ROWS_MASKED) and in rows that
-    are not `real`, if given."""
-    parts = ()
-    for i in tl.static_range(len(D)):
-        d = start_of(D, i) + tl.arange(0, D[i])
-        ptrs = rows[0] + offs[:, None] * rows[1] + d[None, :]
-        if real is not None:
-            x = tl.load(ptrs, mask=real[:, None] & (d[None, :] < WIDTH), other=0.0)
-        elif start_of(D, i + 1) > WIDTH:
-            if ROWS_MASKED:
-                x = tl.load(ptrs, mask=(offs[:, None] < end) & (d[None, :] < WIDTH), other=0.0)
-            else:
-                x = tl.load(ptrs, mask=d[None, :] < WIDTH, other=0.0)
-        elif ROWS_MASKED:
-            x = tl.load(ptrs, mask=offs[:, None] < end, other=0.0)
-        else:
-            x = tl.load(ptrs)
-        parts += (x,)
-    return parts
-
-
-@triton.jit
-def store_rows(rows, x, factor, offs, end, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows `offs` below `end`: x times `factor` (a scalar or [rows, 1]), converted to the pointer's type."""
-    for i in tl.static_range(len(D)):
-        d = start_of(D, i) + tl.arange(0, D[i])
-        ptrs = rows[0] + offs[:, None] * rows[1] + d[None, :]
-        y = (x[i] * factor).to(rows[0].dtype.element_ty)
-        if start_of(D, i + 1) > WIDTH:
-            tl.store(ptrs, y, mask=(offs[:, None] < end) & (d[None, :] < WIDTH))
-        else:
-            tl.store(ptrs, y, mask=offs[:, None] < end)
-
-
-@triton.jit
-def zero_rows(ROWS: tl.constexpr, D: tl.constexpr):
-    """float32 accumulators of a block of rows."""
-    parts = ()
-    for i in tl.static_range(len(D)):
-        parts += (tl.zeros([ROWS, D[i]], tl.float32),)
-    return parts
-
-
-@triton.jit
-def product_over_width(x, y, PRECISION: tl.constexpr):
-    """X Y^T [rows of X, rows of Y] of two blocks of rows."""
-    s = tl.dot(x[0], tl.trans(y[0]), input_precision=PRECISION)
-    for i in tl.static_range(1, len(x)):
-        s = tl.dot(x[i], tl.trans(y[i]), s, input_precision=PRECISION)
-    return s
-
-
-@triton.jit
-def add_product(acc, x, y, PRECISION: tl.constexpr):
-    """acc + x Y: x [M, N], Y a block of N rows."""
-    parts = ()
-    for i in tl.static_range(len(acc)):
-        parts += (tl.dot(x, y[i], acc[i], input_precision=PRECISION),)
-    return parts
-
-
-@triton.jit
-def multiplied(x, factor):
-    """A block of rows times `factor`."""
-    parts = ()
-    for i in tl.static_range(len(x)):
-        parts += (x[i] * factor,)
-    return parts
 
 
 @triton.jit
@@ -307,6 +239,9 @@ def _attention_fwd_kernel(
             acc, m, l, q, keys, values, segments[i][2], ckeys_ptr, segments[i][3], row_a, row_b, threshold, scale_log2,
             start_m, key_end, CAUSAL and i == 0, DROPOUT, NEGATIVE, PRECISION, D, K, E, KV, BLOCK_M, BLOCK_N,
         )  # fmt: skip
+    if K > 128:
+        # adds 0, as in dK and dV: at K 192 eleven registers spill that hold addresses from before the loop
+        offs_m += tl.program_id(1)
     l = tl.sum(l, 1)
     seen = l > 0.0
     factor = tl.where(seen, keep_scale / tl.where(seen, l, 1.0), 0.0)[:, None]
@@ -426,6 +361,8 @@ def _attention_bwd_dq_kernel(
             scale_log2, start_m, tl.where(start_m < Lq, key_end, 0), CAUSAL and i == 0, DROPOUT, NEGATIVE, PRECISION,
             D, K, E, KV, BLOCK_M, BLOCK_N,
         )  # fmt: skip
+    if K > 192:
+        offs_m += tl.program_id(1)  # adds 0, as in forward
     row = PARTS * H
     store_rows((dq_ptr + (b64 * Lq * row + h) * K, row * K), dq, factor, offs_m, Lq, D, K)
 

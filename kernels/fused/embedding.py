@@ -23,7 +23,7 @@ from torch import Tensor
 from kernels.dropout import Dropout, keep_scale
 from kernels.fused import tiles_rows
 from kernels.fused.launch import alignment, architecture, check_supported, drop_arguments, launches, operator
-from kernels.fused.primitives import aligned, column_keys, keep, row_keys, signed_threshold
+from kernels.fused.primitives import aligned, column_keys, drop_rows, load_stream, signed_threshold
 
 # rows of E a program serves in backward: 3,750 programs at 30,000
 ROWS_OF_E = 8
@@ -56,11 +56,9 @@ def _embedding_fwd_kernel(
         offs = position.to(tl.int64)[:, None] * stride_p + offs_d[None, :]
         t = tl.load(positions_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if HAS_DROPOUT:
-            a, b = row_keys(rng_ptr, site, sequence, 0, position)
-            x = tl.where(keep(a[:, None], b[:, None], column[None, :], threshold), x * scale, 0.0)
+            x = drop_rows(x, rng_ptr, site, sequence, position, column, threshold, scale)
         if HAS_DROPOUT_T:
-            a, b = row_keys(rng_t_ptr, site_t, sequence, 0, position)
-            t = tl.where(keep(a[:, None], b[:, None], column_t[None, :], threshold_t), t * scale_t, 0.0)
+            t = drop_rows(t, rng_t_ptr, site_t, sequence, position, column_t, threshold_t, scale_t)
         factor = tl.where(known, 0.5 if AVERAGE else 1.0, float("nan"))
         out = (x + t) * factor[:, None]
         tl.store(out_ptr + row.to(tl.int64)[:, None] * D + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -72,12 +70,10 @@ def _dropped_rows(
     HAS_DROPOUT: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """d_out of positions (sequence, position) as one dropout lets it through, float32; zero where not valid."""
-    offs = sequence.to(tl.int64) * stride_ob + position.to(tl.int64) * stride_ol
     mask = valid[:, None] & (offs_d < D)[None, :]
-    d = tl.load(d_out_ptr + offs[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    d = load_stream(d_out_ptr, sequence, position, stride_ob, stride_ol, offs_d, mask)
     if HAS_DROPOUT:
-        a, b = row_keys(rng_ptr, site, sequence, 0, position)
-        d = tl.where(keep(a[:, None], b[:, None], column[None, :], threshold), d * scale, 0.0)
+        d = drop_rows(d, rng_ptr, site, sequence, position, column, threshold, scale)
     return d
 
 
@@ -217,14 +213,9 @@ _forward_op.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 def embedding(
-    ids: Tensor,
-    table: Tensor,
-    positions: Tensor,
-    *,
-    combine: str,
-    dropout: Dropout | None,
+    ids: Tensor, table: Tensor, positions: Tensor, *, combine: str, dropout: Dropout | None,
     position_dropout: Dropout | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Contract in kernels.api.embedding. Up to 16384 features; float16, bfloat16, float32."""
     check_supported("embedding", table, positions, max_width=tiles_rows.MAX_WIDTH)
     drops = *drop_arguments(dropout), *drop_arguments(position_dropout)

@@ -227,16 +227,9 @@ _forward_op.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def glu(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    kind: str,
-    activation: str,
-    factor: float,
-    dropout: Dropout | None,
-    gate_dropout: Dropout | None,
-    recompute: bool = False,
-) -> Tensor:
+    x: Tensor, weight: Tensor, *, kind: str, activation: str, factor: float, dropout: Dropout | None,
+    gate_dropout: Dropout | None, recompute: bool = False,
+) -> Tensor:  # fmt: skip
     """Contract in kernels.api.glu. float16, bfloat16 or float32, else ValueError.
 
     Keeps for backward x, weight and the products [B L, P N], of a plain relu one bit an element instead; with

@@ -244,24 +244,13 @@ def _splits(words: int, block: int) -> tuple[int, int]:
     return triton.cdiv(words, share), share
 
 
+def _align(h: Tensor, weight: Tensor) -> int:
+    return alignment((h.shape[1], h.stride(0), weight.stride(0)))
+
+
 def _gradient_options(h: Tensor, weight: Tensor, tile: tiles_rows.Tile) -> dict[str, object]:
     width = h.shape[1]
-    first, second = tiles_rows.parts_of(width)
-    align = alignment((width, h.stride(0), weight.stride(0)))
-    return {"D": width, "D0": first, "D1": second, "ALIGN": align, **tile.options(without="k")}
-
-
-def _launch_forward(
-    h: Tensor, weight: Tensor, labels: Tensor, top: Tensor, total: Tensor, target: Tensor, scale: float
-) -> None:
-    """The loss alone: writes three numbers [SPLITS, T] a token."""
-    (tokens, width), vocabulary = h.shape, weight.shape[0]
-    tile = tiles_rows.product_tile(architecture(h), "forward", 8 * h.element_size())
-    _linear_cross_entropy_fwd_kernel[(triton.cdiv(tokens, tile.m) * SPLITS,)](
-        h, weight, labels, top, total, target, tokens, vocabulary, h.stride(0), weight.stride(0), width, scale * LOG2E,
-        EVEN=width % tile.k == 0, ALIGN=alignment((width, h.stride(0), weight.stride(0))), SPLITS=SPLITS, GROUP=GROUP,
-        **tile.options(),
-    )  # fmt: skip
+    return {"D": width, "PARTS": tiles_rows.parts_of(width), "ALIGN": _align(h, weight), **tile.options(without="k")}
 
 
 @operator("march::linear_cross_entropy", vectors=("h", "weight"))
@@ -304,7 +293,12 @@ def _forward_op(
     else:
         splits = SPLITS
         top, total, target = (allocate(splits, tokens) for _ in range(3))
-        _launch_forward(h, weight, labels, top, total, target, scale)
+        tile = tiles_rows.product_tile(architecture(h), "forward", 8 * h.element_size())
+        _linear_cross_entropy_fwd_kernel[(triton.cdiv(tokens, tile.m) * SPLITS,)](
+            h, weight, labels, top, total, target, tokens, vocabulary, h.stride(0), weight.stride(0), width,
+            scale * LOG2E, EVEN=width % tile.k == 0, ALIGN=_align(h, weight), SPLITS=SPLITS, GROUP=GROUP,
+            **tile.options(),
+        )  # fmt: skip
     blocks = triton.cdiv(tokens, JOIN_TOKENS)
     sums, counts = allocate(blocks), allocate(blocks, dtype=torch.int32)
     _linear_cross_entropy_join_kernel[(blocks,)](
@@ -356,7 +350,7 @@ def _chunked(
         _linear_cross_entropy_dlogits_kernel[(triton.cdiv(tokens, tile.m) * triton.cdiv(count, tile.n),)](
             h, rows, labels, lse, g, tokens, count, first, h.stride(0), weight.stride(0), columns, width,
             scale * LOG2E, ignore_index,
-            EVEN=width % tile.k == 0, ALIGN=alignment((width, h.stride(0), weight.stride(0))), GROUP=GROUP_BACKWARD,
+            EVEN=width % tile.k == 0, ALIGN=_align(h, weight), GROUP=GROUP_BACKWARD,
             **tile.options(),
         )  # fmt: skip
         if dh.numel():

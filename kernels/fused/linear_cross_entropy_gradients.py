@@ -13,18 +13,15 @@ operand. A tile of those is loaded once and serves both products, s^T = other ow
 import triton
 import triton.language as tl
 
-from kernels.fused.primitives import aligned
-
-
-@triton.jit
-def _columns(ptr, rows, stride, LEFT: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr):
-    """Columns [LEFT, LEFT + BLOCK) of `rows`, zero from D on."""
-    offs = LEFT + tl.arange(0, BLOCK)
-    ptrs = ptr + rows[:, None] * stride + offs[None, :]
-    if LEFT + BLOCK <= D:
-        return tl.load(ptrs)
-    else:
-        return tl.load(ptrs, mask=(offs < D)[None, :], other=0.0)
+from kernels.fused.primitives import (
+    add_product,
+    aligned,
+    load_rows,
+    multiplied,
+    product_over_width,
+    store_rows,
+    zero_rows,
+)
 
 
 @triton.jit
@@ -53,20 +50,26 @@ def _store_row(ptr, a, b, rows_a, rows_b, end):
 
 
 @triton.jit
-def _store(ptr, acc, rows, end, LEFT: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr):
-    offs = LEFT + tl.arange(0, BLOCK)
-    ptrs = ptr + rows.to(tl.int64)[:, None] * D + offs[None, :]
-    tl.store(ptrs, acc.to(ptr.dtype.element_ty), mask=(rows < end)[:, None] & (offs < D)[None, :])
+def _half(acc, top, total, s, other, rows, lse, label, inside, TOKENS: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds to half of the own rows what a tile of other rows gives: (sums, largest logits, their sums); s [other, own].
+    TOKENS as below: softmax(s), running, else G by lse and label of the other rows."""
+    if TOKENS:
+        g, top, total, keep = _softmax(s, top, total, inside)
+        acc = multiplied(acc, keep[:, None])
+    else:
+        g = tl.exp2(s - lse[:, None])
+        g = tl.where(rows[None, :] == label[:, None], g - 1.0, g)
+    return add_product(acc, tl.trans(g.to(other[0].dtype)), other, PRECISION), top, total
 
 
 @triton.jit(do_not_specialize=["own_rows", "other_rows", "share", "ignore_index"])
 def _linear_cross_entropy_gradient_kernel(
     own_ptr, other_ptr, lse_ptr, labels_ptr, d_loss_ptr, inverse_ptr, out_ptr, top_ptr, total_ptr,
     own_rows, other_rows, share, stride_own, stride_other, scale, scale_log2, ignore_index,
-    TOKENS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    TOKENS: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Own rows are words: out [V, D] = dE. D in parts D0 and D1.
+    """Own rows are words: out [V, D] = dE. PARTS: of D, one or two.
 
     TOKENS: own rows are tokens, and this is the forward pass. lse is not known yet: as in attention, out [splits, T, D]
     is sum 2^(s - top) E over a share of the words, beside it the largest logit and the sum of each token, [splits, T]
@@ -86,19 +89,13 @@ def _linear_cross_entropy_gradient_kernel(
     order = tl.arange(0, BLOCK_M)
     rows = top + order % 2 * HALF + order // 2
     own_at = tl.minimum(rows, own_rows - 1).to(tl.int64)
-    own0 = _columns(own_ptr, own_at, stride_own, 0, D0, D)
-    if D1 > 0:
-        own1 = _columns(own_ptr, own_at, stride_own, D0, D1, D)
-    if TOKENS:
-        top_a = tl.full([HALF], float("-inf"), tl.float32)
-        top_b = tl.full([HALF], float("-inf"), tl.float32)
-        total_a = tl.zeros([HALF], tl.float32)
-        total_b = tl.zeros([HALF], tl.float32)
-    a0 = tl.zeros([HALF, D0], tl.float32)
-    b0 = tl.zeros([HALF, D0], tl.float32)
-    if D1 > 0:
-        a1 = tl.zeros([HALF, D1], tl.float32)
-        b1 = tl.zeros([HALF, D1], tl.float32)
+    own = load_rows((own_ptr, stride_own), own_at, own_rows, PARTS, D, False)
+    top_a = tl.full([HALF], float("-inf"), tl.float32)
+    top_b = tl.full([HALF], float("-inf"), tl.float32)
+    total_a = tl.zeros([HALF], tl.float32)
+    total_b = tl.zeros([HALF], tl.float32)
+    a = zero_rows(HALF, PARTS)
+    b = zero_rows(HALF, PARTS)
     first = split * share
     end = tl.minimum(first + share, other_rows)
     offs_n = tl.arange(0, BLOCK_N)
@@ -107,40 +104,15 @@ def _linear_cross_entropy_gradient_kernel(
         # rows beyond the end repeat the last one; their G is 0
         inside = offs_n < end - start
         other_at = tl.minimum(offs_n, end - start - 1)
-        other0 = _columns(other_ptr, other_at, stride_other, 0, D0, D)
-        if D1 > 0:
-            other1 = _columns(other_ptr, other_at, stride_other, D0, D1, D)
-        s = tl.dot(other0, tl.trans(own0), input_precision=PRECISION)
-        if D1 > 0:
-            s = tl.dot(other1, tl.trans(own1), s, input_precision=PRECISION)
+        other = load_rows((other_ptr, stride_other), other_at, end, PARTS, D, False)
+        s = product_over_width(other, own, PRECISION)
         s_a, s_b = (s * scale_log2).reshape(BLOCK_N, HALF, 2).split()
+        lse, label = offs_n, offs_n
         if not TOKENS:
             lse, label = _statistics(lse_ptr, labels_ptr, start + other_at, inside, ignore_index)
         # the second half's softmax stands behind the first half's products, under which it can run
-        if TOKENS:
-            g, top_a, total_a, keep = _softmax(s_a, top_a, total_a, inside)
-            a0 = a0 * keep[:, None]
-            if D1 > 0:
-                a1 = a1 * keep[:, None]
-        else:
-            g = tl.exp2(s_a - lse[:, None])
-            g = tl.where(rows_a[None, :] == label[:, None], g - 1.0, g)
-        g = tl.trans(g.to(own0.dtype))
-        a0 = tl.dot(g, other0, a0, input_precision=PRECISION)
-        if D1 > 0:
-            a1 = tl.dot(g, other1, a1, input_precision=PRECISION)
-        if TOKENS:
-            g, top_b, total_b, keep = _softmax(s_b, top_b, total_b, inside)
-            b0 = b0 * keep[:, None]
-            if D1 > 0:
-                b1 = b1 * keep[:, None]
-        else:
-            g = tl.exp2(s_b - lse[:, None])
-            g = tl.where(rows_b[None, :] == label[:, None], g - 1.0, g)
-        g = tl.trans(g.to(own0.dtype))
-        b0 = tl.dot(g, other0, b0, input_precision=PRECISION)
-        if D1 > 0:
-            b1 = tl.dot(g, other1, b1, input_precision=PRECISION)
+        a, top_a, total_a = _half(a, top_a, total_a, s_a, other, rows_a, lse, label, inside, TOKENS, PRECISION)
+        b, top_b, total_b = _half(b, top_b, total_b, s_b, other, rows_b, lse, label, inside, TOKENS, PRECISION)
         other_ptr += BLOCK_N * stride_other.to(tl.int64)
     if TOKENS:
         factor = 1.0
@@ -149,12 +121,9 @@ def _linear_cross_entropy_gradient_kernel(
         _store_row(total_ptr + at, total_a, total_b, rows_a, rows_b, own_rows)
     else:
         factor = tl.load(d_loss_ptr).to(tl.float32) * tl.load(inverse_ptr) * scale
-    out_ptr += split.to(tl.int64) * own_rows * D
-    _store(out_ptr, a0 * factor, rows_a, own_rows, 0, D0, D)
-    _store(out_ptr, b0 * factor, rows_b, own_rows, 0, D0, D)
-    if D1 > 0:
-        _store(out_ptr, a1 * factor, rows_a, own_rows, D0, D1, D)
-        _store(out_ptr, b1 * factor, rows_b, own_rows, D0, D1, D)
+    out = (out_ptr + split.to(tl.int64) * own_rows * D, D)
+    store_rows(out, a, factor, rows_a.to(tl.int64), own_rows, PARTS, D)
+    store_rows(out, b, factor, rows_b.to(tl.int64), own_rows, PARTS, D)
 
 
 @triton.jit(do_not_specialize=["tokens", "vocabulary", "ignore_index"])

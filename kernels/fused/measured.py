@@ -6,7 +6,7 @@ tiles; nothing is measured when a model runs. `trying` replaces one entry while 
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -48,6 +48,14 @@ def _file(arch: str) -> dict[str, dict[str, Any]]:
 def tile(arch: str, name: str) -> dict[str, Any] | None:
     """Fields of the measured tile `name` on `arch`, None where none was measured."""
     return _trying.get(name) or _file(arch).get(name)
+
+
+def product_tile(arch: str, name: str, default: Mapping[Any, Tile], own: Mapping[str, Mapping], key: Any) -> Tile:
+    """The tile `key` of a kernel with products: measured as `name`, else the architecture's own, else the default."""
+    found = tile(arch, name)
+    if found is not None:
+        return Tile(**found)
+    return own.get(arch, {}).get(key) or default[key]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
-"""What two or more operators share on the device: the dropout contract of kernels.dropout, the sum of partial sums.
+"""What two or more operators share on the device: the dropout contract of kernels.dropout, blocks of rows in parts of
+their width and their products, the sum of partial sums.
 
 Words are int32 whose bits are the contract's 32-bit words, products and sums wrap. The contract's unsigned comparison
 word >= T becomes a signed one by flipping the sign bit of both sides; adding 2^31 flips it, so `row_keys` adds it to
@@ -65,6 +66,104 @@ def column_keys(rng_ptr, site, column):
 def keep(a, b, c, threshold):
     """True where the element is kept; a, b from `row_keys`, c from `column_keys`, broadcast against each other."""
     return a * c + b >= threshold
+
+
+@triton.jit
+def drop_rows(x, rng_ptr, site, sequence, position, column, threshold, scale):
+    """dropout(x), float32 [rows, columns], of rows (sequence, position) of a stream; column from `column_keys`."""
+    a, b = row_keys(rng_ptr, site, sequence, 0, position)
+    return tl.where(keep(a[:, None], b[:, None], column[None, :], threshold), x * scale, 0.0)
+
+
+@triton.jit
+def load_stream(ptr, sequence, position, stride_b, stride_l, offs_d, mask):
+    """Rows (sequence, position) of a stream [B, L, D] as float32, 0 outside the mask."""
+    offs = sequence.to(tl.int64) * stride_b + position.to(tl.int64) * stride_l
+    return tl.load(ptr + offs[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+# ---------------------------------------------------------------- blocks of rows, each a tuple of parts of the width
+
+
+@triton.constexpr_function
+def start_of(D, i):
+    """First column of part i of a width, or the end of part i - 1."""
+    return sum(D[:i])
+
+
+@triton.jit
+def load_rows(rows, offs, end, D: tl.constexpr, WIDTH: tl.constexpr, ROWS_MASKED: tl.constexpr = True, real=None):
+    """Rows `offs`: a part i is [rows, D[i]], 0 from column WIDTH on, from row `end` on (ROWS_MASKED) and in rows that
+    are not `real`, if given."""
+    parts = ()
+    for i in tl.static_range(len(D)):
+        d = start_of(D, i) + tl.arange(0, D[i])
+        ptrs = rows[0] + offs[:, None] * rows[1] + d[None, :]
+        if real is not None:
+            x = tl.load(ptrs, mask=real[:, None] & (d[None, :] < WIDTH), other=0.0)
+        elif start_of(D, i + 1) > WIDTH:
+            if ROWS_MASKED:
+                x = tl.load(ptrs, mask=(offs[:, None] < end) & (d[None, :] < WIDTH), other=0.0)
+            else:
+                x = tl.load(ptrs, mask=d[None, :] < WIDTH, other=0.0)
+        elif ROWS_MASKED:
+            x = tl.load(ptrs, mask=offs[:, None] < end, other=0.0)
+        else:
+            x = tl.load(ptrs)
+        parts += (x,)
+    return parts
+
+
+@triton.jit
+def store_rows(rows, x, factor, offs, end, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows `offs` below `end`: x times `factor` (a scalar or [rows, 1]), converted to the pointer's type."""
+    for i in tl.static_range(len(D)):
+        d = start_of(D, i) + tl.arange(0, D[i])
+        ptrs = rows[0] + offs[:, None] * rows[1] + d[None, :]
+        y = (x[i] * factor).to(rows[0].dtype.element_ty)
+        if start_of(D, i + 1) > WIDTH:
+            tl.store(ptrs, y, mask=(offs[:, None] < end) & (d[None, :] < WIDTH))
+        else:
+            tl.store(ptrs, y, mask=offs[:, None] < end)
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, D: tl.constexpr):
+    """float32 accumulators of a block of rows."""
+    parts = ()
+    for i in tl.static_range(len(D)):
+        parts += (tl.zeros([ROWS, D[i]], tl.float32),)
+    return parts
+
+
+@triton.jit
+def product_over_width(x, y, PRECISION: tl.constexpr):
+    """X Y^T [rows of X, rows of Y] of two blocks of rows."""
+    s = tl.dot(x[0], tl.trans(y[0]), input_precision=PRECISION)
+    for i in tl.static_range(1, len(x)):
+        s = tl.dot(x[i], tl.trans(y[i]), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def add_product(acc, x, y, PRECISION: tl.constexpr):
+    """acc + x Y: x [M, N], Y a block of N rows."""
+    parts = ()
+    for i in tl.static_range(len(acc)):
+        parts += (tl.dot(x, y[i], acc[i], input_precision=PRECISION),)
+    return parts
+
+
+@triton.jit
+def multiplied(x, factor):
+    """A block of rows times `factor`."""
+    parts = ()
+    for i in tl.static_range(len(x)):
+        parts += (x[i] * factor,)
+    return parts
+
+
+# ---------------------------------------------------------------- partial sums
 
 
 @triton.jit(do_not_specialize=["n", "splits", "row", "out_row"])

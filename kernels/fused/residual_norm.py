@@ -34,7 +34,7 @@ from kernels.fused.launch import (
     needs_backward,
     operator,
 )
-from kernels.fused.primitives import aligned, column_keys, keep, row_keys, signed_threshold
+from kernels.fused.primitives import aligned, column_keys, drop_rows, load_stream, signed_threshold
 
 REDUCE_ROWS, REDUCE_COLUMNS = 64, 32
 
@@ -79,17 +79,12 @@ def _residual_norm_fwd_kernel(
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row, valid, sequence, position = _rows_of_tile(tile, rows, length, ROWS)
         mask = valid[:, None] & mask_d[None, :]
-        sequence64, position64 = sequence.to(tl.int64), position.to(tl.int64)
         if HAS_S:
-            offs = sequence64 * stride_sb + position64 * stride_sl
-            y = tl.load(s_ptr + offs[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+            y = load_stream(s_ptr, sequence, position, stride_sb, stride_sl, offs_d, mask)
             if HAS_DROPOUT:
-                a, b = row_keys(rng_ptr, site, sequence, 0, position)
-                kept = keep(a[:, None], b[:, None], column[None, :], threshold)
-                y = tl.where(kept, y * scale, 0.0)
+                y = drop_rows(y, rng_ptr, site, sequence, position, column, threshold, scale)
         if HAS_X:
-            offs = sequence64 * stride_xb + position64 * stride_xl
-            x = tl.load(x_ptr + offs[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+            x = load_stream(x_ptr, sequence, position, stride_xb, stride_xl, offs_d, mask)
             y = x + y if HAS_S else x
         offs = row.to(tl.int64)[:, None] * D + offs_d[None, :]
         if HAS_S:
@@ -123,11 +118,8 @@ def _residual_norm_bwd_kernel(
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row, valid, sequence, position = _rows_of_tile(tile, rows, length, ROWS)
         mask = valid[:, None] & mask_d[None, :]
-        sequence64, position64 = sequence.to(tl.int64), position.to(tl.int64)
-        offs = (sequence64 * stride_yb + position64 * stride_yl)[:, None] + offs_d[None, :]
-        n = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        offs = (sequence64 * stride_dzb + position64 * stride_dzl)[:, None] + offs_d[None, :]
-        dz = tl.load(dz_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        n = load_stream(y_ptr, sequence, position, stride_yb, stride_yl, offs_d, mask)
+        dz = load_stream(dz_ptr, sequence, position, stride_dzb, stride_dzl, offs_d, mask)
         rstd = tl.load(rstd_ptr + row, mask=valid, other=0.0)[:, None]
         n *= rstd
         acc += dz * n
@@ -135,15 +127,12 @@ def _residual_norm_bwd_kernel(
         mean = _row_sums(w, n, mask, ALIGN, D) / FEATURES
         g = rstd * (w - n * mean[:, None])
         if HAS_DY:
-            offs = (sequence64 * stride_dyb + position64 * stride_dyl)[:, None] + offs_d[None, :]
-            g += tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            g += load_stream(dy_ptr, sequence, position, stride_dyb, stride_dyl, offs_d, mask)
         offs = row.to(tl.int64)[:, None] * D + offs_d[None, :]
         if WRITE_DX:
             tl.store(dx_ptr + offs, g.to(dx_ptr.dtype.element_ty), mask=mask)
         if HAS_DROPOUT:
-            a, b = row_keys(rng_ptr, site, sequence, 0, position)
-            kept = keep(a[:, None], b[:, None], column[None, :], threshold)
-            g = tl.where(kept, g * scale, 0.0)
+            g = drop_rows(g, rng_ptr, site, sequence, position, column, threshold, scale)
             tl.store(ds_ptr + offs, g.to(ds_ptr.dtype.element_ty), mask=mask)
     tl.store(partial_ptr + tl.program_id(0) * D + offs_d, tl.sum(acc, axis=0), mask=mask_d)
 
@@ -223,67 +212,45 @@ def _backward_op(
     return dx, ds, dgain
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, _, gain, rng, p, site, _, features = inputs
-    y, _, rstd = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(rstd)
-    ctx.save_for_backward(y, rstd, gain, rng)
-    ctx.p, ctx.site, ctx.features, ctx.has_x = p, site, features, x is not None
-
-
-def _autograd_backward(ctx: Any, dy: Tensor | None, dz: Tensor | None, _: Tensor | None):
-    if dy is None and dz is None:
-        return (None,) * 8
-    y, rstd, gain, rng = ctx.saved_tensors
-    # the norm unused is rare (a stream that ends without one): it costs a tensor of zeros
-    dz = torch.zeros_like(y) if dz is None else dz
-    dx, ds, dgain = _backward_op(dy, dz, y, rstd, gain, rng, ctx.p, ctx.site, ctx.features, ctx.has_x)
-    return dx if ctx.has_x else None, ds if rng is not None else dx, dgain, None, None, None, None, None
-
-
-_forward_op.register_autograd(_autograd_backward, setup_context=_setup_context)
-
-
-class _Norm(torch.autograd.Function):
-    """(x, z) of the norm alone. The stream passes through the function, so that its gradient and the norm's are added
-    where both are in registers, not by a further pass over the stream; a custom op may not return its input."""
+class _ResidualNorm(torch.autograd.Function):
+    """(y, z, rstd). Of the norm alone y is x: the stream passes through the function, so that its gradient and the
+    norm's are added where both are in registers, not by a further pass over the stream; a custom op may not return its
+    input."""
 
     @staticmethod
-    def forward(x: Tensor, gain: Tensor, eps: float, features: int):
-        _, z, rstd = _forward_op(x, None, gain, None, 0.0, 0, eps, features)
-        return x.view_as(x), z, rstd
+    def forward(x, s, gain, rng, p, site, eps, features):
+        y, z, rstd = _forward_op(x, s, gain, rng, p, site, eps, features)
+        return x.view_as(x) if s is None else y, z, rstd
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, gain, _, ctx.features = inputs
-        ctx.save_for_backward(x, output[2], gain)
+        x, s, gain, rng, ctx.p, ctx.site, _, ctx.features = inputs
+        ctx.save_for_backward(x if s is None else output[0], output[2], gain, rng)
+        ctx.given = x is not None, s is not None
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None, _: Tensor | None):  # type: ignore[override]
-        if dz is None:
-            return dy, None, None, None
-        x, rstd, gain = ctx.saved_tensors
-        dx, _, dgain = _backward_op(dy, dz, x, rstd, gain, None, 0.0, 0, ctx.features, True)
-        return dx, dgain, None, None
+        has_x, has_s = ctx.given
+        if dz is None and (dy is None or not has_s):
+            return dy, *(None,) * 7
+        y, rstd, gain, rng = ctx.saved_tensors
+        # the norm unused is rare (a stream that ends without one): it costs a tensor of zeros
+        dz = torch.zeros_like(y) if dz is None else dz
+        dx, ds, dgain = _backward_op(dy, dz, y, rstd, gain, rng, ctx.p, ctx.site, ctx.features, has_x)
+        ds = (ds if rng is not None else dx) if has_s else None
+        return dx if has_x else None, ds, dgain, *(None,) * 5
 
 
 def residual_norm(
-    x: Tensor | None,
-    s: Tensor | None,
-    gain: Tensor,
-    *,
-    dropout: Dropout | None,
-    eps: float,
+    x: Tensor | None, s: Tensor | None, gain: Tensor, *, dropout: Dropout | None, eps: float,
     features: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Contract in kernels.api.residual_norm. Streams up to 16384 features; float16, bfloat16, float32."""
     stream = s if s is not None else x
     assert stream is not None
     check_supported("residual_norm", stream, max_width=tiles_rows.MAX_WIDTH)
     features = features or gain.shape[0]
-    if s is None:
-        return differentiable(_Norm, needs_backward(x, gain), x, gain, eps, features)[:2]
-    return _forward_op(x, s, gain, *drop_arguments(dropout), eps, features)[:2]
+    recorded = needs_backward(x, s, gain)
+    return differentiable(_ResidualNorm, recorded, x, s, gain, *drop_arguments(dropout), eps, features)[:2]

@@ -49,19 +49,14 @@ ELEMENTWISE = (16, 256, 4)
 
 def product_tile(arch: str, pair: bool, bits: int) -> Tile:
     """Configuration of the kernels with products."""
-    found = measured.tile(arch, f"glu.{'pair' if pair else 'plain'}.{bits}")
-    if found is not None:
-        return Tile(**found)
-    key = (pair, bits)
-    return TABLE.get(arch, {}).get(key) or _DEFAULT[key]
+    return measured.product_tile(arch, f"glu.{'pair' if pair else 'plain'}.{bits}", _DEFAULT, TABLE, (pair, bits))
 
 
 def gradient_tile(arch: str, product: str, bits: int, align: int) -> Tile:
     """Configuration of a plain relu's gradients, product dx or dw, where `align` elements divide the rows' strides."""
     if bits == 16 and align < 4:
         return _NARROW
-    key = (product, bits)
-    return GRADIENT_TABLE.get(arch, {}).get(key) or _GRADIENT[key]
+    return measured.product_tile(arch, f"glu.{product}.{bits}", _GRADIENT, GRADIENT_TABLE, (product, bits))
 
 
 def splits(programs: int, rows: int, block: int) -> tuple[int, int]:

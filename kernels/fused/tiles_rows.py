@@ -70,15 +70,11 @@ TABLE: dict[str, dict[tuple[str, int], Tile]] = dict.fromkeys(("sm_80", "sm_90",
 
 def product_tile(arch: str, kernel: str, bits: int) -> Tile:
     """Configuration of linear_cross_entropy's products. kernel: forward, dlogits or gradient."""
-    found = measured.tile(arch, f"linear_cross_entropy.{kernel}.{bits}")
-    if found is not None:
-        return Tile(**found)
-    return TABLE.get(arch, {}).get((kernel, bits)) or _DEFAULT[kernel, bits]
+    return measured.product_tile(arch, f"linear_cross_entropy.{kernel}.{bits}", _DEFAULT, TABLE, (kernel, bits))
 
 
-def parts_of(width: int) -> tuple[int, int]:
-    """Powers of two that cover a row of up to 512 features, the first at most 256, the second 0 where one is enough:
-    380 features cost 384, not 512."""
-    if width <= 256:
-        return max(16, 1 << (width - 1).bit_length()), 0
-    return 256, max(16, 1 << (width - 257).bit_length())
+def parts_of(width: int) -> tuple[int, ...]:
+    """One or two powers of two that cover a row of up to 512 features, the first at most 256: 380 features cost 384,
+    not 512."""
+    first = min(256, max(16, 1 << (width - 1).bit_length()))
+    return (first,) if width <= first else (first, max(16, 1 << (width - first - 1).bit_length()))

@@ -50,14 +50,9 @@ def library() -> ModuleType:
 
 
 def residual_norm(
-    x: Tensor | None,
-    s: Tensor | None,
-    gain: Tensor,
-    *,
-    dropout: Dropout | None,
-    eps: float,
+    x: Tensor | None, s: Tensor | None, gain: Tensor, *, dropout: Dropout | None, eps: float,
     features: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Contract in kernels.api.residual_norm, of whole rows: it knows no `features`."""
     norm = library().fused_rms_norm_affine
     if features not in (None, gain.shape[0]):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels.dispatch import ImplementationError
 from kernels.dropout import Dropout
+from kernels.packed import unpacked
 
 INSTALL = (
     "install it with `pip install flash-attn --no-build-isolation` (it compiles against the CUDA toolkit), or use "
@@ -40,19 +41,14 @@ def _require(condition: bool, expected: str, got: object) -> None:
         )
 
 
+@unpacked
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    causal: bool,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    dropout: Dropout | None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *second: Tensor, scale: float, causal: bool, key_lengths: Tensor | None,
+    key_mask: Tensor | None, dropout: Dropout | None,
+) -> Tensor:  # fmt: skip
     """Contract in kernels.api.attention, except for the dropout's generator."""
     flash = library()
+    _require(not second, "one segment of keys", "two")
     _require(q.dtype in (torch.float16, torch.bfloat16), "float16 or bfloat16", q.dtype)
     _require(key_lengths is None and key_mask is None, "keys without padding", "key_lengths or key_mask")
     _require(q.shape[3] == v.shape[3], "values as wide as keys", f"{q.shape[3]} and {v.shape[3]}")

@@ -1,42 +1,71 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kernels.operators.record import ENCODER_LENGTH, MICRO_BATCH, Kernel, Limit, Operator, Tuned, normalised
+from kernels.operators.record import ENCODER_LENGTH, MICRO_BATCH, Draw, Kernel, Limit, Operator, Tuned
 from kernels.validation import Contract
 
-NO_PADDING = {"key_lengths": None, "key_mask": None}
-LAYOUT = "lay heads out as [B, L, H, K]"
 PADDING = {
     "key_lengths": "int B; one length a sequence",
     "key_mask": "bool B Lk; give one row a sequence and one column a key, True where it is real",
 }
+# Of both segments: separate tensors, or packed ones. Of two segments the first, the queries' own, has their length
+_FIRST = (
+    {"q": "B Lq H K", "k": "B|1 Lk G K", "v": "B|1 Lk G Kv"},
+    {"q": "B Lk 3 H K"},
+    {"q": "B Lq H K", "k": "B|1 Lk 2 G K"},
+)
+_SECOND: tuple[dict[str, str], ...] = ({}, {"k2": "B'|1 Lk G' K", "v2": "B'|1 Lk G' Kv"}, {"k2": "B'|1 Lk 2 G' K"})
 
 
-def packed(parts: int) -> str:
-    return f"give the product of all {parts} weights as x.unflatten(-1, ({parts}, H, K))"
+def _form(first: Mapping[str, str], second: Mapping[str, str]) -> Contract:
+    if second:
+        first = {name: axes.replace("Lk", "Lq") for name, axes in first.items()}
+    arguments = {**first, **second}
+    for name, axes in arguments.items():
+        # packed values are as wide as keys
+        axes = axes if "v" in first and ("v2" in second or not second) else axes.replace("Kv", "K")
+        parts = next((n for n in "32" if n in axes.split()), None)
+        fix = "lay heads out as [B, L, H, K]; values alone may have another last dimension"
+        if parts:
+            fix = f"give the product of all {parts} weights as x.unflatten(-1, ({parts}, H, K))"
+        arguments[name] = f"{axes}; {fix}"
+    return Contract("attention", **arguments, **PADDING)
+
+
+# separate tensors of one segment, of two, then the packed ones
+FORMS = tuple(_form(first, second) for first in _FIRST for second in _SECOND)
 
 
 def _sizes(
-    batch: int,
-    queries: int,
-    keys: int,
-    heads: int,
-    width: int,
-    *,
-    value_width: int | None = None,
-    key_heads: int | None = None,
-    key_batch: int | None = None,
-) -> dict[str, int]:
-    sizes = {"B": batch, "Lq": queries, "Lk": keys, "H": heads, "K": width}
-    own = {"B|1": (key_batch, batch), "G": (key_heads, heads), "Kv": (value_width, width)}
-    return sizes | {axis: like if n is None else n for axis, (n, like) in own.items()}
+    batch: int, queries: int, keys: int, heads: int, width: int, *, value_width: int | None = None,
+    key_heads: int | None = None, key_batch: int | None = None, segments: int = 1,
+) -> dict[str, int]:  # fmt: skip
+    """Of two segments, `keys` and what else is said of keys are the second's."""
+    sizes = {"form": segments - 1, "B": batch, "Lq": queries, "Lk": keys, "H": heads, "K": width}
+    sizes |= {"Kv": width if value_width is None else value_width, "B|1": batch, "G": heads}
+    second = "'" if segments == 2 else ""
+    return sizes | {
+        f"B{second}|1": batch if key_batch is None else key_batch,
+        f"G{second}": heads if key_heads is None else key_heads,
+    }
+
+
+def _queries(draw: Draw, sizes: Any, shape: Any) -> Any:
+    """Scores of variance 1; a packed q holds keys and values too."""
+    if len(shape) == 4:
+        return draw.normal(shape, scale=sizes["K"] ** -0.5)
+    x = draw.normal(shape)
+    x[:, :, 0] *= sizes["K"] ** -0.5
+    return x
 
 
 def products(sizes: Any, kwargs: Any) -> tuple[int, int]:
     """Scores that a causal mask hides are left out; backward has the scores again."""
-    own = sizes["Lq"] * (sizes["Lq"] + 1) // 2
-    pairs = sizes["Lq"] * sizes["Lk"] + (own if "G'" in sizes else 0)
-    scores = sizes["B"] * sizes["H"] * (own if kwargs.get("causal") else pairs)
+    two = "G'" in sizes
+    first = sizes["Lq"] * (sizes["Lq"] if two else sizes["Lk"])
+    if kwargs.get("causal"):
+        first = sizes["Lq"] * (sizes["Lq"] + 1) // 2
+    scores = sizes["B"] * sizes["H"] * (first + (sizes["Lq"] * sizes["Lk"] if two else 0))
     return 2 * scores * (sizes["K"] + sizes["Kv"]), 2 * scores * (3 * sizes["K"] + 2 * sizes["Kv"])
 
 
@@ -96,13 +125,7 @@ LIMITS = (
     Limit("_*attention_bwd_d*", lambda c: _width(c) <= 64, resident_warps=8),
     # the main loop: beside it are loops over blocks at the causal diagonal and at the end of the keys
     *(
-        Limit(
-            f"_*attention_{kernel}",
-            _at(width, dropout),
-            issue_per_hmma=issue,
-            shared_per_tensor=shared,
-            loop="main",
-        )
+        Limit(f"_*attention_{kernel}", _at(width, dropout), issue_per_hmma=issue, shared_per_tensor=shared, loop="main")
         for kernel, width, dropout, issue, shared in (
             ("fwd_kernel", 32, True, 15.0, None),
             ("fwd_kernel", 64, False, 6.0, 0.95),
@@ -116,21 +139,15 @@ LIMITS = (
         )
     ),
 )
-_KEYS = {"k": f"B|1 Lk G K; {LAYOUT}", "v": f"B|1 Lk G Kv; {LAYOUT}, only the last dimension may differ from k's"}
 RECORD = Operator(
-    Contract("attention", q=f"B Lq H K; {LAYOUT}", **_KEYS, **PADDING),
+    FORMS[1],
     portable="kernels.portable.chunked_attention",
     sizes=_sizes,
-    values={"q": normalised("K")},
-    saved=("q", "k", "v", "out", "lse"),
+    values={"q": _queries},
+    saved=(*FORMS[1].tensors, "out", "lse"),
     flops=products,
-    checked={"scale": 0.5, "causal": True} | NO_PADDING,
-    forms={
-        "self_attention": Contract("self_attention", qkv=f"B Lk 3 H K; {packed(3)}", **PADDING),
-        "cross_attention": Contract(
-            "cross_attention", q=f"B Lq H K; {LAYOUT}", kv=f"B|1 Lk 2 G K; {packed(2)}", **PADDING
-        ),
-    },
+    checked={"scale": 0.5, "causal": True, "key_lengths": None, "key_mask": None},
+    forms=FORMS,
     libraries=("flash_attn",),
     kernels={
         "_column_keys_kernel": Kernel("ckeys_ptr"),

@@ -79,8 +79,7 @@ RECORD = Operator(
     differentiable=1,
     kernels={
         "_linear_cross_entropy_fwd_kernel": Kernel(
-            "top_ptr total_ptr target_ptr",
-            lambda k: 2 * k["tokens"] * k["vocabulary"] * k["width"],
+            "top_ptr total_ptr target_ptr", lambda k: 2 * k["tokens"] * k["vocabulary"] * k["width"]
         ),
         "_linear_cross_entropy_join_kernel": Kernel("lse_ptr loss_ptr sum_ptr count_ptr"),
         "_linear_cross_entropy_mean_kernel": Kernel("loss_ptr inverse_ptr"),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.validation import Contract
+from kernels.validation import Contract, check
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 Sizes = Mapping[str, int]
@@ -97,9 +97,10 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Operator:
-    """contract: its tensors, in their order, and what may stand in keyword arguments; forms: those of packed forms.
+    """contract: its tensors, in their order, and what may stand in keyword arguments; forms: contracts of calls that
+    give some of these tensors, or other shapes of them (sizes name one by its number, "form").
     portable: the module of its eager implementation; the formula is in kernels.reference, the kernels in
-    `fused`, by default kernels.fused.NAME; libraries: other implementations, in kernels.libraries.
+    kernels.fused.NAME; libraries: other implementations, in kernels.libraries.
     sizes: the axes of the contract from the dimensions that tests and bench speak of; values: of tensors that are not
     drawn from N(0, 1). checked: the arguments at which it is compared where no step was recorded, beside dropout in
     `drops` and key lengths where the contract has them. differentiable: how many of the outputs are, None for all.
@@ -116,9 +117,8 @@ class Operator:
     differentiable: int | None = None
     values: Mapping[str, Values] = field(default_factory=dict)
     flops: Callable[[Sizes, Mapping[str, Any]], tuple[int, int]] = lambda sizes, kwargs: (0, 0)
-    forms: Mapping[str, Contract] = field(default_factory=dict)
+    forms: tuple[Contract, ...] = ()
     libraries: tuple[str, ...] = ()
-    fused: str = ""
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
     tiles: Callable[[], list[Tuned]] = list
     limits: tuple[Limit, ...] = ()
@@ -129,28 +129,33 @@ class Operator:
 
     @property
     def fused_module(self) -> str:
-        return self.fused or f"kernels.fused.{self.name}"
+        return f"kernels.fused.{self.name}"
 
     def module(self, implementation: str) -> Any:
         """The module of an implementation: torch, reference, triton, or a library's name."""
         named = {"torch": self.portable, "reference": "kernels.reference", "triton": self.fused_module}
         return importlib.import_module(named.get(implementation, f"kernels.libraries.{implementation}"))
 
+    def contract_of(self, tensors: Mapping[str, Any]) -> Contract:
+        """The contract of a call with these tensors, by name, of which some may be None."""
+        given = tuple(name for name, x in tensors.items() if x is not None)
+        found = [form for form in self.forms if form.tensors == given]
+        allowed = " or ".join(", ".join(form.tensors) for form in self.forms)
+        check(bool(found or not self.forms), self.name, allowed, ", ".join(given), "give the others, or leave one out")
+        return found[0] if found else self.contract
+
     def inputs(
-        self,
-        *dims: Any,
-        seed: int = 0,
-        dtype: torch.dtype = torch.float64,
-        device: torch.device | str = "cpu",
+        self, *dims: Any, seed: int = 0, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu",
         **named: Any,
-    ) -> dict[str, Tensor | None]:
+    ) -> dict[str, Tensor | None]:  # fmt: skip
         """Its tensors by name, at dimensions as `sizes` takes them; the same numbers on every device."""
         sizes, draw = self.sizes(*dims, **named), Draw(seed, dtype, device)
+        contract = self.forms[sizes["form"]] if self.forms else self.contract
         drawn = {}
-        for name in sorted(self.contract.tensors, key=lambda name: not self.contract.arguments[name].type):
-            shape = [sizes[axis] for axis in self.contract.arguments[name].axes]
+        for name in sorted(contract.tensors, key=lambda name: not contract.arguments[name].type):
+            shape = [sizes[axis] for axis in contract.arguments[name].axes]
             drawn[name] = self.draw(name, draw, sizes, shape)
-        return {name: drawn[name] for name in self.contract.tensors}
+        return {name: drawn[name] for name in contract.tensors}
 
     def draw(self, name: str, draw: Draw, sizes: Sizes, shape: Sequence[int]) -> Tensor:
         return self.values[name](draw, sizes, shape) if name in self.values else draw.normal(shape)

@@ -5,7 +5,7 @@ dropout masks are those of kernels.dropout, so the numbers are `reference`'s; on
 its dropout draws from the library's generator (it says so). docs/portable.md has the measurements behind the choices.
 """
 
-from kernels.portable.chunked_attention import attention, unified_attention
+from kernels.portable.chunked_attention import attention
 from kernels.portable.feedforward import glu
 from kernels.portable.loss import linear_cross_entropy
 from kernels.portable.norm import residual_norm
@@ -23,5 +23,4 @@ __all__ = [
     "product_dtype",
     "residual_norm",
     "tied_table",
-    "unified_attention",
 ]

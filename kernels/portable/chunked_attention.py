@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.dropout import Dropout, SiteKeys, keep_words, mask_, pack_keys, site_keys, unpack_keys
+from kernels.packed import unpacked
 from kernels.portable.products import bmm, matmul
 from kernels.reference import causal_valid, key_padding, without_padding, zeros_of
 from kernels.validation import once_differentiable
@@ -56,24 +57,6 @@ class _Mask:
         """softmax of scores [rows of the chunk, M, N], in place."""
         p = _softmax_(scores.add_(self._of(self.bias, chunk)))
         return p if self.alive is None else p.mul_(self._of(self.alive, chunk))
-
-
-def _mask(
-    queries: int,
-    keys: int,
-    heads: int,
-    causal: bool,
-    padding: Tensor | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> _Mask | None:
-    """padding: bool [B, N], True where a key is real; a batch without padding, as packed text has, needs no mask."""
-    if padding is not None and _eager_cpu(padding) and bool(padding.all()):
-        padding = None
-    if not causal:
-        return None if padding is None else _Mask(padding[:, None], heads, dtype)
-    valid = causal_valid(queries, keys, device)[None]
-    return _Mask(valid if padding is None else valid & padding[:, None], heads, dtype)
 
 
 def _softmax_(scores: Tensor) -> Tensor:
@@ -178,99 +161,56 @@ def _rows(x: Tensor, batch: int, heads: int) -> Tensor:
     """[B or 1, L, G, K] as [batch * heads, L, K]; one row [1, L, K] of keys or values that all heads share."""
     if x.shape[0] == 1 and x.shape[2] == 1:
         return x[:, :, 0]
-    x = x.expand(batch, -1, -1, -1).transpose(1, 2)
-    if x.shape[1] != heads:
-        x = x.repeat_interleave(heads // x.shape[1], dim=1)
+    x = _grouped(x, batch, heads).transpose(1, 2)
     return x.reshape(batch * heads, x.shape[2], x.shape[3])
-
-
-def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    mask: _Mask | None,
-    dropout: Dropout | None,
-    segments: tuple[int, ...],
-) -> Tensor:
-    """q [B, M, H, K], k and v as `_rows` gives them; [B, M, H, Kv]."""
-    batch, queries, heads, _ = q.shape
-    keys = None if dropout is None else site_keys(dropout, batch, heads, queries, segments)
-    out = _Attention.apply(_rows(q, batch, heads), k, v, scale, mask, keys)
-    return out.view(batch, heads, queries, -1).transpose(1, 2)
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    causal: bool,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    dropout: Dropout | None,
-) -> Tensor:
-    """Contract in kernels.api.attention."""
-    batch, queries, heads, _ = q.shape
-    keys = k.shape[1]
-    if keys == 0 or queries == 0 or batch == 0:
-        return zeros_of((*q.shape[:3], v.shape[3]), q, k, v)
-    padding = None
-    if key_lengths is not None or key_mask is not None:
-        padding = key_padding(batch, keys, key_lengths, key_mask, q.device)
-        if not (_eager_cpu(padding) and bool(padding.all())):
-            k, v = without_padding(k, batch, padding), without_padding(v, batch, padding)
-    if q.device.type == "cuda":
-        return _library(q, k, v, scale, causal, padding, None, dropout)
-    mask = _mask(queries, keys, heads, causal, padding, q.dtype, q.device)
-    return _run(q, _rows(k, batch, heads), _rows(v, batch, heads), scale, mask, dropout, (keys,))
-
-
-def unified_attention(
-    q: Tensor,
-    k_own: Tensor,
-    v_own: Tensor,
-    k_other: Tensor,
-    v_other: Tensor,
-    *,
-    scale: float,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    dropout: Dropout | None,
-) -> Tensor:
-    """Contract in kernels.api.unified_attention."""
-    batch, queries, heads, _ = q.shape
-    own, other = k_own.shape[1], k_other.shape[1]
-    if queries == 0 or batch == 0:
-        return zeros_of((batch, queries, heads, v_own.shape[3]), q, k_own, v_own, k_other, v_other)
-    padding = key_padding(batch, other, key_lengths, key_mask, q.device)
-    if (key_lengths is None and key_mask is None) or (_eager_cpu(padding) and bool(padding.all())):
-        padding = padding[:1]
-    else:
-        k_other, v_other = without_padding(k_other, batch, padding), without_padding(v_other, batch, padding)
-    causal = causal_valid(queries, own, q.device)[None].expand(padding.shape[0], -1, -1)
-    valid = torch.cat([causal, padding[:, None].expand(-1, queries, -1)], -1)
-    if q.device.type == "cuda":
-        k, v = (
-            torch.cat([_grouped(x, batch, heads), _grouped(y, batch, heads)], 1)
-            for x, y in ((k_own, k_other), (v_own, v_other))
-        )
-        return _library(q, k, v, scale, False, None, valid, dropout)
-    k, v = (
-        torch.cat([x.transpose(1, 2).reshape(batch * heads, -1, x.shape[3]) for x in pair], 1)
-        for pair in (
-            (_grouped(k_own, batch, heads), _grouped(k_other, batch, heads)),
-            (_grouped(v_own, batch, heads), _grouped(v_other, batch, heads)),
-        )
-    )
-    return _run(q, k, v, scale, _Mask(valid, heads, q.dtype), dropout, (own, other))
 
 
 def _grouped(x: Tensor, batch: int, heads: int) -> Tensor:
     """[B or 1, L, G, K] as [batch, L, heads, K]."""
     x = x.expand(batch, -1, -1, -1)
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
+
+
+@unpacked
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *second: Tensor, scale: float, causal: bool, key_lengths: Tensor | None,
+    key_mask: Tensor | None, dropout: Dropout | None,
+) -> Tensor:  # fmt: skip
+    """Contract in kernels.api.attention."""
+    batch, queries, heads, _ = q.shape
+    segments: list[tuple[Tensor, ...]] = [(k, v), second] if second else [(k, v)]
+    lengths = tuple(keys.shape[1] for keys, _ in segments)
+    if sum(lengths) == 0 or queries == 0 or batch == 0:
+        return zeros_of((*q.shape[:3], v.shape[3]), q, k, v, *second)
+    padding = None
+    if key_lengths is not None or key_mask is not None:
+        padding = key_padding(batch, lengths[-1], key_lengths, key_mask, q.device)
+        # a batch without padding, as packed text has, needs no mask
+        if _eager_cpu(padding) and bool(padding.all()):
+            padding = None
+        else:
+            segments[-1] = tuple(without_padding(x, batch, padding) for x in segments[-1])
+    cuda, valid = q.device.type == "cuda", None
+    if second or (not cuda and (causal or padding is not None)):
+        sequences, rows = (1 if padding is None else batch), (queries if causal or second else 1)
+        seen = [torch.ones(sequences, rows, n, dtype=torch.bool, device=q.device) for n in lengths]
+        if padding is not None:
+            seen[-1] &= padding[:, None]
+        if causal:
+            seen[0] &= causal_valid(queries, lengths[0], q.device)
+        valid = torch.cat(seen, -1)
+    if second:
+        k, v = (torch.cat([_grouped(x, batch, heads) for x in part], 1) for part in zip(*segments, strict=True))
+        causal, padding = False, None
+    else:
+        k, v = segments[0]
+    if cuda:
+        return _library(q, k, v, scale, causal, padding, valid, dropout)
+    k, v = (_rows(x, batch, heads) for x in (k, v))
+    mask = None if valid is None else _Mask(valid, heads, q.dtype)
+    keys = None if dropout is None else site_keys(dropout, batch, heads, queries, lengths)
+    out = _Attention.apply(_rows(q, batch, heads), k, v, scale, mask, keys)
+    return out.view(batch, heads, queries, -1).transpose(1, 2)
 
 
 @cache
@@ -282,15 +222,9 @@ def _say_library_dropout() -> None:
 
 
 def _library(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    causal: bool,
-    padding: Tensor | None,
-    valid: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, padding: Tensor | None, valid: Tensor | None,
     dropout: Dropout | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """F.scaled_dot_product_attention. padding: bool [B, N] of real keys; valid: bool [B or 1, M, N], instead of both.
 
     No [L, L] tensor without `valid`, which two segments and padding under a causal mask need: one without heads.

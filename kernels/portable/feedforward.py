@@ -42,14 +42,9 @@ class _Hidden(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        product: Tensor,
-        kind: str,
-        activation: str,
-        factor: float,
-        keys: SiteKeys | None,
+        ctx: Any, product: Tensor, kind: str, activation: str, factor: float, keys: SiteKeys | None,
         gate_keys: SiteKeys | None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         if kind == "plain":
             hidden = activation_of(activation).formula(product)
             hidden = hidden.clone() if hidden is product else hidden
@@ -98,15 +93,9 @@ def _slow(slow: Tensor, keys: SiteKeys | None) -> Tensor:
 
 
 def glu(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    kind: str,
-    activation: str,
-    factor: float,
-    dropout: Dropout | None,
+    x: Tensor, weight: Tensor, *, kind: str, activation: str, factor: float, dropout: Dropout | None,
     gate_dropout: Dropout | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Contract in kernels.api.glu."""
     product = linear(x, weight)
     width = product if kind == "plain" else product[..., : weight.shape[0] // 2]

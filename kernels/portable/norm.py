@@ -61,14 +61,9 @@ class _ResidualNorm(torch.autograd.Function):
 
 
 def residual_norm(
-    x: Tensor | None,
-    s: Tensor | None,
-    gain: Tensor,
-    *,
-    dropout: Dropout | None,
-    eps: float,
+    x: Tensor | None, s: Tensor | None, gain: Tensor, *, dropout: Dropout | None, eps: float,
     features: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Contract in kernels.api.residual_norm."""
     keys = None if s is None else stream_keys(dropout, s)
     y, z = _ResidualNorm.apply(x, s, gain, keys, eps, features or gain.shape[0])

@@ -18,15 +18,9 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        ids: Tensor,
-        table: Tensor,
-        positions: Tensor,
-        weight: float,
-        keys: SiteKeys | None,
-        position_keys: SiteKeys | None,
-        sparse: bool,
-    ) -> Tensor:
+        ctx: Any, ids: Tensor, table: Tensor, positions: Tensor, weight: float, keys: SiteKeys | None,
+        position_keys: SiteKeys | None, sparse: bool,
+    ) -> Tensor:  # fmt: skip
         ctx.weight, ctx.sparse = weight, sparse
         unknown: Tensor | None = (ids < 0) | (ids >= table.shape[0])
         assert unknown is not None
@@ -120,14 +114,9 @@ def tied_table(table: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor
 
 
 def embedding(
-    ids: Tensor,
-    table: Tensor,
-    positions: Tensor,
-    *,
-    combine: str,
-    dropout: Dropout | None,
+    ids: Tensor, table: Tensor, positions: Tensor, *, combine: str, dropout: Dropout | None,
     position_dropout: Dropout | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Contract in kernels.api.embedding."""
     (batch, length), width = ids.shape, table.shape[1]
     keys, position_keys = (

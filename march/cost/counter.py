@@ -29,8 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from kernels.compile_only.record import Launch
-from kernels.operators import CONTRACTS, OPERATORS, saved
-from kernels.packed import operator_of
+from kernels.operators import OPERATORS
 
 # Views that torch does not mark as such, and allocations: nothing moves.
 _FREE = ("aten::_unsafe_view", "aten::lift_fresh")
@@ -260,10 +259,8 @@ class Counter(TorchDispatchMode):
 
     # ------------------------------------------------------------ who does what, and what must move
 
-    def wrap(self, name: str, function: Callable) -> Callable:
-        """`function`, which computes the operator or packed form `name`, observed; labels are the operator's. For
-        kernels.dispatch.observed."""
-        operator = operator_of(name)
+    def wrap(self, operator: str, function: Callable) -> Callable:
+        """`function`, which computes `operator`, observed; for kernels.dispatch.observed."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self.note_launches()
@@ -275,29 +272,29 @@ class Counter(TorchDispatchMode):
                 self.operator = before
             # views of its own: what arrives at them comes from outside the operator
             out = tree_map(lambda x: x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x, out)
-            self._call(name, args, kwargs, out)
+            self._call(operator, args, kwargs, out)
             ends = {x.grad_fn for x in tensors((args, kwargs)) if x.grad_fn is not None}
             self._walk([x.grad_fn for x in tensors(out)], ends, lambda node: operator)
             return out
 
         return call
 
-    def _call(self, name: str, args: tuple, kwargs: Mapping[str, Any], out: Any) -> None:
-        operator, needs = operator_of(name), saved(name)
-        named = dict(zip(CONTRACTS[name].tensors, args, strict=False))
+    def _call(self, operator: str, args: tuple, kwargs: Mapping[str, Any], out: Any) -> None:
+        record = OPERATORS[operator]
+        needs, named = record.saved, dict(zip(record.contract.tensors, args, strict=False))
         outputs = tensors(out)
-        if name == "residual_norm" and named["s"] is None:
+        if operator == "residual_norm" and named["s"] is None:
             outputs = outputs[1:]  # y is x
-        if name == "self_attention":
+        if kwargs.get("return_kv"):
             outputs = outputs[:1]  # keys and values are handed on where they are
         lse = math.prod(tensors(out)[0].shape[:3]) * 4 if "lse" in needs else 0
         self.compulsory[operator, "forward"] += total_bytes(tensors((args, kwargs))) + total_bytes(outputs) + lse
         wanted = [x for x in named.values() if isinstance(x, Tensor) and x.requires_grad]
         if not wanted:
             return
-        if name == "residual_norm" and kwargs.get("dropout") is None and len(wanted) == 3:
+        if operator == "residual_norm" and kwargs.get("dropout") is None and len(wanted) == 3:
             wanted = wanted[1:]  # one gradient serves x and s
-        needed = [named[one] for one in needs if one in named] + tensors(out)[: "out" in needs]
+        needed = [named[one] for one in needs if named.get(one) is not None] + tensors(out)[: "out" in needs]
         self.compulsory[operator, "backward"] += total_bytes(needed) + total_bytes(wanted) + lse
 
         def incoming(gradient: Tensor | None) -> None:

@@ -89,7 +89,7 @@ class SelfAttention(Attention):
 
     def attend_packed(self, qkv: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """qkv [B, L, 3, H, K'] to the mixed values [B, L, H, K'], and kv [B, L, 2, H, K']."""
-        return kernels.self_attention(qkv, **self.options(ctx))
+        return kernels.attention(qkv, return_kv=True, **self.options(ctx))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext) -> Tensor:
         """q [B, L, H, K'], k and v [B, L, G, K'] to the mixed values [B, L, H, K']."""
@@ -133,13 +133,13 @@ class UnifiedAttention(SelfAttention):
         self.changed = {"impl": "reference", "as_published": True} if as_published else {}
 
     def options(self, ctx: ForwardContext) -> dict[str, Any]:
-        return Attention.options(self, ctx) | {"key_mask": ctx.key_mask} | self.changed
+        return Attention.options(self, ctx) | {"causal": True, "key_mask": ctx.key_mask} | self.changed
 
     def attend_packed(self, qkv: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
-        return kernels.packed_unified_attention(qkv, self.encoder_kv(ctx), **self.options(ctx)), qkv[:, :, 1:]
+        return kernels.attention(qkv, k2=self.encoder_kv(ctx), **self.options(ctx)), qkv[:, :, 1:]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext) -> Tensor:
-        return kernels.unified_attention(q, k, v, *self.encoder_kv(ctx).unbind(2), **self.options(ctx))
+        return kernels.attention(q, k, v, self.encoder_kv(ctx), **self.options(ctx))
 
 
 class CrossAttention(Attention):
@@ -154,7 +154,7 @@ class CrossAttention(Attention):
 
     def attend(self, q: Tensor, ctx: ForwardContext) -> Tensor:
         """q [B, L, H, K'] to the mixed values [B, L, H, K']."""
-        return kernels.cross_attention(q, self.encoder_kv(ctx), key_mask=ctx.key_mask, **self.options(ctx))
+        return kernels.attention(q, self.encoder_kv(ctx), key_mask=ctx.key_mask, **self.options(ctx))
 
     def forward(self, z: Tensor, ctx: ForwardContext) -> Tensor:
         q = self.queries(self.q(z, ctx).unflatten(-1, (self.heads, -1)), ctx)

@@ -52,9 +52,9 @@ RUNS = {
         {"batch": 3, "queries": 21, "keys": 70, "heads": 2, "width": 40},
         {"key_lengths": torch.tensor([70, 9, 33], dtype=torch.int32)},
     ),
-    "unified_attention": (
-        {"batch": 1, "queries": 150, "other": 70, "heads": 1, "width": 64},
-        {"dropout": _drop(1)},
+    "attention two segments": (
+        {"batch": 1, "queries": 150, "keys": 70, "heads": 1, "width": 64, "segments": 2},
+        {"causal": True, "dropout": _drop(1)},
     ),
     "glu recomputed": (
         {"batch": 1, "length": 37, "width": 72, "hidden": 88, "kind": "gated"},

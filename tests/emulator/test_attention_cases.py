@@ -1,4 +1,4 @@
-"""attention, unified_attention and their packed forms, compiled for sm_86: the interpreter's cases in 16 bits."""
+"""Attention, over one segment and two, separate and packed, compiled for sm_86: the interpreter's cases in 16 bits."""
 
 from shared_cases import session, small_tiles, take  # noqa: F401  fixtures
 

@@ -10,7 +10,7 @@ import steps
 import torch
 
 import march
-from kernels import calls, emulator, packed, selftest
+from kernels import calls, emulator, selftest
 from kernels.dispatch import OPERATORS
 from kernels.fused import embedding, tiles_rows
 from march import experiments
@@ -56,20 +56,22 @@ def test_calls(name):
     assert [problem for call in found for problem in JUDGED[repr(call)]] == []
 
 
-FORMS = [form for operator in OPERATORS for form in (operator, *packed.FORMS.get(operator, ()))]
+# of each operator its forms: in CI the first, and of attention two segments
+FORMS = [(name, i) for name in OPERATORS for i, _ in enumerate(calls.generic_calls(name, torch.float32))]
+FORMS = [pytest.param(*x, marks=() if x[1] < 2 else pytest.mark.slow, id=f"{x[0]}-{x[1]}") for x in FORMS]
 
 
-@pytest.mark.parametrize("form", [pytest.param(x, marks=() if x in OPERATORS else pytest.mark.slow) for x in FORMS])
-def test_the_order_of_programs_changes_no_bit(form, monkeypatch):
+@pytest.mark.parametrize(("operator", "form"), FORMS)
+def test_the_order_of_programs_changes_no_bit(operator, form, monkeypatch):
     """Several programs share each sum: rows of a gain, runs of a table, chunks of a vocabulary, queries of a bank."""
     monkeypatch.setattr(tiles_rows, "PROGRAMS", 4)
     monkeypatch.setattr(embedding, "ROWS_OF_E", 64)
-    call = calls.generic_call(form, torch.bfloat16)
+    call = calls.generic_calls(operator, torch.bfloat16)[form]
     found = []
     for seed in (None, 1):
         inputs, kwargs = call.draw(torch.device("cpu"))
         with emulator.active("sm_86", seed=seed) as session:
-            found.append(calls.results(form, calls.fused_function(form), inputs, kwargs))
+            found.append(calls.results(operator, calls.fused_function(operator), inputs, kwargs))
         assert max(launch.recorded.programs for launch in session.launches) >= 4
     assert [name for name, first in found[0].items() if not torch.equal(first, found[1][name])] == []
 
@@ -77,6 +79,6 @@ def test_the_order_of_programs_changes_no_bit(form, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("form", FORMS)
-def test_other_targets(form, dtype, arch):
-    assert _judge(calls.generic_call(form, dtype), arch) == []
+@pytest.mark.parametrize(("operator", "form"), FORMS)
+def test_other_targets(operator, form, dtype, arch):
+    assert _judge(calls.generic_calls(operator, dtype)[form], arch) == []

@@ -233,7 +233,7 @@ RAGGED = {
     "attention": ("attention", _ATTENTION, {}),
     "dropout": ("attention", _ATTENTION, {"dropout": 0.1}),
     "shared keys": ("attention", _ATTENTION | {"key_batch": 1, "key_heads": 1}, {}),
-    "two segments": ("unified_attention", {"batch": 2, "queries": 37, "other": 53, "heads": 2, "width": 64}, {}),
+    "two segments": ("attention", _ATTENTION | {"segments": 2}, {"causal": True}),
     "gated": ("glu", _GLU | {"kind": "gated"}, _GATED),
     "plain": ("glu", _GLU | {"kind": "plain"}, {"kind": "plain", "activation": "relu"}),
     "recomputed": ("glu", _GLU | {"kind": "gated"}, _GATED | {"recompute": True}),

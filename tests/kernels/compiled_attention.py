@@ -42,9 +42,9 @@ def _call(case, batch, queries, keys, site):
         k, v = heads(keys, 1, width, 1), heads(keys, 1, value_width, 1)
     else:
         k, v = heads(keys, HEADS, width), heads(keys, HEADS, value_width)
-    if case.get("operator") == "unified_attention":
+    if case.get("segments") == 2:
         own = heads(queries, HEADS, width), heads(queries, HEADS, value_width)
-        out = kernels.unified_attention(q, *own, k, v, **kwargs)
+        out = kernels.attention(q, *own, k, v, causal=True, **kwargs)
     else:
         out = kernels.attention(q, k, v, causal=bool(case.get("causal")), **kwargs)
     out.backward(torch.empty_like(out))

@@ -18,11 +18,11 @@ import harness
 import pytest
 import torch
 
-from kernels import calls, packed
+from kernels import calls
 from kernels.compile_only.front_end import problems
 from kernels.compile_only.record import recording
 from kernels.dropout import Dropout
-from kernels.operators import CONTRACTS
+from kernels.operators import OPERATORS
 
 harness.DEVICE = "meta"
 COUNTS, SEEN = {"calls": 0, "refused": []}, set()
@@ -46,11 +46,12 @@ def _check(operator, inputs, kwargs=None, dtype=torch.float32, *, layout="padded
         elif isinstance(x, Dropout):
             given[name] = replace(x, rng=x.rng.to("meta"))
     leaves = {n: x if x is None else x.to(dtype if x.dtype.is_floating_point else x.dtype) for n, x in inputs.items()}
-    placed = [x if x is None else harness.place(x.to("meta"), layout) for x in leaves.values()]
-    for x in placed:
+    placed = {n: x if x is None else harness.place(x.to("meta"), layout) for n, x in leaves.items()}
+    for x in placed.values():
         if x is not None and x.dtype.is_floating_point:
             x.requires_grad_()
-    call = calls.call_of(operator, placed, DEFAULTS.get(packed.operator_of(operator), {}) | given)
+    tensors = [placed.get(name) for name in OPERATORS[operator].contract.tensors]
+    call = calls.call_of(operator, tensors, DEFAULTS[operator] | given)
     # of one call in two dtypes the sizes of 1 are taken once
     form = re.sub(r"torch\.float\d+", "", repr(call))
     if repr(call) not in SEEN:
@@ -59,7 +60,7 @@ def _check(operator, inputs, kwargs=None, dtype=torch.float32, *, layout="padded
         return
     SEEN.update((repr(call), form))
     halves = 1 if given.get("kind") in (None, "plain") else 2
-    for axis in {axis for argument in CONTRACTS[operator].arguments.values() for axis in argument.axes} - {"2", "3"}:
+    for axis in {axis for argument in call.contract.arguments.values() for axis in argument.axes} - {"2", "3"}:
         ones = {"B": ("B", "B|1", "B'|1"), "H": ("H", "G", "G'"), "P": ("P", "L")}.get(axis, (axis,))
         one = halves if axis == "rows" else 1
         _run(call.resized(lambda name, n, ones=ones, one=one: one if name in ones else n))
@@ -68,7 +69,6 @@ def _check(operator, inputs, kwargs=None, dtype=torch.float32, *, layout="padded
 # what the public function adds to a call
 DEFAULTS = {
     "attention": {"scale": 1.0, "causal": False, "key_lengths": None, "key_mask": None, "dropout": None},
-    "unified_attention": {"scale": 1.0, "key_lengths": None, "key_mask": None, "dropout": None},
     "glu": {"activation": "relu", "factor": 1.0, "dropout": None, "gate_dropout": None},
     "residual_norm": {"dropout": None, "eps": 1e-6},
     "linear_cross_entropy": {"scale": 1.0, "ignore_index": -100},

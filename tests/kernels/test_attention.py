@@ -188,15 +188,15 @@ def test_scores_far_below_zero():
     check("attention", inputs)
 
 
-@pytest.mark.parametrize("operator", ["attention", "unified_attention"])
-def test_unsupported_is_named(operator):
+@pytest.mark.parametrize("segments", [1, 2])
+def test_unsupported_is_named(segments):
     inputs = list(case(queries=3, keys=3).values())
-    inputs += inputs[1:] if operator == "unified_attention" else []
-    with pytest.raises(ValueError, match=f"{operator}: expected float16, bfloat16 or float32.*got torch.float64"):
-        getattr(kernels, operator)(*inputs, impl="triton")
+    inputs += inputs[1:] * (segments - 1)
+    with pytest.raises(ValueError, match=r"attention: expected float16, bfloat16 or float32.*got torch.float64"):
+        kernels.attention(*inputs, impl="triton")
     long = [x.float()[:, :1].expand(-1, 1 << 24, -1, -1) for x in inputs]
     with pytest.raises(ValueError, match="fewer than 2\\^24 positions"):
-        getattr(kernels, operator)(*long, impl="triton")
+        kernels.attention(*long, impl="triton")
 
 
 def _one_hot(rows, batch=2, heads=2):

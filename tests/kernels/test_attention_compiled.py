@@ -102,7 +102,7 @@ EXPERIMENTS = [
     {"width": 190, "dropout": True, "padding": "lengths", "sizes": PAPER},
     {"width": 380, "dropout": True, "padding": "lengths", "sizes": PAPER},
     {"width": 64, "dropout": True, "padding": "mask", "sizes": CROSS},
-    {"operator": "unified_attention", "width": 64, "dropout": True, "padding": "lengths", "sizes": CROSS},
+    {"segments": 2, "width": 64, "dropout": True, "padding": "lengths", "sizes": CROSS},
 ]
 
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from kernels.fused import attention
 
-CASES = {"attention": case(2, 20, 37, heads=2), "unified_attention": unified_case(2, 20, 37, heads=2)}
+CASES = {"attention": case(2, 20, 37, heads=2), "two_segments": unified_case(2, 20, 37, heads=2)}
 KEYS = {"key_lengths": torch.tensor([37, 20], device=DEVICE)}
 
 
@@ -20,8 +20,8 @@ def _leaves(operator):
 
 def _run(operator, leaves):
     """The fused function itself: kernels.dispatch imports it by name, which a full graph cannot hold."""
-    extra = {"causal": False} if operator == "attention" else {}
-    return getattr(attention, operator)(*leaves.values(), scale=0.5, key_mask=None, dropout=dropout(), **KEYS, **extra)
+    settings = {"scale": 0.5, "causal": operator != "attention", "key_mask": None, "dropout": dropout()}
+    return attention.attention(*leaves.values(), **settings, **KEYS)
 
 
 def _gradients(function, leaves):
@@ -34,7 +34,7 @@ def test_operators_satisfy_torch(operator):
     """Schemas and fakes agree with what the operators do."""
     leaves = [x.detach().half() for x in _leaves(operator).values()]
     d = dropout()
-    settings = (KEYS["key_lengths"], None, d.rng, 1.0, operator == "unified_attention", d.p, d.site)
+    settings = (KEYS["key_lengths"], None, d.rng, 1.0, operator == "two_segments", d.p, d.site)
     torch.library.opcheck(attention.attention_op, (leaves, *settings), test_utils=("test_schema", "test_faketensor"))
 
 

@@ -84,11 +84,13 @@ VARIANTS = [
     {"dropout": True, "causal": True},
     {"dropout": True, "padding": "mask"},
     {"padding": "mask"},
-    {"operator": "unified_attention", "dropout": True, "padding": "lengths"},
-    {"operator": "unified_attention", "dropout": True, "padding": "mask"},
-    {"operator": "unified_attention", "padding": "mask"},
+    {"segments": 2, "dropout": True, "padding": "lengths"},
+    {"segments": 2, "dropout": True, "padding": "mask"},
+    {"segments": 2, "padding": "mask"},
     {"dropout": True, "bank": True},
     {"dropout": True, "bank": True, "causal": True},
+    {"bank": True},
+    {"bank": True, "causal": True},
 ]
 
 

@@ -23,19 +23,19 @@ def attend(form: str, q, k, v, impl: str, **padding) -> tuple[torch.Tensor, list
     elif form == "causal":
         out = kernels.attention(*leaves, causal=True, **settings)
     elif form == "self_attention":
-        out, _ = kernels.self_attention(torch.stack(leaves, 2), **settings)
+        out = kernels.attention(torch.stack(leaves, 2), **settings)
     elif form == "cross_attention":
-        out = kernels.cross_attention(leaves[0], torch.stack(leaves[1:], 2), **settings)
+        out = kernels.attention(leaves[0], torch.stack(leaves[1:], 2), **settings)
     else:
         own = draw(*k.shape, seed=7)
-        out = kernels.unified_attention(leaves[0], own, own, *leaves[1:], **settings)
+        out = kernels.attention(leaves[0], own, own, *leaves[1:], causal=True, **settings)
     return out.detach(), list(torch.autograd.grad(out, leaves, draw(*out.shape, dtype=out.dtype, seed=9)))
 
 
 @every_implementation
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("padding", ["key_lengths", "key_mask"])
-@pytest.mark.parametrize("form", ["attention", "causal", "cross_attention", "unified_attention"])
+@pytest.mark.parametrize("form", ["attention", "causal", "cross_attention", "two_segments"])
 def test_padding_reaches_nothing(form, padding, value, impl):
     q, k, v = (draw(2, 4, 2, 16, seed=seed) for seed in range(3))
     real = torch.tensor([[True, True, False, False], [True, True, True, False]])

@@ -13,13 +13,12 @@ from kernels.dropout import (
     MASK32,
     SEGMENT_COLUMNS,
     Dropout,
-    column_keys,
     dropout_state,
-    keep_from_keys,
     keep_mask,
     keep_scale,
+    keep_words,
     philox,
-    row_keys,
+    site_keys,
     stream_keep_mask,
     threshold,
 )
@@ -74,8 +73,8 @@ def test_philox_is_tritons():
 def test_an_element_at_the_threshold_is_kept(impl):
     """T = round(p 2^32) drops the words below it: the element whose word it is stays, one above it does not."""
     rng = dropout_state(42, 2, 9)
-    (a, b), c = row_keys(Dropout(0.5, rng, 7), 1, 1, 1), column_keys(Dropout(0.5, rng, 7), 16)
-    word = int((int(a) * int(c[3]) + int(b)) & MASK32)
+    keys = site_keys(Dropout(0.5, rng, 7), 1, 1, 1, (16,))
+    word = (int(keys.a) * int(keys.c[3]) + int(keys.b) + (1 << 31)) & MASK32
     s = torch.ones(1, 1, 16, device=harness.DEVICE)
     for above in (0, 1):
         dropout = Dropout((word + above) / 2**32, rng.to(harness.DEVICE), 7)
@@ -102,7 +101,8 @@ def test_the_threshold_is_exact(p):
     words = torch.tensor([0, t - 1, t, t + 1, MASK32]) & MASK32
     # A = 1 and C = word, B = 0: the hash is the word itself
     c = torch.where(words > 0x7FFFFFFF, words - (1 << 32), words).to(torch.int32)
-    kept = keep_from_keys(torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), c, p)[0]
+    flipped = torch.full((1,), -(1 << 31), dtype=torch.int32)
+    kept = keep_words(torch.ones(1, dtype=torch.int32), flipped, c, p)[0].bool()
     expected = [int(w) >= t for w in words.tolist()]
     assert kept.tolist() == expected
 
@@ -110,9 +110,9 @@ def test_the_threshold_is_exact(p):
 def test_keys_are_odd():
     """Multiply-shift needs odd multipliers: an even one would repeat words within a row."""
     dropout = Dropout(0.1, dropout_state(1, 2, 3), 4)
-    a, _ = row_keys(dropout, 3, 2, 50)
-    assert (a & 1).all()
-    assert (column_keys(dropout, 500) & 1).all()
+    keys = site_keys(dropout, 3, 2, 50, (500,))
+    assert (keys.a & 1).all()
+    assert (keys.c & 1).all()
 
 
 def _signs(mask):

@@ -15,11 +15,11 @@ def heads(batch, length):
 
 CALLS = {
     "attention": lambda b, n, m: (kernels.attention, [heads(b, n), heads(b, m), heads(b, m)]),
-    "self": lambda b, n, m: (lambda x, **o: kernels.self_attention(x, **o)[0], [torch.randn(b, n, 3, 2, 16)]),
-    "cross": lambda b, n, m: (kernels.cross_attention, [heads(b, n), torch.randn(b, m, 2, 2, 16)]),
-    "unified": lambda b, n, m: (kernels.unified_attention, [*(heads(b, n),) * 3, *(heads(b, m),) * 2]),
+    "self": lambda b, n, m: (kernels.attention, [torch.randn(b, n, 3, 2, 16)]),
+    "cross": lambda b, n, m: (kernels.attention, [heads(b, n), torch.randn(b, m, 2, 2, 16)]),
+    "unified": lambda b, n, m: (kernels.attention, [*(heads(b, n),) * 3, *(heads(b, m),) * 2]),
     "packed unified": lambda b, n, m: (
-        kernels.packed_unified_attention,
+        lambda q, kv, **o: kernels.attention(q, k2=kv, **o),
         [torch.randn(b, n, 3, 2, 16), torch.randn(b, m, 2, 2, 16)],
     ),
     "glu": lambda b, n, m: (kernels.glu, [torch.randn(b, n, 16), torch.randn(8, 16)]),

@@ -37,7 +37,7 @@ ENTROPY = cases.linear_cross_entropy_inputs(2, 9, 24, 40)
 RELU = Case("glu", cases.glu_inputs(2, 9, 24, 40, kind="plain"), {"kind": "plain"})
 GATED = Case("glu", cases.glu_inputs(2, 9, 24, 20, kind="gated"), {"activation": "silu"})
 ATTENTION = Case("attention", {n: randn(2, 9, 9, 16) for n in HEADS})
-PACKED = Case("self_attention", CASES["self"].inputs)
+PACKED = Case("attention", CASES["self"].inputs)
 RECOMPUTED = Case("linear_cross_entropy", ENTROPY, {"logits": "recompute"})
 # (operator, tensor or output whose gradient it is, dimension): every tensor whose strides a kernel is told
 PLACES = {
@@ -47,9 +47,9 @@ PLACES = {
     "attention batch": (ATTENTION, "v", 0),
     "attention upstream": (ATTENTION, "upstream", 1),
     "attention upstream head": (ATTENTION, "upstream", 2),
-    "unified": (Case("unified_attention", SEGMENTS), "k_other", 1),
-    "packed": (PACKED, "qkv", 1),
-    "packed part": (PACKED, "qkv", 2),
+    "unified": (Case("attention", SEGMENTS, {"causal": True}), "k2", 1),
+    "packed": (PACKED, "q", 1),
+    "packed part": (PACKED, "q", 2),
     "relu rows": (RELU, "x", 1),
     "relu batch": (RELU, "x", 0),
     "relu weight": (RELU, "weight", 0),
@@ -106,7 +106,7 @@ REFUSED = {
     "q": ("attention", [_meta(1, LONG, 16, 16)] * 3, {}, r"2\^31 elements in a sequence"),
     "O": ("attention", [*[_meta(1, LONG // 8, 16, 16)] * 2, _meta(1, LONG // 8, 16, 512)], {}, r"2\^31 elements"),
     "heads filled up": ("attention", [_meta(1, LONG // 2, 32, 9)] * 3, {}, r"2\^31 elements"),
-    "packed": ("self_attention", [_meta(1, LONG // 2, 3, 16, 16)], {}, r"2\^31 elements"),
+    "packed": ("attention", [_meta(1, LONG // 2, 3, 16, 16)], {}, r"2\^31 elements"),
     "hidden": ("glu", [_meta(*MANY, 8), _meta(8, 8)], {"kind": "plain"}, r"2\^28 rows"),
     "width": ("glu", [_meta(1, 1, WIDTH), _meta(1, WIDTH)], {"kind": "plain"}, "features"),
     "stream": ("residual_norm", [_meta(*MANY, 8), None, _meta(8)], {}, r"2\^28 rows"),

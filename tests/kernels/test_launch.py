@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
-import harness
 import pytest
 import torch
 from harness import DEVICE, check
@@ -40,24 +39,26 @@ class Case:
 
 LENGTHS, MASK = torch.tensor([9, 4]), torch.rand(2, 9, generator=torch.Generator().manual_seed(3)) > 0.4
 HEADS = {n: randn(2, length, 2, 16) for n, length in (("q", 7), ("k", 9), ("v", 9))}
-SEGMENTS = {n: randn(2, length, 2, 16) for n, length in zip(("q", "k_own", "v_own"), (7, 7, 7), strict=True)}
-SEGMENTS |= {n: randn(2, 9, 2, 16) / 2 for n in ("k_other", "v_other")}
+SEGMENTS = {n: randn(2, length, 2, 16) for n, length in zip("qkv", (7, 7, 7), strict=True)}
+SEGMENTS |= {n: randn(2, 9, 2, 16) / 2 for n in ("k2", "v2")}
 ENTROPY = cases.linear_cross_entropy_inputs(2, 5, 24, 40, ignored=0.3)
 STREAM = cases.residual_norm_inputs(2, 5, 24)
 CASES = {
     "lengths": Case("attention", HEADS, {"key_lengths": LENGTHS, "dropout": DROPOUT}),
     "mask": Case("attention", HEADS, {"key_mask": MASK, "dropout": DROPOUT}),
     "causal": Case("attention", HEADS, {"causal": True, "key_lengths": LENGTHS.int()}),
-    "unified lengths": Case("unified_attention", SEGMENTS, {"key_lengths": LENGTHS, "dropout": DROPOUT}),
-    "unified mask": Case("unified_attention", SEGMENTS, {"key_mask": MASK, "dropout": DROPOUT}),
-    "self": Case("self_attention", {"qkv": randn(2, 9, 3, 2, 16)}, {"key_lengths": LENGTHS, "dropout": DROPOUT}),
-    "cross": Case(
-        "cross_attention", {"q": HEADS["q"], "kv": randn(1, 9, 2, 1, 16)}, {"key_mask": MASK, "dropout": DROPOUT}
+    "unified lengths": Case("attention", SEGMENTS, {"causal": True, "key_lengths": LENGTHS, "dropout": DROPOUT}),
+    "unified mask": Case("attention", SEGMENTS, {"causal": True, "key_mask": MASK, "dropout": DROPOUT}),
+    "self": Case(
+        "attention",
+        {"q": randn(2, 9, 3, 2, 16)},
+        {"return_kv": True, "key_lengths": LENGTHS, "dropout": DROPOUT},
     ),
+    "cross": Case("attention", {"q": HEADS["q"], "k": randn(1, 9, 2, 1, 16)}, {"key_mask": MASK, "dropout": DROPOUT}),
     "packed unified": Case(
-        "packed_unified_attention",
-        {"qkv": randn(2, 7, 3, 2, 16), "kv_other": randn(2, 9, 2, 2, 16)},
-        {"key_lengths": LENGTHS, "dropout": DROPOUT},
+        "attention",
+        {"q": randn(2, 7, 3, 2, 16), "k2": randn(2, 9, 2, 2, 16)},
+        {"causal": True, "key_lengths": LENGTHS, "dropout": DROPOUT},
     ),
     "relu": Case("glu", cases.glu_inputs(2, 5, 24, 40, kind="plain"), {"kind": "plain", "dropout": DROPOUT}),
     "gated": Case("glu", cases.glu_inputs(2, 5, 24, 20, kind="gated"), {"activation": "silu", "dropout": DROPOUT}),
@@ -73,11 +74,6 @@ CASES = {
     "chunks": Case("linear_cross_entropy", ENTROPY, {"scale": 0.3, "logits": "chunks"}),
     "embedding": Case("embedding", cases.embedding_inputs(2, 5, 24, 9), {"dropout": DROPOUT, "position_dropout": GATE}),
 }
-
-
-@pytest.fixture(autouse=True)
-def two_outputs(monkeypatch):
-    monkeypatch.setitem(harness.OUTPUTS, "self_attention", ("out", "kv"))
 
 
 def call(case: Case, inputs: dict[str, Any], impl: str = "triton") -> list[Tensor]:
@@ -205,7 +201,7 @@ def test_backward_fills_no_tensor(name):
 
 def test_keys_and_values_alone_launch_no_backward():
     qkv = randn(1, 5, 3, 2, 16).float().to(DEVICE).requires_grad_()
-    _, kv = kernels.self_attention(qkv, impl="triton")
+    _, kv = kernels.attention(qkv, return_kv=True, impl="triton")
     with mock.patch.object(fused_attention, "attention_backward_op", side_effect=AssertionError("launched")):
         (gradient,) = torch.autograd.grad(kv.sum(), qkv)
     assert torch.equal(gradient[:, :, 1:], torch.ones_like(kv))

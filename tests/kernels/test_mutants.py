@@ -28,9 +28,9 @@ CASES = {
     "shared": ("attention", test_attention.case(2, 20, 40, heads=2, groups=1, shared=True), COMMON),
     "parts": ("attention", test_attention.case(1, 20, 37, heads=2, groups=1, width=48), {}),
     "unified": (
-        "unified_attention",
+        "attention",
         test_unified_attention.case(2, 20, 50, heads=2),
-        COMMON | {"key_lengths": torch.tensor([50, 18])},
+        COMMON | {"key_lengths": torch.tensor([50, 18]), "causal": True},
     ),
     **{
         name: ("glu", cases.glu_inputs(2, 9, 40, 85, kind=kind), {"kind": kind, "dropout": dropout(site=2), **more})

@@ -23,7 +23,7 @@ import os
 import torch
 import kernels
 from kernels import dispatch, emulator, selftest, tune
-from kernels.calls import fused_function, generic_call
+from kernels.calls import fused_function, generic_calls
 from kernels.compile_only import recording
 from kernels.compile_only.limits import limits_of
 from kernels.operators import OPERATORS
@@ -40,7 +40,7 @@ for impl, close in (("reference", 0), ("torch", 0), ("triton", 1e-6)):
     torch.testing.assert_close(out.double(), expected, rtol=close, atol=close)
     gradients = torch.autograd.grad(out.sum(), (x, y))
     assert [g.mean().item() for g in gradients] == [1.0, 0.5], impl
-call = generic_call("scale_add", torch.bfloat16)
+call = generic_calls("scale_add", torch.bfloat16)[0]
 with emulator.active("sm_86"):
     assert selftest.disagreements(call, fused_function("scale_add"), cpu) == []
 assert selftest.disagreements(call, lambda x, y, scale: x + y, cpu) != []

@@ -1,16 +1,17 @@
-"""The packed forms: queries, keys and values of one product, keys and values that are handed on."""
+"""Packed attention: queries, keys and values of one product, keys and values that are handed on."""
 
+import harness
 import pytest
 import torch
-from harness import DEVICE, check
+from harness import DEVICE
 from test_attention import _randn, dropout, small_tiles  # noqa: F401  a fixture
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from kernels import packed, reference, selftest
-from kernels.calls import generic_call
+from kernels import reference, selftest
+from kernels.calls import generic_calls
 from kernels.fused import attention as fused
 
 
@@ -24,23 +25,26 @@ def case(form, batch=2, queries=20, keys=50, heads=2, groups=None, width=16, sha
 
     other = parts(2, keys, groups or heads, 1 if shared else batch)
     if form == "self_attention":
-        return {"qkv": parts(3, queries, heads)}
+        return {"q": parts(3, queries, heads)}
     if form == "cross_attention":
-        return {"q": _randn(batch, queries, heads, width, seed=7) * width**-0.25, "kv": other}
-    return {"qkv": parts(3, queries, heads), "kv_other": other}
+        return {"q": _randn(batch, queries, heads, width, seed=7) * width**-0.25, "k": other}
+    return {"q": parts(3, queries, heads), "k2": other}
 
 
-FORMS = ("self_attention", "cross_attention", "packed_unified_attention")
+FORMS = {"self_attention": {"return_kv": True}, "cross_attention": {}, "two_segments": {"causal": True}}
 LENGTHS = {
     "self_attention": torch.tensor([20, 9]),
     "cross_attention": torch.tensor([50, 18]),
-    "packed_unified_attention": torch.tensor([50, 18]),
+    "two_segments": torch.tensor([50, 18]),
 }
 
 
 def named(form, **given):
-    """As the harness wants them: an output that is a tuple has names."""
-    return {"dropout": dropout(), "key_lengths": LENGTHS[form]} | given
+    return {"dropout": dropout(), "key_lengths": LENGTHS[form]} | FORMS[form] | given
+
+
+def check(form, inputs, kwargs=None, *arguments, **options):
+    harness.check("attention", inputs, FORMS[form] | (kwargs or {}), *arguments, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -52,7 +56,7 @@ def test_forms(small_tiles, form, dtype):  # noqa: F811
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_self_attention_without_another_reader(small_tiles, causal):  # noqa: F811
-    cancelling = ("qkv",) if causal else ()
+    cancelling = ("q",) if causal else ()
     check("self_attention", case("self_attention"), {"causal": causal}, unused=("kv",), cancelling=cancelling)
 
 
@@ -70,7 +74,7 @@ def test_head_widths(form, width):
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 def test_grouped_and_shared_keys(small_tiles, shared):  # noqa: F811
     """Partial sums of a packed dK and dV land in its rows."""
-    for form in ("cross_attention", "packed_unified_attention"):
+    for form in ("cross_attention", "two_segments"):
         check(form, case(form, 2, 20, 40, heads=2, groups=1, shared=shared), {"dropout": dropout()})
 
 
@@ -84,7 +88,7 @@ def test_layouts(form, layout):
 @pytest.mark.parametrize(("batch", "queries"), [(0, 3), (2, 0)])
 def test_empty(form, batch, queries):
     inputs = {n: x.float().requires_grad_() for n, x in case(form, batch, queries, 5).items()}
-    out = getattr(kernels, form)(**inputs, impl="triton")
+    out = kernels.attention(**inputs, **FORMS[form], impl="triton")
     sum(x.sum() for x in (out if isinstance(out, tuple) else (out,))).backward()
     assert all(x.grad.shape == x.shape and not x.grad.any() for x in inputs.values())
 
@@ -94,12 +98,12 @@ def test_empty(form, batch, queries):
 
 def model(qkv, first, second, impl, readers):
     """Self-attention whose keys and values two more read, as many as `readers`; a loss of all outputs."""
-    out, kv = kernels.self_attention(qkv, dropout=dropout(), impl=impl)
+    out, kv = kernels.attention(qkv, return_kv=True, dropout=dropout(), impl=impl)
     loss = out.square().sum()
     if readers > 0:
-        loss = loss + kernels.cross_attention(first, kv, dropout=dropout(site=3), impl=impl).square().sum()
+        loss = loss + kernels.attention(first, kv, dropout=dropout(site=3), impl=impl).square().sum()
     if readers > 1:
-        loss = loss + kernels.packed_unified_attention(second, kv, impl=impl).sin().sum()
+        loss = loss + kernels.attention(second, k2=kv, causal=True, impl=impl).sin().sum()
     return loss
 
 
@@ -157,12 +161,13 @@ def test_nothing_is_copied_or_added_between_the_readers():
     assert not moving & set(called.names)
 
 
-@pytest.mark.parametrize("form", ["cross_attention", "packed_unified_attention"])
+@pytest.mark.parametrize("form", ["cross_attention", "two_segments"])
 def test_keys_and_values_that_need_no_gradient(form):
     inputs = {n: x.float().to(DEVICE) for n, x in case(form).items()}
     first, second = inputs
     inputs[first].requires_grad_()
-    got = [torch.autograd.grad(getattr(kernels, form)(**inputs, impl=impl).sum(), inputs[first])[0] for impl in IMPLS]
+    outputs = [kernels.attention(**inputs, **FORMS[form], impl=impl) for impl in IMPLS]
+    got = [torch.autograd.grad(out.sum(), inputs[first])[0] for out in outputs]
     torch.testing.assert_close(got[0], got[1], rtol=1e-4, atol=1e-5)
     assert inputs[second].grad is None
 
@@ -172,9 +177,9 @@ IMPLS = ("triton", "reference", "torch")
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_what_is_handed_on_is_a_view(impl):
-    qkv = case("self_attention")["qkv"].float().to(DEVICE)
+    qkv = case("self_attention")["q"].float().to(DEVICE)
     for x in (qkv, qkv.clone().requires_grad_()):
-        out, kv = kernels.self_attention(x, impl=impl)
+        out, kv = kernels.attention(x, return_kv=True, impl=impl)
         assert kv.data_ptr() == x[:, :, 1:].data_ptr()
         assert torch.equal(kv, x[:, :, 1:])
         assert out.requires_grad == kv.requires_grad == x.requires_grad
@@ -187,15 +192,9 @@ def test_the_portable_path_is_the_formula():
         torch.testing.assert_close(one, oracle)
 
 
-def test_forms_follow_their_operators_choice():
-    """A map by operator decides for the forms; a library without forms gets views."""
-    inputs = leaves()
-    mixed = {"attention": "triton", "unified_attention": "reference"}
-    expected = gradients(lambda *x: model(*x, "reference", 2), inputs)
-    for one, oracle in zip(gradients(lambda *x: model(*x, mixed, 2), inputs), expected, strict=True):
-        torch.testing.assert_close(one, oracle, rtol=1e-4, atol=1e-5)
+def test_a_library_that_is_not_here_is_named_for_packed_tensors_too():
     with pytest.raises(kernels.ImplementationError, match="'flash_attn' needs a CUDA device"):
-        kernels.self_attention(inputs[0], impl={"attention": "flash_attn"})
+        kernels.attention(leaves()[0], impl={"attention": "flash_attn"})
 
 
 # ---------------------------------------------------------------- torch's own machinery
@@ -204,9 +203,10 @@ def test_forms_follow_their_operators_choice():
 def direct(qkv, first, second):
     """The fused functions themselves, as a graph without the seam's imports."""
     common = {"scale": 0.5, "key_lengths": None, "key_mask": None, "dropout": dropout()}
-    out, kv = fused.self_attention(qkv, causal=True, **common)
-    other = fused.cross_attention(first, kv, causal=False, **common)
-    return out.square().sum() + other.square().sum() + fused.packed_unified_attention(second, kv, **common).sum()
+    out, kv = fused.attention(qkv, causal=True, return_kv=True, **common)
+    other = fused.attention(first, kv, causal=False, **common)
+    two = fused.attention(second, k2=kv, causal=True, **common)
+    return out.square().sum() + other.square().sum() + two.sum()
 
 
 def test_compile_and_checkpoint_give_the_same_bits():
@@ -231,7 +231,7 @@ def test_backward_operators_satisfy_torch(form):
     """Schemas and fakes of the registered backward with packed sources, and of self-attention with what came back."""
     inputs = [x.half().to(DEVICE) for x in case(form).values()]
     d = dropout()
-    settings = (None, None, d.rng.to(DEVICE), 1.0, form == "packed_unified_attention", d.p, d.site)
+    settings = (None, None, d.rng.to(DEVICE), 1.0, form == "two_segments", d.p, d.site)
     outputs = fused.attention_op(inputs, *settings)
     handed = torch.ones_like(inputs[0][:, :, 1:]) if form == "self_attention" else None
     arguments = (torch.ones_like(outputs[0]), inputs, *outputs, handed, *settings)
@@ -243,7 +243,7 @@ def test_saves_packed_inputs_output_and_log_sum_exp_only(form):
     inputs = {n: x.float().to(DEVICE).requires_grad_() for n, x in case(form).items()}
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        out = getattr(kernels, form)(**inputs, dropout=dropout(), impl="triton")
+        out = kernels.attention(**inputs, **FORMS[form], dropout=dropout(), impl="triton")
     known = {x.data_ptr() for x in inputs.values()} | {
         x.data_ptr() for x in (out if isinstance(out, tuple) else (out,))
     }
@@ -265,7 +265,7 @@ def test_saves_packed_inputs_output_and_log_sum_exp_only(form):
         (380, "triton", 384),
         (190, "torch", 190),
         (190, "auto", 190),  # of a CPU: torch
-        (190, {"attention": "torch", "unified_attention": "triton"}, 192),
+        (190, {"attention": "triton", "glu": "torch"}, 192),
     ],
 )
 def test_the_seam_says_which_head_width_it_wants(width, impl, wanted):
@@ -293,42 +293,62 @@ def test_the_seam_says_which_row_width_it_wants(operator, width, dtype, impl, wa
 
 
 @pytest.mark.parametrize(
-    ("form", "shapes", "message"),
+    ("shapes", "message"),
     [
-        ("self_attention", [(2, 5, 2, 4, 8)], r"qkv as \[B, Lk, 3, H, K\], got \[2, 5, 2, 4, 8\]"),
-        ("self_attention", [(2, 5, 4, 8)], r"x.unflatten\(-1, \(3, H, K\)\)"),
-        ("cross_attention", [(2, 5, 4, 8), (2, 5, 3, 4, 8)], r"kv as \[2 or 1, Lk, 2, G, 8\], got \[2, 5, 3, 4, 8\]"),
-        ("cross_attention", [(2, 5, 4, 8), (3, 5, 2, 4, 8)], r"kv as \[2 or 1, Lk, 2, G, 8\], got \[3, 5, 2, 4, 8\]"),
+        ({"q": (2, 5, 2, 4, 8)}, r"q as \[B, Lk, 3, H, K\], got \[2, 5, 2, 4, 8\]"),
+        ({"q": (2, 5, 4, 8)}, r"x.unflatten\(-1, \(3, H, K\)\)"),
+        ({"q": (2, 5, 4, 8), "k": (2, 5, 3, 4, 8)}, r"k as \[2 or 1, Lk, 2, G, 8\], got \[2, 5, 3, 4, 8\]"),
+        ({"q": (2, 5, 4, 8), "k": (3, 5, 2, 4, 8)}, r"k as \[2 or 1, Lk, 2, G, 8\], got \[3, 5, 2, 4, 8\]"),
+        ({"q": (2, 5, 3, 4, 8), "k2": (2, 5, 4, 8)}, r"k2 as \[2 or 1, Lk, 2, G', 8\], got \[2, 5, 4, 8\]"),
+        ({"q": (2, 5, 3, 4, 8), "k2": (2, 5, 2, 4, 16)}, r"k2 as \[2 or 1, Lk, 2, G', 8\], got \[2, 5, 2, 4, 16\]"),
+        # values are as wide as keys wherever one of the segments is packed
+        ({"q": (2, 5, 3, 4, 8), "k2": (2, 7, 4, 8), "v2": (2, 7, 4, 9)}, r"v2 as \[2, 7, 4, 8\], got \[2, 7, 4, 9\]"),
         (
-            "packed_unified_attention",
-            [(2, 5, 3, 4, 8), (2, 5, 4, 8)],
-            r"kv_other as \[2 or 1, Lk, 2, G', 8\], got \[2, 5, 4, 8\]",
+            {"q": (2, 5, 4, 8), "k": (2, 5, 4, 8), "v": (2, 5, 4, 9), "k2": (2, 7, 2, 4, 8)},
+            r"v as \[2, 5, 4, 8\], got \[2, 5, 4, 9\]",
         ),
-        (
-            "packed_unified_attention",
-            [(2, 5, 3, 4, 8), (2, 5, 2, 4, 16)],
-            r"kv_other as \[2 or 1, Lk, 2, G', 8\], got \[2, 5, 2, 4, 16\]",
-        ),
+        ({"q": (2, 5, 4, 8), "v": (2, 5, 4, 8)}, "expected q, k, v or .* got q, v; give the others"),
+        ({"q": (2, 5, 3, 4, 8), "v2": (2, 5, 4, 8)}, "expected q, k, v or .* got q, v2; give the others"),
     ],
 )
-def test_wrong_shapes_say_what_is_expected(form, shapes, message):
+def test_wrong_shapes_say_what_is_expected(shapes, message):
     with pytest.raises(ValueError, match=message):
-        getattr(kernels, form)(*(torch.zeros(shape) for shape in shapes), impl="reference")
+        kernels.attention(**{name: torch.zeros(shape) for name, shape in shapes.items()}, impl="reference")
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_self_test_checks_the_forms(form):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_every_form_gives_the_bits_of_separate_tensors(impl):
+    """Of one segment and of two, outputs and gradients: packing is a layout."""
+    q, k, v, k2, v2 = (_randn(2, n, 2, 16, seed=i).float().to(DEVICE) for i, n in enumerate((7, 7, 7, 9, 9)))
+    qkv, kv, kv2 = torch.stack([q, k, v], 2), torch.stack([k, v], 2), torch.stack([k2, v2], 2)
+    for second in ({}, {"k2": k2, "v2": v2}, {"k2": kv2}):
+        results = []
+        for first in ({"q": q, "k": k, "v": v}, {"q": q, "k": kv}, {"q": qkv}):
+            inputs = {n: x.detach().requires_grad_() for n, x in (first | second).items()}
+            out = kernels.attention(**inputs, causal=True, dropout=on_device(), impl=impl)
+            found = torch.autograd.grad(out.square().sum(), list(inputs.values()))
+            results.append([out, *(x for one in found for x in (one.unbind(2) if one.dim() == 5 else (one,)))])
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def on_device():
+    d = dropout()
+    return kernels.Dropout(d.p, d.rng.to(DEVICE), d.site)
+
+
+@pytest.mark.parametrize("call", generic_calls("attention", torch.float32), ids=lambda x: "-".join(x.contract.tensors))
+def test_the_self_test_checks_the_forms(call):
     """The formula passes; one that forgets a gradient, such as what came back to keys and values, does not."""
-    function = packed.resolve(form, reference)
     device = torch.device("cpu")
-    assert selftest.disagreements(generic_call(form, torch.float32), function, device) == []
+    assert selftest.disagreements(call, reference.attention, device) == []
 
     def forgetful(**arguments):
-        if form == "self_attention":
-            out, kv = function(**arguments)
+        if call.kwargs.get("return_kv"):
+            out, kv = reference.attention(**arguments)
             return out, kv.detach().requires_grad_()
-        name = "kv" if form == "cross_attention" else "kv_other"
-        return function(**arguments | {name: arguments[name].detach()})
+        name = call.contract.tensors[-1]
+        return reference.attention(**arguments | {name: arguments[name].detach()})
 
-    problems = selftest.disagreements(generic_call(form, torch.float32), forgetful, device)
+    problems = selftest.disagreements(call, forgetful, device)
     assert [one for one in problems if one.startswith("d")] == problems != []

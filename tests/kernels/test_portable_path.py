@@ -126,7 +126,7 @@ def test_unified_attention(padding, p, dtype, monkeypatch):
         "lengths": {"key_lengths": torch.tensor([11, 0])},
         "mask": {"key_mask": draw(2, 11, seed=6) > 0},
     }[padding]
-    agree(kernels.unified_attention, tensors, dtype, dropout=drop(p), **options)
+    agree(kernels.attention, tensors, dtype, dropout=drop(p), causal=True, **options)
 
 
 @DTYPES

@@ -28,7 +28,7 @@ ATTENTION = {"scale": 1 / 3, "dropout": site(0)}
 # name: (inputs, call of them)
 CALLS = {
     "attention": (HEADS[:3], lambda *x, **o: kernels.attention(*x, **ATTENTION, **o)),
-    "unified": (HEADS, lambda *x, **o: kernels.unified_attention(*x, **ATTENTION, **o)),
+    "unified": (HEADS, lambda *x, **o: kernels.attention(*x, causal=True, **ATTENTION, **o)),
     "plain relu": ([STREAM, WEIGHT], lambda *x, **o: kernels.glu(*x, kind="plain", dropout=site(0), **o)),
     "plain relu2": (
         [STREAM, WEIGHT],

@@ -11,7 +11,7 @@ from harness import DEVICE, evaluate
 
 import kernels
 from kernels import cases, dispatch, portable, reference, selftest
-from kernels.calls import generic_call
+from kernels.calls import generic_calls
 from kernels.dropout import Dropout, dropout_state
 from kernels.operators import OPERATORS
 
@@ -106,9 +106,9 @@ COMPARED = {
         cases.attention_inputs(2, 5, 9, 2, 8),
         {"key_mask": torch.arange(18).view(2, 9) % 3 > 0, "dropout": DROPOUT},
     ),
-    "unified_attention": (
-        cases.unified_attention_inputs(2, 7, 9, 2, 8),
-        {"key_lengths": torch.tensor([4, 9]), "scale": 0.7, "dropout": DROPOUT},
+    "attention, two segments": (
+        cases.attention_inputs(2, 7, 9, 2, 8, segments=2),
+        {"causal": True, "key_lengths": torch.tensor([4, 9]), "scale": 0.7, "dropout": DROPOUT},
     ),
     "glu": (cases.glu_inputs(2, 5, 12, 9), {"kind": "gated", "activation": "gelu", "dropout": DROPOUT}),
     "glu, plain": (cases.glu_inputs(2, 5, 12, 9, kind="plain"), {"kind": "plain", "dropout": DROPOUT}),
@@ -163,8 +163,10 @@ REFUSED = [
         {"key_mask": _t(2, 5).bool(), "key_lengths": torch.tensor([1, 2])},
         "key_lengths or key_mask",
     ),
-    ("unified_attention", (_t(2, 5, 2, 4), *(_t(2, 6, 2, 4),) * 4), {}, r"k_own as \[2 or 1, 5, G, 4\]"),
-    ("unified_attention", (*(_t(2, 5, 2, 4),) * 3, _t(2, 6, 2, 4), _t(2, 6, 2, 5)), {}, r"v_other as \[2, 6, 2, 4\]"),
+    ("attention", (_t(2, 5, 2, 4), *(_t(2, 6, 2, 4),) * 4), {}, r"k as \[2 or 1, 5, G, 4\]"),
+    ("attention", (*(_t(2, 5, 2, 4),) * 3, _t(2, 6, 2, 4), _t(2, 6, 2, 5)), {}, r"v2 as \[2, 6, 2, 4\]"),
+    ("attention", (_t(2, 5, 2, 4),) * 3, {"return_kv": True}, "return_kv with q packed and alone"),
+    ("attention", (_t(2, 5, 2, 4),) * 3, {"as_published": True}, "as_published with a second segment"),
     ("glu", (_t(2, 5), _t(8, 5)), {}, r"x as \[B, L, D\]"),
     ("glu", (_t(2, 5, 4), _t(8, 5)), {}, r"weight as \[rows, 4\]"),
     ("glu", (_t(2, 5, 4), _t(7, 4)), {}, "even number of rows"),
@@ -201,17 +203,16 @@ def test_wrong_arguments_are_refused(operator, arguments, kwargs, message):
 
 
 def test_the_published_mask_is_in_reference_only():
-    inputs = cases.unified_attention_inputs(1, 3, 4, 2, 4)
-    kernels.unified_attention(**inputs, as_published=True, impl="reference")
+    inputs = cases.attention_inputs(1, 3, 4, 2, 4, segments=2)
+    kernels.attention(**inputs, causal=True, as_published=True, impl="reference")
     with pytest.raises(kernels.ImplementationError, match="'reference' only"):
-        kernels.unified_attention(**inputs, as_published=True, impl="torch")
+        kernels.attention(**inputs, causal=True, as_published=True, impl="torch")
 
 
 # ---------------------------------------------------------------- the self-test
 
 WRONG = {
-    "attention": ("dv", lambda f: lambda q, k, v, **kw: f(q, k, v.detach() + 0.5 * (v - v.detach()), **kw)),
-    "unified_attention": ("output 0", lambda f: lambda *a, **kw: f(*a, **kw | {"key_lengths": None})),
+    "attention": ("dv", lambda f: lambda q, k, v, *s, **kw: f(q, k, v.detach() + 0.5 * (v - v.detach()), *s, **kw)),
     "glu": ("output 0", lambda f: lambda *a, **kw: f(*a, **kw | {"activation": "silu"})),
     "residual_norm": ("output 0", lambda f: lambda *a, **kw: f(*a, **kw | {"dropout": SECOND})),
     "linear_cross_entropy": ("dweight", lambda f: lambda h, w, labels, **kw: f(h, w.detach() + 0 * w, labels, **kw)),
@@ -235,7 +236,7 @@ def _positional(function, operator):
 def test_the_check_accepts_a_right_kernel(operator, dtype):
     assert (
         selftest.disagreements(
-            generic_call(operator, dtype), dispatch.implementation(operator, "torch", CPU, dtype), CPU
+            generic_calls(operator, dtype)[0], dispatch.implementation(operator, "torch", CPU, dtype), CPU
         )
         == []
     )
@@ -246,14 +247,14 @@ def test_the_check_accepts_a_right_kernel(operator, dtype):
 def test_the_check_refuses_a_wrong_kernel(operator, dtype):
     where, spoil = WRONG.get(operator, ("output 0", lambda f: lambda *a, **kw: 1.1 * f(*a, **kw)))
     wrong = _positional(spoil(getattr(reference, operator)), operator)
-    problems = selftest.disagreements(generic_call(operator, dtype), wrong, CPU)
+    problems = selftest.disagreements(generic_calls(operator, dtype)[0], wrong, CPU)
     assert any(p.startswith(where) for p in problems), problems
 
 
 @pytest.mark.parametrize("operator", [n for n in dispatch.OPERATORS if dispatch.fused_available(n)])
 def test_the_check_accepts_the_fused_kernels(operator):
     function = dispatch.implementation(operator, "triton", torch.device(DEVICE), torch.float32)
-    assert selftest.disagreements(generic_call(operator, torch.float32), function, torch.device(DEVICE)) == []
+    assert selftest.disagreements(generic_calls(operator, torch.float32)[0], function, torch.device(DEVICE)) == []
 
 
 def test_a_pass_is_remembered_by_device_and_versions(monkeypatch, tmp_path):
@@ -373,7 +374,7 @@ def test_flash_attn_is_called_as_it_wants(flash, causal):
     inputs = cases.attention_inputs(2, 6, 6, 4, 8, key_heads=2, key_batch=1, dtype=torch.bfloat16)
     got = flash(**inputs, **ARGUMENTS | {"causal": causal})
     torch.testing.assert_close(got, reference.attention(**inputs, scale=0.5, causal=causal))
-    assert selftest.disagreements(generic_call("attention", torch.bfloat16, contract_dropout=False), flash, CPU) == []
+    assert selftest.disagreements(generic_calls("attention", torch.bfloat16, contract_dropout=False), flash, CPU) == []
 
 
 @pytest.mark.parametrize(
@@ -449,7 +450,7 @@ def test_nvidias_apex(apex_path):
     with pytest.raises(kernels.ImplementationError, match="without its CUDA extension"):
         apex.library()
     (apex_path / "fused_layer_norm_cuda.py").touch()
-    assert selftest.disagreements(generic_call("residual_norm", torch.float32), apex.residual_norm, CPU) == []
+    assert selftest.disagreements(generic_calls("residual_norm", torch.float32), apex.residual_norm, CPU) == []
     inputs = cases.residual_norm_inputs(2, 3, 8)
     for form in ({}, {"x": None}, {"s": None}):
         got = apex.residual_norm(**inputs | form, dropout=None, eps=1e-6)
@@ -475,11 +476,11 @@ def test_attention_without_a_scale_is_that_of_every_library(impl):
     kv = torch.stack([k, v], 2)
     results = [
         kernels.attention(q, k, v, impl=impl),
-        kernels.self_attention(torch.stack([q, k, v], 2), impl=impl)[0],
-        kernels.cross_attention(q, kv, impl=impl),
+        kernels.attention(torch.stack([q, k, v], 2), impl=impl),
+        kernels.attention(q, kv, impl=impl),
     ]
     for out in results:
         torch.testing.assert_close(out, library.transpose(1, 2), rtol=1e-4, atol=1e-5)
-    given = kernels.unified_attention(q, k, v, k, v, scale=0.25, impl=impl)
-    assert torch.equal(kernels.unified_attention(q, k, v, k, v, impl=impl), given)
-    assert torch.equal(kernels.packed_unified_attention(torch.stack([q, k, v], 2), kv, impl=impl), given)
+    given = kernels.attention(q, k, v, k, v, scale=0.25, impl=impl)
+    assert torch.equal(kernels.attention(q, k, v, k, v, impl=impl), given)
+    assert torch.equal(kernels.attention(torch.stack([q, k, v], 2), k2=kv, impl=impl), given)

@@ -23,8 +23,8 @@ CASES = {
         {},
     ),
     "attention, a width that is filled up": ("attention", case(2, 9, 21, width=23), {"dropout": dropout()}, {}),
-    "unified attention": ("unified_attention", test_unified_attention.case(2, 20, 50, heads=2), LENGTHS, {}),
-    **{form: (form, test_packed.case(form), test_packed.named(form), {}) for form in test_packed.FORMS},
+    "unified attention": ("attention", test_unified_attention.case(2, 20, 50, heads=2), LENGTHS | {"causal": True}, {}),
+    **{form: ("attention", test_packed.case(form), test_packed.named(form), {}) for form in test_packed.FORMS},
     **{
         f"glu, {form}{', recomputed' * recompute}": (
             "glu",

@@ -27,36 +27,28 @@ def test_lengths_of_any_value_are_bounded_before_they_are_narrowed(name, impl):
     results = []
     for lengths in (LONG, torch.where(LONG > 0, 9, 0)):
         inputs = {n: x[:1].repeat(len(LONG), *[1] * (x.dim() - 1)) for n, x in CASES[name].inputs.items()}
-        case = Case(CASES[name].operator, inputs, {"key_lengths": lengths.to(DEVICE)})
+        case = Case("attention", inputs, {"causal": "k2" in inputs, "key_lengths": lengths.to(DEVICE)})
         leaves = leaves_of(case)
         outputs = call(case, leaves, impl)
         results.append((*outputs, *differentiate(outputs, leaves)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("function", ["attention", "self_attention", "cross_attention", "unified", "packed unified"])
-def test_lengths_and_mask_together_are_refused_below_the_api_too(function):
+@pytest.mark.parametrize("form", ["q k v", "qkv", "q kv", "q k v k2 v2", "qkv kv2"])
+def test_lengths_and_mask_together_are_refused_below_the_api_too(form):
     q, kv = torch.zeros(2, 9, 2, 16, device=DEVICE), torch.zeros(2, 9, 2, 2, 16, device=DEVICE)
-    qkv = torch.zeros(2, 9, 3, 2, 16, device=DEVICE)
-    fused, tensors, extra = {
-        "attention": (fused_attention.attention, (q, q, q), {"causal": False}),
-        "self_attention": (fused_attention.self_attention, (qkv,), {"causal": False}),
-        "cross_attention": (fused_attention.cross_attention, (q, kv), {"causal": False}),
-        "unified": (fused_attention.unified_attention, (q, q, q, q, q), {}),
-        "packed unified": (fused_attention.packed_unified_attention, (qkv, kv), {}),
-    }[function]
+    of = {"qkv": torch.zeros(2, 9, 3, 2, 16, device=DEVICE), "kv": kv, "kv2": kv}
     both = {"key_lengths": LENGTHS.to(DEVICE), "key_mask": MASK.to(DEVICE)}
     with pytest.raises(ValueError, match="expected key_lengths or key_mask, got both"):
-        fused(*tensors, scale=1.0, dropout=None, **both, **extra)
+        fused_attention.attention(*(of.get(n, q) for n in form.split()), scale=1.0, causal=True, dropout=None, **both)
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize("padding", ["key_lengths", "key_mask"])
-@pytest.mark.parametrize("operator", ["attention", "unified_attention"])
-def test_what_lies_in_padding_keys_reaches_nothing(operator, padding, shared):
+@pytest.mark.parametrize("given", [HEADS, SEGMENTS], ids=["one segment", "two segments"])
+def test_what_lies_in_padding_keys_reaches_nothing(given, padding, shared):
     """Keys and values, NaN included: outputs and gradients keep the bits that zeros there give. Shared keys: what is
     padding in one sequence alone, and in all of them."""
-    given = HEADS if operator == "attention" else SEGMENTS
     real = torch.arange(9)[None] < torch.tensor([6, 4])[:, None] if padding == "key_lengths" else MASK.clone()
     real[:, -2:] = False
     argument = torch.tensor([6, 4], device=DEVICE) if padding == "key_lengths" else real.to(DEVICE)
@@ -70,7 +62,7 @@ def test_what_lies_in_padding_keys_reaches_nothing(operator, padding, shared):
             inputs[n] = torch.where(absent[..., None, None], values[None, :, None, None], x)
         leaves = [x.to(DEVICE).requires_grad_() for x in inputs.values()]
         d = Dropout(0.3, RNG.to(DEVICE), 4)
-        out = getattr(kernels, operator)(*leaves, **{padding: argument}, dropout=d, impl="triton")
+        out = kernels.attention(*leaves, **{padding: argument}, causal=len(leaves) > 3, dropout=d, impl="triton")
         results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
     assert results[0][0].isfinite().all()
     for other in results[1:]:
