@@ -361,7 +361,7 @@ def _attention_bwd_dq_kernel(
             scale_log2, start_m, tl.where(start_m < Lq, key_end, 0), CAUSAL and i == 0, DROPOUT, NEGATIVE, PRECISION,
             D, K, E, KV, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-    if K > 192:
+    if (K > 192 and K <= 256) or K > 384:
         offs_m += tl.program_id(1)  # adds 0, as in forward
     row = PARTS * H
     store_rows((dq_ptr + (b64 * Lq * row + h) * K, row * K), dq, factor, offs_m, Lq, D, K)

@@ -157,9 +157,9 @@ def _probabilities(q: Tensor, k: Tensor, scale: float, mask: _Mask | None, chunk
     return _softmax_(scores) if mask is None else mask.probabilities(scores, chunk)
 
 
-def _rows(x: Tensor, batch: int, heads: int) -> Tensor:
-    """[B or 1, L, G, K] as [batch * heads, L, K]; one row [1, L, K] of keys or values that all heads share."""
-    if x.shape[0] == 1 and x.shape[2] == 1:
+def _rows(x: Tensor, batch: int, heads: int, shared: bool = True) -> Tensor:
+    """[B or 1, L, G, K] as [batch * heads, L, K]; shared: one row [1, L, K] of keys or values that all heads share."""
+    if shared and x.shape[0] == 1 and x.shape[2] == 1:
         return x[:, :, 0]
     x = _grouped(x, batch, heads).transpose(1, 2)
     return x.reshape(batch * heads, x.shape[2], x.shape[3])
@@ -199,14 +199,16 @@ def attention(
         if causal:
             seen[0] &= causal_valid(queries, lengths[0], q.device)
         valid = torch.cat(seen, -1)
-    if second:
-        k, v = (torch.cat([_grouped(x, batch, heads) for x in part], 1) for part in zip(*segments, strict=True))
-        causal, padding = False, None
-    else:
-        k, v = segments[0]
+    parts = list(zip(*segments, strict=True))
+    if cuda and second:
+        k, v = (torch.cat([_grouped(x, batch, heads) for x in part], 1) for part in parts)
+        return _library(q, k, v, scale, False, None, valid, dropout)
     if cuda:
-        return _library(q, k, v, scale, causal, padding, valid, dropout)
-    k, v = (_rows(x, batch, heads) for x in (k, v))
+        return _library(q, *segments[0], scale, causal, padding, None, dropout)
+    if second:
+        k, v = (torch.cat([_rows(x, batch, heads, shared=False) for x in part], 1) for part in parts)
+    else:
+        k, v = (_rows(x, batch, heads) for x in segments[0])
     mask = None if valid is None else _Mask(valid, heads, q.dtype)
     keys = None if dropout is None else site_keys(dropout, batch, heads, queries, lengths)
     out = _Attention.apply(_rows(q, batch, heads), k, v, scale, mask, keys)

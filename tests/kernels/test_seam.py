@@ -374,7 +374,8 @@ def test_flash_attn_is_called_as_it_wants(flash, causal):
     inputs = cases.attention_inputs(2, 6, 6, 4, 8, key_heads=2, key_batch=1, dtype=torch.bfloat16)
     got = flash(**inputs, **ARGUMENTS | {"causal": causal})
     torch.testing.assert_close(got, reference.attention(**inputs, scale=0.5, causal=causal))
-    assert selftest.disagreements(generic_calls("attention", torch.bfloat16, contract_dropout=False), flash, CPU) == []
+    (call,) = generic_calls("attention", torch.bfloat16, library=True)
+    assert selftest.disagreements(call, flash, CPU) == []
 
 
 @pytest.mark.parametrize(
@@ -392,6 +393,12 @@ def test_flash_attn_refuses_what_it_cannot_do(flash, queries, keys, width, value
     inputs = cases.attention_inputs(2, queries, keys, 2, width, value_width=value_width, dtype=dtype)
     with pytest.raises(kernels.ImplementationError, match=message):
         flash(**inputs, **ARGUMENTS | kwargs)
+
+
+def test_flash_attn_has_one_segment_of_keys(flash):
+    inputs = cases.attention_inputs(2, 6, 6, 2, 8, segments=2, dtype=torch.bfloat16)
+    with pytest.raises(kernels.ImplementationError, match="one segment of keys, got two"):
+        flash(**inputs, **ARGUMENTS)
 
 
 def _package(root, name, **modules):
@@ -450,7 +457,7 @@ def test_nvidias_apex(apex_path):
     with pytest.raises(kernels.ImplementationError, match="without its CUDA extension"):
         apex.library()
     (apex_path / "fused_layer_norm_cuda.py").touch()
-    assert selftest.disagreements(generic_calls("residual_norm", torch.float32), apex.residual_norm, CPU) == []
+    assert selftest.disagreements(generic_calls("residual_norm", torch.float32)[0], apex.residual_norm, CPU) == []
     inputs = cases.residual_norm_inputs(2, 3, 8)
     for form in ({}, {"x": None}, {"s": None}):
         got = apex.residual_norm(**inputs | form, dropout=None, eps=1e-6)
