@@ -30,14 +30,19 @@ from kernels.compile_only.report import Report
 from kernels.compile_only.sass import tool
 from kernels.dispatch import OPERATORS, fused_available
 from march import experiments
+from march.cost.step import DTYPES, inputs
 
 MICRO_BATCH = 64
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def missing_operators() -> list[str]:
     """Operators without a fused kernel in this installation."""
     return [operator for operator in OPERATORS if not fused_available(operator)]
+
+
+def implementations() -> dict[str, str]:
+    """The fused kernels of this installation, and the torch path where one is missing."""
+    return {operator: "triton" if fused_available(operator) else "torch" for operator in OPERATORS}
 
 
 def training_step(
@@ -58,23 +63,13 @@ def training_step(
     Operators without a fused kernel (`missing_operators`) take the torch path and do not appear. overrides: fields of
     march.config.ModelConfig.
     """
-    impl = {operator: "torch" if operator in missing_operators() else "triton" for operator in OPERATORS}
     config = experiments.configuration(name, **overrides)
     with torch.device("meta"):
-        model = march.build_model(name, impl=impl, **overrides).to(DTYPES[config.precision]).train()
-
-        def ids(length: int) -> torch.Tensor:
-            return torch.empty(micro_batch, length, dtype=torch.int64)
-
-        inputs = {
-            "input_ids": ids(encoder_length),
-            "decoder_input_ids": ids(decoder_length),
-            "labels": ids(decoder_length),
-            "attention_mask": torch.empty(micro_batch, encoder_length, dtype=torch.bool) if padding else None,
-            "dropout_state": torch.empty(3, dtype=torch.int64),
-        }
+        model = march.build_model(name, impl=implementations(), **overrides).to(DTYPES[config.precision]).train()
+        mask = torch.empty(micro_batch, encoder_length, dtype=torch.bool) if padding else None
+    batch = inputs(config, encoder_length, decoder_length, micro_batch) | {"attention_mask": mask}
     with recording(arch, compile) as launches:
-        loss = model(**inputs).loss
+        loss = model(**batch).loss
         assert loss is not None
         loss.backward()
     return launches

@@ -16,8 +16,7 @@ from pytest_benchmark.utils import get_tag
 
 from bench import machine
 from bench.kernel_calls import PAPER, REDUCED, SMOKE, Sizes
-from bench.results import Results, experiment_table, kernel_table
-from bench.tables import markdown
+from bench.results import Results
 
 # minutes each on two cores: see docs/portable.md. A few stay, so that a plain run sees every path, and `-k portable`
 # asks for all.
@@ -82,11 +81,8 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     results, write = config.stash[RESULTS], terminalreporter.write_line
-    for title, table in (("operators", kernel_table(results)), ("training steps", experiment_table(results))):
-        if table:
-            terminalreporter.section(f"{title}: {machine.kind()}, {machine.device_name()}, {sizes_of(config).label}")
-            for line in markdown(table).splitlines():
-                write(line)
+    terminalreporter.section(f"{machine.kind()}, {machine.device_name()}, {sizes_of(config).label}")
+    write("rates, ratios and memory: `python -m bench.report`")
     if results.without:
         terminalreporter.section("without a time")
         for row in results.without:

@@ -28,19 +28,19 @@ import torch
 
 import march
 from bench.cache import LENGTHS
-from bench.compiled import missing_operators, training_step
+from bench.compiled import implementations, training_step
 from bench.tables import markdown, table
 from kernels import dropout_state, emulator
 from kernels.compile_only.sass import innermost
-from kernels.dispatch import OPERATORS, triton_interpreted
+from kernels.dispatch import triton_interpreted
 from kernels.emulator import EmulatedLaunch
 from kernels.emulator.instructions import kind_of
 from kernels.emulator.parse import Kernel
 from kernels.emulator.session import EMULATED
 from march import experiments
 from march.config import ConfigError, parse_overrides
-from march.cost.flops import launch_flops
-from march.cost.measure import DTYPES
+from march.cost.counter import launch_event
+from march.cost.step import DTYPES
 
 WIDTH = 100
 # line 0: LLVM moved it, out of a loop or together from several places
@@ -118,7 +118,7 @@ def profile(launches: Iterable[EmulatedLaunch]) -> Profile:
         out.launches += 1
         out.programs += launch.recorded.programs
         if flops:
-            out.formula += launch_flops(launch.recorded) / max(flops)
+            out.formula += launch_event(launch.recorded).flops / max(flops)
         for number, slots in counts.warps.items():
             where, opcode = counts.sources[number], counts.opcodes[number]
             code = linecache.getline(where.file, where.line).strip() if where.line else MOVED
@@ -164,7 +164,7 @@ def emulated_step(
 ) -> emulator.Session:
     """One forward and backward of experiment `name`; overrides: fields of march.config.ModelConfig."""
     config = experiments.configuration(name, **overrides)
-    model = march.build_model(name, impl=_impl(), seed=0, **overrides).to(DTYPES[config.precision]).train()
+    model = march.build_model(name, impl=implementations(), seed=0, **overrides).to(DTYPES[config.precision]).train()
     generator = torch.Generator().manual_seed(0)
 
     def ids(length: int) -> torch.Tensor:
@@ -177,10 +177,6 @@ def emulated_step(
         assert loss is not None
         loss.backward()
     return session
-
-
-def _impl() -> dict[str, str]:
-    return {operator: "torch" if operator in missing_operators() else "triton" for operator in OPERATORS}
 
 
 # ---------------------------------------------------------------- tables

@@ -1,7 +1,6 @@
 """The operator calls that `pytest bench/` times: what they compute, what they move at least, how they are named."""
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ from kernels import cases, packed
 from kernels.dispatch import observed
 from kernels.dropout import Dropout, dropout_state
 from kernels.operators import OPERATORS
+from march.cost.counter import Counter
 
 DIRECTIONS = ("forward", "backward", "both")
 # arguments that a call is named by, given or not; of the others what is not their default
@@ -93,6 +93,7 @@ def _call(operator: str, tensors: Sequence[Tensor | None], arguments: dict[str, 
         if x is not None and not isinstance(x, Dropout | Tensor) and (n in CHOICES or x != defaults[n].default)
         if n != "return_kv"  # of packed tensors, which are named by what they hold
     }
+    plain.pop("return_kv", None)  # of packed tensors, which are timed apart
     absent = tuple(n for n, s in zip(OPERATORS[operator].contract.tensors, shapes, strict=False) if s is None)
     return Call(operator, dims, plain, dropouts, absent)
 
@@ -174,15 +175,14 @@ def flops(call: Call, direction: str) -> int:
 
 
 def least_bytes(call: Call, direction: str, dtype: torch.dtype) -> int:
-    """Bytes at the operator's boundary, each tensor read or written once: the ledger's definition (docs/ledger.md)."""
-    inputs = call.inputs(dtype=dtype, device="meta")
-    given: dict[str, Tensor] = {n: x for n, x in inputs.items() if x is not None}
-    record = OPERATORS[call.operator]
-    made = [math.prod(shape) * dtype.itemsize for shape in record.outputs(_sizes(call), given, call.kwargs)]
-    outputs, needed = sum(made), record.saved
-    statistics = 4 * call.dims["batch"] * call.dims["queries"] * call.dims["heads"] if "lse" in needed else 0
-    forward = sum(x.nbytes for x in given.values()) + outputs + statistics
-    again = sum(x.nbytes for n, x in given.items() if n in needed) + ("out" in needed) * made[0]
-    gradients = sum(x.nbytes for x in given.values() if x.dtype.is_floating_point)
-    backward = again + outputs + gradients + statistics
-    return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+    """Bytes at the operator's boundary, each tensor once, as the ledger counts them (docs/ledger.md)."""
+    meta = torch.device("meta")
+    inputs = call.inputs(dtype=dtype, device=meta)
+    given = [x.requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs.values()]
+    with Counter() as counter, observed(counter.wrap):
+        out = getattr(kernels, call.operator)(*given, **arguments(call, meta), impl="torch")
+        outputs = [x for x in (out if isinstance(out, tuple) else (out,)) if x.requires_grad]
+        outputs = outputs[1:] if "s" in call.absent else outputs  # y is x
+        torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
+    phases = ("forward", "backward") if direction == "both" else (direction,)
+    return sum(counter.compulsory[call.operator, phase] for phase in phases)

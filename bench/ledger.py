@@ -4,9 +4,9 @@
     python -m bench.ledger --fits [--memory 24] [--json]
 
 One micro-batch's forward and backward at 921 and 206 positions in the experiment's precision, on meta tensors through
-the launch code of a GPU run, and one optimiser step. read, written: each tensor of a launch or an operator of torch
-once; DRAM: what comes from and goes to memory under the cache model of march.cost.cache; compulsory: each tensor once
-at the operators' boundaries; kept: saved for backward. --fits: the largest micro-batch of each experiment that fits.
+the launch code of a GPU run, and one optimiser step. read, written, and moved, both of them: each tensor of a launch or
+an operator of torch once; compulsory: each tensor once at the operators' boundaries; kept: saved for backward. --fits:
+the largest micro-batch of each experiment that fits.
 """
 
 import argparse
@@ -31,18 +31,18 @@ FITS = ("triton", "torch", "reference")
 def _excess(ledger: OpCosts) -> str:
     """Rows by the bytes that they move beyond the compulsory ones, those above 1% of the sum of these."""
     least = ledger.total("forward", "backward").compulsory / 100
-    rows = sorted((r for r in ledger.rows if r.dram - r.compulsory > least), key=lambda r: r.compulsory - r.dram)
-    return ", ".join(f"{r.operator} {r.phase} {(r.dram - r.compulsory) / GB:.2f} GB" for r in rows) or "none"
+    rows = sorted((r for r in ledger.rows if r.bytes - r.compulsory > least), key=lambda r: r.compulsory - r.bytes)
+    return ", ".join(f"{r.operator} {r.phase} {(r.bytes - r.compulsory) / GB:.2f} GB" for r in rows) or "none"
 
 
 def report(name: str, impl: str, ledger: OpCosts, names: bool) -> str:
     """The ledger as text."""
     rows = table(
-        "phase | operator | launches | calls | TFLOP | read | written | DRAM | compulsory | ratio | kept MiB",
+        "phase | operator | launches | calls | TFLOP | read | written | moved | compulsory | ratio | kept MiB",
         "{row.phase} | {row.operator} | {row.launches} | {row.calls} | {row.flops:.3TFLOP} | {row.bytes_read:.3GB} | "
-        "{row.bytes_written:.3GB} | {row.dram:.3GB} | {row.compulsory:.3GB} | {ratio:.2f} | {row.saved:.0MiB}",
+        "{row.bytes_written:.3GB} | {row.bytes:.3GB} | {row.compulsory:.3GB} | {ratio:.2f} | {row.saved:.0MiB}",
         [
-            {"row": row, "ratio": row.dram / row.compulsory if row.compulsory else None}
+            {"row": row, "ratio": row.bytes / row.compulsory if row.compulsory else None}
             for row in (*ledger.rows, ledger.total("forward"), ledger.total("backward"), ledger.total())
         ],
     )
@@ -54,7 +54,7 @@ def report(name: str, impl: str, ledger: OpCosts, names: bool) -> str:
         "",
         f"kept for backward {ledger.total().saved / GIB:.2f} GiB, "
         f"at most alive beyond the weights {ledger.peak / GIB:.2f} GiB",
-        f"DRAM bytes of forward and backward {ledger.ratio:.3f} times the compulsory; excess: {_excess(ledger)}",
+        f"bytes of forward and backward {ledger.ratio:.3f} times the compulsory; excess: {_excess(ledger)}",
     ]
     if names:
         lines.append("")
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--exp", default="Baseline", help="an experiment's name; several with commas; or 'all'")
     parser.add_argument("--impl", default="triton", help="triton, torch, reference, or operator=name,...")
     parser.add_argument("--micro-batch", type=int, default=64, metavar="N", help="sequences (64)")
-    parser.add_argument("--names", action="store_true", help="also each kernel and operator of torch: how often, DRAM")
+    parser.add_argument("--names", action="store_true", help="also each kernel and operator of torch: how often, bytes")
     parser.add_argument("--fits", action="store_true", help="the largest micro-batch of each experiment that fits")
     parser.add_argument("--memory", type=float, default=24.0, metavar="GIB", help="of the device, for --fits (24)")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")

@@ -14,7 +14,6 @@ from bench.tables import markdown, table
 FOLDER = Path(__file__).parent
 # the templates' Markdown and no more: names with stars, underscores and brackets stand in cells as they are
 RULES = ["heading", "table", "backticks", "image"]
-LONG = 60
 
 
 def templates(folder: Path, padded: bool = False, autoescape: bool = False) -> jinja2.Environment:
@@ -39,30 +38,17 @@ def render(template: Path, padded: bool = False, **values: Any) -> str:
 
 def html(text: str) -> str:
     """One file without scripts, from a template's Markdown; pictures lie beside it. A paragraph in ** is a kind."""
-    parser = MarkdownIt("zero").enable(RULES)
-    parser.add_render_rule("table_open", lambda *_: '<div class="table" tabindex="0"><table>\n')
-    parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
-    tokens, sections = parser.parse(text), []
-    for opening, inside in itertools.pairwise(tokens):
-        if inside.type != "inline":
-            continue
-        if opening.tag == "h2":
-            opening.attrSet("id", f"s{len(sections)}")
-            sections.append(inside.content)
-        elif opening.type == "td_open" and len(inside.content) > LONG:
-            opening.attrSet("class", "wide")
-        elif kind := re.fullmatch(r"\*\*(.*)\*\*", inside.content):
-            colour = next((name for name in ("projection", "counted") if name in inside.content), "")
-            opening.attrSet("class", f"kind {colour}")
-            inside.children = parser.parseInline(kind[1])[0].children
-        elif inside.children and inside.children[0].type == "image":
-            opening.attrSet("class", "figure")
-            inside.children[0].attrSet("loading", "lazy")
-    first = next((i for i, token in enumerate(tokens) if token.tag == "h2"), len(tokens))
-    intro, body = (Markup(parser.renderer.render(t, parser.options, {})) for t in (tokens[:first], tokens[first:]))
-    title = text.splitlines()[0].removeprefix("# ")
+    sections, number = re.findall(r"^## (.+)$", text, re.M), itertools.count()
+    body = MarkdownIt("zero").enable(RULES).render(text)
+    for pattern, made in (
+        (r"<h2>", lambda _: f'<h2 id="s{next(number)}">'),
+        (r"<p>\*\*(.*?)\*\*</p>", r'<p class="kind">\1</p>'),
+        (r"<table>|</table>", lambda x: '<div class="table"><table>' if x[0] == "<table>" else "</table></div>"),
+    ):
+        body = re.sub(pattern, made, body)
+    title, (intro, rule, rest) = text.splitlines()[0].removeprefix("# "), body.partition("<h2 id")
     shell = templates(FOLDER, autoescape=True).get_template("page.html")
-    return shell.render(title=title, sections=sections, intro=intro, body=body) + "\n"
+    return shell.render(title=title, sections=sections, intro=Markup(intro), body=Markup(rule + rest)) + "\n"
 
 
 def write(out: Path, name: str, text: str) -> list[Path]:

@@ -3,13 +3,11 @@
 `python -m bench.portable_step memory|profile NAME [EXPERIMENT]` measures one of them in a process of its own.
 """
 
-import statistics
 import sys
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 import kernels
@@ -32,33 +30,12 @@ def training_step(name: str, experiment: str) -> steps.Step:
     return steps.Step(experiment=experiment, sizes=SIZES, device=CPU, **arguments(name))
 
 
-@dataclass
-class Timing:
-    """Seconds of each repetition."""
-
-    seconds: list[float]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    def ratios(self, other: "Timing") -> list[float]:
-        """How many times faster than `other`, repetition by repetition, sorted."""
-        return sorted(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
-
-
-def interleaved(runs: Mapping[str, steps.Step], repetitions: int) -> dict[str, Timing]:
-    """Each step once for warm-up, then in turn: what else the machine does hits all of them."""
+def interleaved(runs: Mapping[str, steps.Step], repetitions: int) -> pd.DataFrame:
+    """Seconds of each step, a column each, once for warm-up and then in turn: what else the machine does hits all."""
     torch.set_num_threads(THREADS)
     for step in runs.values():
         step()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repetitions):
-        for name, step in runs.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
-    return {name: Timing(seconds) for name, seconds in times.items()}
+    return pd.DataFrame({name: steps.timed(step) for name, step in runs.items()} for _ in range(repetitions))
 
 
 def _status(field: str) -> int:
@@ -82,28 +59,16 @@ def memory(name: str, experiment: str) -> int:
     return _status("VmHWM") - start - 4 * parameters  # two moments
 
 
-def profile(name: str, experiment: str, rows: int = 14) -> list[tuple[str, float, int]]:
-    """(operator, seconds of its own CPU time, calls) of one step in one thread: the dearest, the rest, and the sum."""
+def profile(name: str, experiment: str, rows: int = 14) -> str:
+    """The operators of one step in one thread that take most of the CPU's time."""
     torch.set_num_threads(1)
     step = training_step(name, experiment)
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step()
-    events = [e for e in profiler.key_averages() if e.self_cpu_time_total > 0]
-    table = sorted(((e.key, e.self_cpu_time_total / 1e6, e.count) for e in events), key=lambda row: -row[1])
-
-    def sum_of(label: str, part: list[tuple[str, float, int]]) -> tuple[str, float, int]:
-        return label, sum(seconds for _, seconds, _ in part), sum(calls for *_, calls in part)
-
-    return [*table[:rows], sum_of("the rest", table[rows:]), sum_of("all", table)]
+    return profiler.key_averages().table("self_cpu_time_total", row_limit=rows)
 
 
 if __name__ == "__main__":
     what, chosen, *rest = sys.argv[1:]
-    subject = rest[0] if rest else "Baseline"
-    if what == "memory":
-        print(memory(chosen, subject))
-    else:
-        lines = profile(chosen, subject)
-        for operator, seconds, calls in lines:
-            print(f"{operator:45s} {seconds:7.3f} s {seconds / lines[-1][1]:6.1%} {calls:6d}")
+    print({"memory": memory, "profile": profile}[what](chosen, rest[0] if rest else "Baseline"))

@@ -46,11 +46,11 @@ UNITS = {"MiB": 2**20, "GiB": 2**30, "GB": 1e9, "TFLOP": 1e12, "M": 1e6, "ms": 1
 
 
 class _Formatter(string.Formatter):
-    """str.format with units: "{x:.2GiB}" of bytes, "{x:.1ms}" of seconds; "{x:time}" is a duration; None is "-"."""
+    """str.format with units: "{x:.2GiB}" of bytes, "{x:.1ms}" of seconds; "{x:time}" is a duration; None, NaN: "-"."""
 
     def format_field(self, value: Any, format_spec: str) -> str:
         unit = next((unit for unit in UNITS if format_spec.endswith(unit)), "")
-        if value is None:
+        if value is None or value != value:
             return "-"
         if format_spec == "time":
             return duration(value)

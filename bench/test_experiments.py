@@ -103,7 +103,6 @@ def measure(benchmark, results, sizes, rounds, baseline: steps.Step, name: str, 
     benchmark.extra_info.update(
         row, suite="experiments", kind=machine.kind(), sizes=str(sizes), label=sizes.label, **info
     )
-    results.experiments.append(row)
 
 
 def test_step(experiment, alike, benchmark, results, sizes, rounds, baseline):

@@ -205,4 +205,3 @@ def test_kernel(benchmark, call, experiments, implementation, direction, checks,
             raise
         pytest.skip(reason)
     benchmark.extra_info.update(row, suite="kernels", kind=machine.kind(), sizes=sizes.label, experiments=experiments)
-    results.kernels.append(row)

@@ -5,11 +5,11 @@ ratio's two sides met the same machine; no speed is printed of a step whose loss
 """
 
 import importlib.util
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -49,11 +49,11 @@ def check(experiment: str) -> None:
         assert not problem, f"{name}: {problem}"
 
 
-def line(name: str, timing: bench.Timing, eager: bench.Timing) -> str:
-    ratios = timing.ratios(eager)
+def line(name: str, seconds: pd.DataFrame, label: str = "") -> str:
+    ratios, median = seconds[EAGER] / seconds[name], seconds[name].median()
     return (
-        f"{name:45s} {timing.median:7.3f} s {bench.SIZES.tokens / timing.median:8.0f} tokens/s   "
-        f"{statistics.median(ratios):5.2f} x eager [{ratios[0]:.2f} .. {ratios[-1]:.2f}]"
+        f"{label or name:45s} {median:7.3f} s {bench.SIZES.tokens / median:8.0f} tokens/s   "
+        f"{ratios.median():5.2f} x eager [{ratios.min():.2f} .. {ratios.max():.2f}]"
     )
 
 
@@ -66,9 +66,9 @@ def test_portable_baseline(described, report, benchmark):
     runs = {name: bench.training_step(name, "Baseline") for name in (EAGER, BF16, FP32)}
     times = bench.interleaved(runs, BASELINE_REPETITIONS)
     report += ["", f"Baseline, median of {BASELINE_REPETITIONS} interleaved repetitions [spread of the ratio]"]
-    report += [line(name, times[name], times[EAGER]) for name in runs]
+    report += [line(name, times) for name in runs]
     benchmark.pedantic(runs[BF16], rounds=3, iterations=1)
-    gains = {name: statistics.median(times[name].ratios(times[EAGER])) for name in runs}
+    gains = times.rdiv(times[EAGER], axis=0).median().to_dict()
     benchmark.extra_info["times as fast as eager"] = gains
     if kernels.portable.product_dtype() == torch.bfloat16:
         assert gains[BF16] >= 2.2, gains
@@ -86,11 +86,11 @@ def test_portable_libraries(described, report):
         "",
         f"libraries at Baseline's widths and depths, median of {LIBRARY_REPETITIONS} interleaved repetitions",
     ]
-    report += [line(name, times[name], times[EAGER]) for name in names]
-    gains = {name: statistics.median(times[BF16].ratios(times[name])) for name in installed()}
-    closest = min(gains, key=gains.__getitem__)
+    report += [line(name, times) for name in names]
+    gains = times[installed()].div(times[BF16], axis=0).median()
+    closest = gains.idxmin()
     report.append(f"torch in bf16 is {gains[closest]:.2f} times as fast as the best of them, {closest}")
-    assert gains[closest] > 1, gains
+    assert gains[closest] > 1, gains.to_dict()
 
 
 @pytest.mark.parametrize("experiment", [name for name in DISTINCT if name != "Baseline"])
@@ -101,8 +101,8 @@ def test_portable_experiment(experiment, described, report):
     if not any(text.startswith("every experiment") for text in report):
         report += ["", f"every experiment but Best, torch in bf16, median of {REPETITIONS} interleaved repetitions"]
     alike = DISTINCT[experiment][1:]
-    report.append(line(experiment, times[BF16], times[EAGER]) + (f"   also {', '.join(alike)}" if alike else ""))
-    gain = statistics.median(times[BF16].ratios(times[EAGER]))
+    report.append(line(BF16, times, experiment) + (f"   also {', '.join(alike)}" if alike else ""))
+    gain = (times[EAGER] / times[BF16]).median()
     if kernels.portable.product_dtype() == torch.bfloat16:
         assert gain >= 1.8, gain
 

@@ -5,7 +5,7 @@
     python -m bench.projection --count        what kernels execute, by the emulator, for bench/projection/emulated.json
 
 A projection, never a measurement, and so called in every table, title and file name. 1024 sequences a step at 921 and
-206 positions; exchange and optimiser included. Counts are kept under build/projection/counts by a hash of the sources
+206 positions; exchange and optimiser included. Counts are kept under build/counts by a hash of the sources
 they follow from. --count executes a part of each launch that the page and the given experiments need and the file
 lacks, and drops the others; a launch that the file lacks is projected from its main loop alone, and named. --kernels:
 kernel by kernel. --fit: the fit and its leave-one-out errors alone.
@@ -31,8 +31,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from bench.cache import ROOT
 from bench.projection import executed, tables
-from bench.projection.collect import IMPLEMENTATIONS, cache_folder, product_launches
+from bench.projection.collect import IMPLEMENTATIONS, product_launches
 from bench.projection.model import EXCHANGE_BANDWIDTH
 from bench.projection.project import FITTED, batch_of, calibrate, project
 from kernels.emulator.session import EMULATED
@@ -92,7 +93,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not given.exchange > 0:
         parser.error(f"--exchange: expected GB/s above 0, got {given.exchange}; for example 12")
     if given.save is not None:
-        path = given.save = Path(given.save or cache_folder() / f"projection_{given.device}_{given.gpus}.json")
+        path = given.save = Path(
+            given.save or ROOT / "build" / "projection" / f"projection_{given.device}_{given.gpus}.json"
+        )
         if "projection" not in path.name or path.suffix != ".json":
             parser.error(
                 f"--save: expected a name with 'projection' ending in .json, got {path.name!r}; it is no measurement"
@@ -114,15 +117,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps = [step for step in steps if step[2] in EMULATED]
         executed.save((launch for step in steps for launch in product_launches(*step)), progress)
         return 0
-    calibration = calibrate(progress)
+    calibration = calibrate()
     if given.markdown:
-        print(tables.page(calibration, progress), end="")
+        print(tables.page(calibration), end="")
         return 0
     if given.fit:
         print(tables.efficiencies(calibration) + "\n\n" + tables.left_out(calibration))
         return 0
     found = [
-        project(name, impl, calibration, given.device, given.gpus, given.micro_batch, given.exchange * 1e9, progress)
+        project(name, impl, calibration, given.device, given.gpus, given.micro_batch, given.exchange * 1e9)
         for name in given.exp
         for impl in given.impl
     ]

@@ -19,7 +19,7 @@ from bench.cache import write
 from kernels import emulator
 from kernels.compile_only import Launch
 from kernels.compile_only.sass import innermost
-from march.cost.flops import launch_flops
+from march.cost.counter import launch_event
 
 FILE = Path(__file__).with_name("emulated.json")
 MMA_FLOPS = 4096
@@ -59,7 +59,7 @@ def name_of(launch: Launch) -> str:
 def count(launch: Launch, numbers: np.ndarray | None = None) -> dict[str, float]:
     """Executes a sample of a compiled launch's programs. ValueError where they multiply nothing."""
     if numbers is None:
-        numbers = sampled(launch.programs, max(1.0, launch_flops(launch) / MMA_FLOPS))
+        numbers = sampled(launch.programs, max(1.0, launch_event(launch).flops / MMA_FLOPS))
     done = emulator.sample(launch, numbers)
     mma = sum(n for opcode, n in done.counts.by_opcode().items() if opcode.startswith("mma"))
     if not mma:

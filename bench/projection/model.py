@@ -4,8 +4,9 @@ A call takes the longer of its products and its bytes,
 
     max(ideal / efficiency, bytes / (bandwidth efficiency * bandwidth)) + LAUNCH_SECONDS
 
-ideal: seconds of its tiles at the data sheet's peak. With `overlap` below 1, that share of the shorter one hides
-behind the longer and the rest is added: the runs cannot tell (docs/projection.md); 1 is reported, others beside it.
+ideal: seconds of its tiles at the data sheet's peak; bytes: each of its tensors once. With `overlap` below 1, that
+share of the shorter one hides behind the longer and the rest is added: the runs cannot tell (docs/projection.md); 1 is
+reported, others beside it.
 
 Tiles are computed whole and whole rounds of them occupy the device: a library product takes the best of LIBRARY_TILES,
 a fused kernel its own. In a fused kernel's loop an HMMA holds its sub-core's tensor pipe for C cycles (16 on the
@@ -25,9 +26,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from bench.projection.collect import Call, Compiled, Counts, cdiv
+from bench.projection.collect import Counts
 from march.cost.devices import Device
-from march.cost.op_costs import optimizer_cost
+from march.cost.step import optimizer_cost
 from march.predecessor.runs import EVALUATION_SECONDS, SEQUENCES
 
 # between two kernels of one stream on a full queue, start and drain included; the host runs ahead
@@ -57,10 +58,10 @@ Values = Efficiencies | np.ndarray
 
 @dataclass(frozen=True)
 class Work:
-    """A micro-batch's calls, a row each distinct one; and a step's rest.
+    """A micro-batch's calls, and a step's rest.
 
-    calls: phase, operator, name, count, flops; kind: index of the efficiency that its products take; ideal: seconds at
-    peak, moved: at the full bandwidth, both of one call. rest: seconds per step by name (at full bandwidth, elsewhere).
+    calls: of Counts, with kind, index of the efficiency that the products take, ideal, seconds at peak, and moved, at
+    the full bandwidth, both of one call. rest: seconds per step by name (at full bandwidth, elsewhere).
     """
 
     calls: pd.DataFrame
@@ -83,83 +84,62 @@ class Work:
         seconds = {name: float(moved / bandwidth + fixed) for name, (moved, fixed) in self.rest.items()}
         return seconds | ({"host": float(efficiencies[HOST] * self.micro_batch)} if self.eager else {})
 
+    def by_operator(self, efficiencies: Values) -> dict[str, float]:
+        """Seconds of a step by operator, longest first."""
+        calls = pd.Series(self.call_seconds(efficiencies)).groupby(self.calls.operator, sort=False).sum().to_dict()
+        return dict(sorted((calls | self.others(efficiencies)).items(), key=lambda item: -item[1]))
+
     def seconds(self, efficiencies: Values) -> float:
         """Of a step."""
         return float(self.call_seconds(efficiencies).sum()) + sum(self.others(efficiencies).values())
 
-    def by_operator(self, efficiencies: Values) -> dict[str, float]:
-        """Seconds of a step by operator, longest first; they add up to `seconds`."""
-        calls = pd.Series(self.call_seconds(efficiencies)).groupby(self.calls.operator, sort=False).sum().to_dict()
-        return dict(sorted((calls | self.others(efficiencies)).items(), key=lambda item: -item[1]))
 
-
-def rounds(tiles: int, sms: int) -> float:
+def rounds(tiles: pd.Series, sms: int) -> np.ndarray:
     """Time of `tiles` equal tiles over that of a device that is never idle. Fewer tiles than SMs are split."""
-    return cdiv(tiles, sms) * sms / tiles if tiles >= sms else 1.0
+    return np.where(tiles < sms, 1.0, np.ceil(tiles / sms) * sms / tiles)
 
 
-def library_flops(call: Call, sms: int) -> float:
-    """FLOPs of a library product's tiles, with idle SMs of the last round, for the tile where that is least."""
-    product = call.product
-    assert product is not None
-    tiles = [(product.batch * cdiv(product.m, m) * cdiv(product.n, n), m * n) for m, n in LIBRARY_TILES]
-    return min(2 * number * size * product.k * rounds(number, sms) for number, size in tiles)
-
-
-def ideal_seconds(call: Call, device: Device) -> tuple[int, float]:
-    """(index of the efficiency, seconds at peak) of one call."""
-    if call.product is not None:
-        flops = library_flops(call, device.sms)
-        if call.product.element_size == 4:
-            return FP32, flops / device.fp32
-        return (TENSOR if call.product.alignment >= 16 else UNALIGNED), flops / device.bf16
-    if call.compiled is None:
-        return TENSOR, 0.0
-    compiled = call.compiled
-    flops = call.executed * rounds(compiled.programs, device.sms)
-    if compiled.precision == "fp32":
-        return FP32, flops / device.fp32
-    # three products in tf32, whose rate is half of bf16's
-    passes = 6 if compiled.precision == "tf32x3" else 1
-    return TENSOR, flops * passes * held(compiled, device) / device.bf16
-
-
-def held(compiled: Compiled, device: Device) -> float:
+def held(calls: pd.DataFrame, device: Device) -> pd.Series:
     """Times as long as a useful HMMA alone, for which one of a fused kernel holds its sub-core's tensor pipe."""
-    cycles, slots = device.hmma_cycles * compiled.issued, compiled.slots + (compiled.beyond or 0.0)
-    warps = max(1.0, compiled.warps / SUB_CORES)
-    if compiled.precision == "bf16":
-        cycles = max(cycles, slots, cycles + max(0.0, slots - compiled.issued) / warps)
-    return cycles / device.hmma_cycles
+    cycles, slots = device.hmma_cycles * calls.issued, calls.slots + calls.beyond.fillna(0.0)
+    turns = cycles + (slots - calls.issued).clip(lower=0) / (calls.warps / SUB_CORES).clip(lower=1)
+    taken = pd.concat([cycles, slots, turns], axis=1).max(axis=1)
+    return taken.where(calls.precision == "bf16", cycles) / device.hmma_cycles
 
 
-def exchange_seconds(counts: Counts, gpus: int, bandwidth: float) -> float:
-    """An all-reduce of the gradients, 2 (n - 1) / n of them through the bus, and weights gathered, (n - 1) / n, both in
-    the working precision: what DeepSpeed's ZeRO 1 sends with march's settings. Taken for the published runs too."""
-    element = 2 if counts.precision == "bf16" else 4
-    return (gpus - 1) / gpus * counts.parameters * (2 + 1) * element / bandwidth
+def ideal_seconds(calls: pd.DataFrame, device: Device) -> tuple[np.ndarray, pd.Series]:
+    """(index of the efficiency, seconds at peak) of each call."""
+    tiles = [(calls.batch * np.ceil(calls.m / m) * np.ceil(calls.n / n), m * n) for m, n in LIBRARY_TILES]
+    library = pd.concat([2 * t * size * calls.k * rounds(t, device.sms) for t, size in tiles], axis=1).min(axis=1)
+    wide = (calls.element_size == 4) | (calls.precision == "fp32")
+    # three products in tf32, whose rate is half of bf16's
+    passes = held(calls, device).where(~wide, 1.0) * np.where(calls.precision == "tf32x3", 6, 1)
+    own = calls.executed * rounds(calls.programs, device.sms) * passes
+    kind = np.select([wide, calls.alignment < 16], [FP32, UNALIGNED], TENSOR)
+    return kind, library.fillna(own).fillna(0.0) / np.where(wide, device.fp32, device.bf16)
 
 
 def work(
     counts: Counts, device: Device, gpus: int = 8, exchange: float = EXCHANGE_BANDWIDTH, overlap: float = 1.0
 ) -> Work:
-    """A step of 1024 sequences on `gpus` devices."""
-    steps = cdiv(SEQUENCES, gpus * counts.micro_batch)
+    """A step of 1024 sequences on `gpus` devices.
+
+    Exchange: an all-reduce of the gradients, 2 (n - 1) / n of them through the bus, and weights gathered, (n - 1) / n,
+    both in the working precision: what DeepSpeed's ZeRO 1 sends with march's settings, and for the published runs too.
+    """
+    steps, gradient = -(-SEQUENCES // (gpus * counts.micro_batch)), 2 if counts.precision == "bf16" else 4
     # a gradient in the working precision is read and added to its float32 sum; what is sent is copied into one tensor,
     # converted, and back again
-    gradient = 2 if counts.precision == "bf16" else 4
     sent = 16 + (12 if gradient == 2 else 0) if gpus > 1 else 0
+    update = optimizer_cost(counts.parameters, counts.precision).bytes
     rest = {
         "gradient sums": (counts.parameters * (steps * (gradient + 8) + sent) / device.bandwidth, 0.0),
-        "optimizer": (optimizer_cost(counts.parameters, counts.precision).dram / gpus / device.bandwidth, 0.0),
-        "exchange": (0.0, exchange_seconds(counts, gpus, exchange)),
+        "optimizer": (update / gpus / device.bandwidth, 0.0),
+        "exchange": (0.0, (gpus - 1) / gpus * counts.parameters * (2 + 1) * gradient / exchange),
     }
     if counts.impl == "eager":
         rest["evaluation"] = (0.0, EVALUATION_SECONDS)
-    rows = [
-        {name: getattr(call, name) for name in ("phase", "operator", "name", "count", "flops")} for call in counts.calls
-    ]
-    calls = pd.DataFrame(rows)
-    calls["kind"], calls["ideal"] = zip(*(ideal_seconds(call, device) for call in counts.calls), strict=True)
-    calls["moved"] = [(call.read + call.written) / device.bandwidth for call in counts.calls]
+    kind, ideal = ideal_seconds(counts.calls, device)
+    moved = (counts.calls.reads + counts.calls.writes) / device.bandwidth
+    calls = counts.calls.assign(kind=kind, ideal=ideal, moved=moved)
     return Work(calls, steps, counts.micro_batch, rest, counts.impl == "eager", overlap)

@@ -1,7 +1,7 @@
 """Projections of experiments: fit once on the eager runs, apply to both implementations."""
 
+import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,7 +14,6 @@ from bench.projection.model import BANDWIDTH, EXCHANGE_BANDWIDTH, Work, held, wo
 from march.cost.devices import DEVICES
 from march.predecessor.runs import GPUS, SEQUENCES, micro_batch, published_seconds
 
-Progress = Callable[[str], None]
 STATUS = "projection, not measured"
 # the runs that the fit sees were of this node
 FITTED = ("a5000", GPUS)
@@ -37,12 +36,12 @@ class Calibration:
         return root_mean_square(self.left_out.error)
 
 
-def calibrate(progress: Progress = lambda line: None, overlap: float = 1.0) -> Calibration:
+@functools.cache
+def calibrate(overlap: float = 1.0) -> Calibration:
     """Counts the eager steps of the published runs and fits the efficiencies."""
     device, published = DEVICES[FITTED[0]], published_seconds()
     works = {
-        name: work(collect(name, "eager", micro_batch(name), progress=progress), device, FITTED[1], overlap=overlap)
-        for name in published
+        name: work(collect(name, "eager", micro_batch(name)), device, FITTED[1], overlap=overlap) for name in published
     }
     return Calibration(fit(works, published), leave_one_out(works, published), works, published)
 
@@ -50,7 +49,7 @@ def calibrate(progress: Progress = lambda line: None, overlap: float = 1.0) -> C
 @dataclass(frozen=True)
 class ProjectedStep(Projection):
     """A projection and what it follows from. arithmetic_seconds: of all its FLOPs at the peak of the data sheet: no
-    implementation of these products is faster. tflop, dram_bytes: of one GPU's step."""
+    implementation of these products is faster. tflop, dram_bytes (of every call's tensors once): of one GPU's step."""
 
     arithmetic_seconds: float
     micro_batch: int
@@ -80,15 +79,14 @@ def project(
     gpus: int = GPUS,
     micro: int | None = None,
     exchange: float = EXCHANGE_BANDWIDTH,
-    progress: Progress = lambda line: None,
     overlap: float = 1.0,
 ) -> ProjectedStep:
     """Projection of one experiment. micro: as of `batch_of`."""
     device = DEVICES[device_name]
-    counts = collect(name, impl, batch_of(name, impl, gpus, micro), device.arch, progress=progress)
+    counts = collect(name, impl, batch_of(name, impl, gpus, micro), device.arch)
     step = work(counts, device, gpus, exchange, overlap)
     values = calibration.fit.efficiencies
-    seconds, flops = step.seconds(values), step.micro_batches * counts.flops
+    seconds, flops = step.seconds(values), step.micro_batches * counts.total("flops")
     factor = math.exp(RANGE * math.hypot(calibration.fit.spread(step), calibration.noise))
     return ProjectedStep(
         experiment=name,
@@ -105,7 +103,7 @@ def project(
         micro_batches=step.micro_batches,
         precision=counts.precision,
         tflop=flops / 1e12,
-        dram_bytes=step.micro_batches * counts.dram,
+        dram_bytes=round(step.micro_batches * counts.total("reads", "writes")),
         counts=counts,
         work=step,
     )
@@ -113,30 +111,29 @@ def project(
 
 def static(counts: Counts) -> Counts:
     """With the issue slots of main loops alone."""
-    calls = (replace(call, compiled=call.compiled and replace(call.compiled, beyond=None)) for call in counts.calls)
-    return replace(counts, calls=tuple(calls))
+    return replace(counts, calls=counts.calls.assign(beyond=math.nan))
 
 
-def slots_of(step: ProjectedStep) -> list[dict[str, Any]]:
+def slots_of(step: ProjectedStep) -> pd.DataFrame:
     """Issue slots for each product in a fused step, a row for equal ones: of the main loop, beyond it, both;
     before, after: times as long as by products alone the tensor pipe is held, without and with what is beyond."""
-    device, rows = DEVICES[step.device], {}
-    for call in step.counts.calls:
-        one, times = call.compiled, step.micro_batches * call.count
-        if one is None or not one.slots or one.precision != "bf16":
-            continue
-        numbers = {
-            "static": one.slots,
-            "beyond": one.beyond,
-            "taken": one.slots + (one.beyond or 0.0),
-            "before": held(replace(one, beyond=None), device),
-            "after": held(one, device),
+    device, calls = DEVICES[step.device], step.counts.calls
+    calls = calls[(calls.slots > 0) & (calls.precision == "bf16")]
+    table = pd.DataFrame(
+        {
+            "kernel": calls.name.str.strip("_").str.removesuffix("_kernel"),
+            "static": calls.slots,
+            "beyond": calls.beyond,
+            "taken": calls.slots + calls.beyond.fillna(0.0),
+            "before": held(calls.assign(beyond=0.0), device),
+            "after": held(calls, device),
+            "calls": step.micro_batches * calls["count"],
+            "tflop": step.micro_batches * calls["count"] * calls.executed / 1e12,
         }
-        name = call.name.strip("_").removesuffix("_kernel")
-        row = rows.setdefault((name, *numbers.values()), {"kernel": name, "calls": 0, "tflop": 0.0} | numbers)
-        row["calls"] += times
-        row["tflop"] += times * call.executed / 1e12
-    return sorted(rows.values(), key=lambda row: -row["tflop"])
+    )
+    equal = ["kernel", "static", "beyond", "taken", "before", "after"]
+    summed = table.groupby(equal, sort=False, dropna=False, as_index=False).sum()
+    return summed.sort_values("tflop", ascending=False, kind="stable")
 
 
 def kernels_of(step: ProjectedStep, calibration: Calibration) -> pd.DataFrame:
@@ -146,14 +143,14 @@ def kernels_of(step: ProjectedStep, calibration: Calibration) -> pd.DataFrame:
     times, seconds = step.micro_batches * calls["count"], step.work.call_seconds(values)
     table = pd.DataFrame(
         {
-            "operator": calls["operator"],
-            "phase": calls["phase"],
-            "kernel": calls["name"].str.removeprefix("aten::").str.strip("_"),
+            "operator": calls.operator,
+            "phase": calls.phase,
+            "kernel": calls.name.str.removeprefix("aten::").str.strip("_"),
             "calls": times,
             "seconds": seconds,
-            "products": times * calls["ideal"] / [values[kind] for kind in calls["kind"]],
-            "bytes": times * calls["moved"] / values[BANDWIDTH],
-            "beyond": seconds - times * calls["flops"] / (0.80 * DEVICES[step.device].peak(step.precision)),
+            "products": times * calls.ideal / [values[kind] for kind in calls.kind],
+            "bytes": times * calls.moved / values[BANDWIDTH],
+            "beyond": seconds - times * calls.flops / (0.80 * DEVICES[step.device].peak(step.precision)),
         }
     )
     grouped = table.groupby(["operator", "phase", "kernel"], sort=False, as_index=False).sum()

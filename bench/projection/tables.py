@@ -1,7 +1,7 @@
 """Tables of projections, each of which says that it is one (tables.md); and docs/projection.md (page.md)."""
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def kernels(step: ProjectedStep, calibration: Calibration, least: float = 5e-4) 
 
 def slots(step: ProjectedStep) -> str:
     """Issue slots of the kernels with products, static beside emulated."""
-    return _filled("slots", step, slots_of(step))
+    return _filled("slots", step, slots_of(step).to_dict("records"))
 
 
 def uncounted(step: ProjectedStep) -> str:
@@ -129,12 +129,12 @@ def _pinned(calibration: Calibration, baseline: ProjectedStep) -> Items:
     return items
 
 
-def _overlaps(progress: Callable[[str], None]) -> Items:
+def _overlaps() -> Items:
     """Other answers to how much of a call's shorter part hides behind its longer one."""
     items = []
     for overlap in OVERLAPS:
-        found = calibrate(progress, overlap)
-        step = project("Baseline", "triton", found, progress=progress, overlap=overlap)
+        found = calibrate(overlap)
+        step = project("Baseline", "triton", found, overlap=overlap)
         error = mean_error(found.left_out.error)
         items.append({"overlap": overlap, "error": error, "e": found.fit.efficiencies, "step": step})
     return items
@@ -154,13 +154,11 @@ def _sensitivity(calibration: Calibration, baseline: ProjectedStep) -> list[tupl
     ]
 
 
-def page(calibration: Calibration, progress: Callable[[str], None]) -> str:
+def page(calibration: Calibration) -> str:
     """page.md filled in; every table of it says that it is a projection."""
-    eager, fused = (
-        [project(name, impl, calibration, progress=progress) for name in known()] for impl in ("eager", "triton")
-    )
+    eager, fused = ([project(name, impl, calibration) for name in known()] for impl in ("eager", "triton"))
     base_eager, base = (next(p for p in many if p.experiment == "Baseline") for many in (eager, fused))
-    devices = [project("Baseline", "triton", calibration, name, progress=progress) for name in OTHERS]
+    devices = [project("Baseline", "triton", calibration, name) for name in OTHERS]
     sensitivity = _sensitivity(calibration, base)
     return pages.render(
         FOLDER / "page.md",
@@ -173,7 +171,7 @@ def page(calibration: Calibration, progress: Callable[[str], None]) -> str:
         efficiencies=efficiencies(calibration),
         left_out=left_out(calibration),
         pinned=_pinned(calibration, base),
-        overlaps=_overlaps(progress),
+        overlaps=_overlaps(),
         published=calibration.published["Baseline"],
         base=base,
         base_eager=base_eager,

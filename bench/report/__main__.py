@@ -15,7 +15,7 @@ from pathlib import Path
 from bench import pages
 from bench.report.compare import compare, threshold
 from bench.report.contents import contents
-from bench.report.counted import collect
+from bench.report.counted import counted
 from bench.report.load import Benchmark, Projection, ReportError, Sources, benchmark, newest, projections
 from bench.steps import distinct
 from march import experiments
@@ -27,7 +27,7 @@ TEMPLATE = Path(__file__).with_name("report.md")
 def build(given: Benchmark, found: Sequence[Projection], out: Path, experiment: str) -> list[Path]:
     """Writes report.md, report.html and the pictures into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    sources = Sources(given, collect(list(dict.fromkeys([experiment, *distinct()]))), found, out)
+    sources = Sources(given, {name: counted(name) for name in dict.fromkeys([experiment, *distinct()])}, found, out)
     return pages.write(out, "report", pages.render(TEMPLATE, **contents(sources, experiment)))
 
 

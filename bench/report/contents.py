@@ -159,11 +159,11 @@ def measured_roofline(given: Sources) -> Contents:
 
 def _projected_points(rows: list[dict[str, Any]], projected: Projection, micro_batch: int) -> list[Point]:
     """Operators at their projected rates, forward and backward together: the projection does not part them."""
-    totals = pd.DataFrame(rows).groupby("operator", sort=False)[["flops", "dram"]].sum()
+    totals = pd.DataFrame(rows).groupby("operator", sort=False)[["flops", "bytes"]].sum()
     # of a step of 1024 sequences a device computes this many micro-batches, and by_operator has the seconds of all
     steps, seconds = SEQUENCES / (projected.gpus * micro_batch), projected.by_operator
     return [
-        Point(row.Index, "both", row.flops / row.dram, row.flops * steps / seconds[row.Index])
+        Point(row.Index, "both", row.flops / row.bytes, row.flops * steps / seconds[row.Index])
         for row in totals.itertuples()
         if seconds.get(row.Index)
     ]
@@ -174,12 +174,12 @@ def counted_roofline(given: Sources, experiment: str) -> Contents:
     that each could reach."""
     counted, projected = given.counted[experiment], given.projected("triton").get(experiment)
     micro_batch, peak, bandwidth = counted["micro_batch"], REFERENCE.peak(counted["precision"]), REFERENCE.bandwidth
-    rows = [row | {"intensity": row["flops"] / row["dram"]} for row in counted["rows"] if row["dram"]]
+    rows = [row | {"intensity": row["flops"] / row["bytes"]} for row in counted["rows"] if row["bytes"]]
     products = [row for row in rows if row["flops"]]
     points = _projected_points(products, projected, micro_batch) if projected else []
     kind = f"{COUNTED}; rates are a projection" if points else COUNTED
     how = "rates projected, nothing has run" if points else "each point on the roof, the most that it could reach"
-    said = [f"triton, micro-batch {micro_batch}, FLOPs and DRAM bytes of the ledger", how]
+    said = [f"triton, micro-batch {micro_batch}, FLOPs and bytes of the ledger", how]
     title = f"{experiment} under the A5000's roof: {'projection' if points else COUNTED}"
     points = points or [
         Point(r["operator"], r["phase"], r["intensity"], min(peak, r["intensity"] * bandwidth)) for r in products
@@ -187,9 +187,9 @@ def counted_roofline(given: Sources, experiment: str) -> Contents:
     roof = (peak, bandwidth), "RTX A5000, data sheet"
     figures.roofline(given.out / "roofline_counted.png", title, said, points, *roof)
     for row in rows:
-        row["bound"] = "products" if row["flops"] / peak > row["dram"] / bandwidth else "bytes"
+        row["bound"] = "products" if row["flops"] / peak > row["bytes"] / bandwidth else "bytes"
         row["floor"] = floor(row, counted["precision"])
-    return {"under_roof": kind, "floors": [row for row in rows if row["dram"] > 1e6]}
+    return {"under_roof": kind, "floors": [row for row in rows if row["bytes"] > 1e6]}
 
 
 def memory(given: Sources) -> Contents:

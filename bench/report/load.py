@@ -9,11 +9,12 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from bench.projection import Projection
-from bench.report.counted import REFERENCE, STORAGE, Counted
+from bench.report.counted import REFERENCE, Counted
 from bench.tables import joined
 from march.cost import find_device
 
 OURS = ("triton", "torch")
+STORAGE = Path(".benchmarks")
 _PROJECTIONS = TypeAdapter(list[Projection])
 
 

@@ -83,10 +83,6 @@ def _dkdv(kernel: Any) -> int:
     return _scores(kernel) * (kernel["K"] + dv * kernel["KV"] + dk * (kernel["KV"] + kernel["K"]))
 
 
-_MASKS = " lengths_ptr mask_ptr ckeys_ptr"
-_QUERIES = "q_ptr rng_ptr" + _MASKS
-
-
 def _tiles() -> list[Tuned]:
     """Encoder self-attention with dropout, in bfloat16, at the widths of most experiments."""
     from dataclasses import asdict
@@ -148,21 +144,18 @@ RECORD = Operator(
     portable="kernels.portable.chunked_attention",
     sizes=_sizes,
     values={"q": _queries},
-    outputs=lambda s, given, kwargs: [(s["B"], s["Lq"], s["H"], s["Kv"])],
     saved=(*FORMS[1].tensors, "out", "lse"),
     flops=products,
     checked={"scale": 0.5, "causal": True, "key_lengths": None, "key_mask": None},
     forms=FORMS,
     libraries=("flash_attn",),
     kernels={
-        "_column_keys_kernel": Kernel("rng_ptr", "ckeys_ptr"),
-        "_attention_fwd_kernel": Kernel(_QUERIES, "o_ptr lse_ptr", lambda k: _scores(k) * (k["K"] + k["KV"])),
+        "_column_keys_kernel": Kernel("ckeys_ptr"),
+        "_attention_fwd_kernel": Kernel("o_ptr lse_ptr", lambda k: _scores(k) * (k["K"] + k["KV"])),
         # scores again, dP, dQ
-        "_attention_bwd_dq_kernel": Kernel(
-            _QUERIES + " o_ptr lse_ptr do_ptr", "dq_ptr rows_ptr", lambda k: _scores(k) * (2 * k["K"] + k["KV"])
-        ),
-        "_attention_bwd_dkdv_kernel": Kernel("k_ptr v_ptr handed_ptr" + _MASKS, "dk_ptr dv_ptr", _dkdv),
-        "_sum_partials_kernel": Kernel("parts_ptr", "out_ptr"),
+        "_attention_bwd_dq_kernel": Kernel("dq_ptr rows_ptr", lambda k: _scores(k) * (2 * k["K"] + k["KV"])),
+        "_attention_bwd_dkdv_kernel": Kernel("dk_ptr dv_ptr", _dkdv),
+        "_sum_partials_kernel": Kernel("out_ptr"),
     },
     tiles=_tiles,
     limits=LIMITS,

@@ -26,14 +26,13 @@ RECORD = Operator(
     portable="kernels.portable.token_embedding",
     sizes=_sizes,
     values={"ids": _ids},
-    outputs=lambda s, given, kwargs: [(s["B"], s["L"], s["D"])],
     saved=("ids",),
     checked={"combine": "average"},
     drops=DROPS,
     kernels={
-        "_embedding_fwd_kernel": Kernel("ids_ptr rng_ptr rng_t_ptr", "out_ptr"),
-        "_embedding_table_bwd_kernel": Kernel("d_out_ptr order_ptr start_ptr rng_ptr", "d_table_ptr"),
-        "_embedding_positions_bwd_kernel": Kernel("d_out_ptr rng_ptr", "d_positions_ptr"),
+        "_embedding_fwd_kernel": Kernel("out_ptr"),
+        "_embedding_table_bwd_kernel": Kernel("d_table_ptr"),
+        "_embedding_positions_bwd_kernel": Kernel("d_positions_ptr"),
     },
     tiles=lambda: [
         Tuned(

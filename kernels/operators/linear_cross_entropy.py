@@ -71,7 +71,6 @@ RECORD = Operator(
     portable="kernels.portable.loss",
     sizes=_sizes,
     values={"labels": _labels},
-    outputs=lambda s, given, kwargs: [()],
     saved=("h", "weight", "labels"),
     flops=_flops,
     checked={"scale": 0.125, "ignore_index": -100},
@@ -80,23 +79,18 @@ RECORD = Operator(
     differentiable=1,
     kernels={
         "_linear_cross_entropy_fwd_kernel": Kernel(
-            "labels_ptr", "top_ptr total_ptr target_ptr", lambda k: 2 * k["tokens"] * k["vocabulary"] * k["width"]
+            "top_ptr total_ptr target_ptr", lambda k: 2 * k["tokens"] * k["vocabulary"] * k["width"]
         ),
-        "_linear_cross_entropy_join_kernel": Kernel(
-            "top_ptr total_ptr target_ptr labels_ptr", "lse_ptr loss_ptr sum_ptr count_ptr"
-        ),
-        "_linear_cross_entropy_mean_kernel": Kernel("sum_ptr count_ptr", "loss_ptr inverse_ptr"),
-        "_linear_cross_entropy_dlogits_kernel": Kernel(
-            "labels_ptr lse_ptr", "g_ptr", lambda k: 2 * k["tokens"] * k["columns"] * k["width"]
-        ),
+        "_linear_cross_entropy_join_kernel": Kernel("lse_ptr loss_ptr sum_ptr count_ptr"),
+        "_linear_cross_entropy_mean_kernel": Kernel("loss_ptr inverse_ptr"),
+        "_linear_cross_entropy_dlogits_kernel": Kernel("g_ptr", lambda k: 2 * k["tokens"] * k["columns"] * k["width"]),
         # logits again, the gradient
         "_linear_cross_entropy_gradient_kernel": Kernel(
-            "d_loss_ptr inverse_ptr",
             "out_ptr top_ptr total_ptr",
             lambda k: 4 * k["own_rows"] * k["other_rows"] * k["D"],
         ),
-        "_linear_cross_entropy_dh_kernel": Kernel("parts_ptr top_ptr total_ptr h_ptr labels_ptr", "out_ptr target_ptr"),
-        "_linear_cross_entropy_scale_kernel": Kernel("x_ptr d_loss_ptr inverse_ptr", "out_ptr"),
+        "_linear_cross_entropy_dh_kernel": Kernel("out_ptr target_ptr"),
+        "_linear_cross_entropy_scale_kernel": Kernel("out_ptr"),
     },
     tiles=_tiles,
     limits=(

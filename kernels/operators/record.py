@@ -49,10 +49,9 @@ def normalised(axis: str) -> Values:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A fused kernel for the cost model. once: pointers that it reads once, and writes: that it writes; what else it
-    reads is walked (march.cost.cache says in which order). flops: of a launch, given its arguments by name."""
+    """A fused kernel for the cost model. writes: pointers that it writes, it reads the others; flops: of a launch, by
+    its arguments' names."""
 
-    once: str
     writes: str
     flops: Callable[[Any], int] | None = None
 
@@ -105,15 +104,13 @@ class Operator:
     sizes: the axes of the contract from the dimensions that tests and bench speak of; values: of tensors that are not
     drawn from N(0, 1). checked: the arguments at which it is compared where no step was recorded, beside dropout in
     `drops` and key lengths where the contract has them. differentiable: how many of the outputs are, None for all.
-    outputs: shapes of what is new memory, of (sizes, which tensors are given, other arguments); saved: what any
-    backward must see again ("out": the first output, "lse": a float32 a row of attention); flops: products that the
-    formula needs, forward and backward, two for each multiply-add.
+    saved: what any backward must see again ("out": the first output, "lse": a float32 a row of attention); flops:
+    products that the formula needs, forward and backward, two for each multiply-add.
     kernels, tiles, limits: of its fused kernels, by name."""
 
     contract: Contract
     portable: str
     sizes: Callable[..., dict[str, int]]
-    outputs: Callable[[Sizes, Mapping[str, Any], Mapping[str, Any]], list[tuple[int, ...]]]
     saved: tuple[str, ...]
     checked: dict[str, Any]
     drops: tuple[str, ...] = ("dropout",)

@@ -23,16 +23,13 @@ RECORD = Operator(
     sizes=lambda batch, length, width: {"B": batch, "L": length, "D": width},
     values={"gain": lambda draw, sizes, shape: 1 + draw.normal(shape, scale=0.1)},
     # without s, y is x
-    outputs=lambda s, given, kwargs: [(s["B"], s["L"], s["D"])] * (1 if given.get("s") is None else 2),
     saved=("out", "gain"),
     checked={"eps": 1e-6},
     libraries=("apex",),
     kernels={
-        "_residual_norm_fwd_kernel": Kernel("x_ptr s_ptr gain_ptr rng_ptr", "y_ptr z_ptr rstd_ptr"),
-        "_residual_norm_bwd_kernel": Kernel(
-            "dy_ptr dz_ptr y_ptr rstd_ptr gain_ptr rng_ptr", "dx_ptr ds_ptr partial_ptr"
-        ),
-        "_sum_rows_kernel": Kernel("partial_ptr", "out_ptr"),
+        "_residual_norm_fwd_kernel": Kernel("y_ptr z_ptr rstd_ptr"),
+        "_residual_norm_bwd_kernel": Kernel("dx_ptr ds_ptr partial_ptr"),
+        "_sum_rows_kernel": Kernel("out_ptr"),
     },
     tiles=lambda: [
         Tuned("rows.stream", *row_tiles("stream"), {"batch": MICRO_BATCH, "length": ENCODER_LENGTH, "width": 512})

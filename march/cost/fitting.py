@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 import kernels
-from kernels.dispatch import OPERATORS
+from kernels.dispatch import OPERATORS, triton_interpreted
 from march.config import ModelConfig
-from march.cost.measure import fused_operators, interpreted, measure
-from march.cost.size import total_parameters
+from march.cost.step import fused_operators, measure, total_parameters
 
 # CUDA context, DeepSpeed's buckets and allocator fragmentation: not counted, allowed for.
 RESERVED_BYTES = 1 << 30
@@ -54,7 +54,7 @@ def counted_as(impl: kernels.Impl, device_type: str | None = None) -> str:
     on_gpu = (device_type or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
     names = {operator: impl if isinstance(impl, str) else impl.get(operator, "auto") for operator in OPERATORS}
     names = {operator: name if name != "auto" or on_gpu else "torch" for operator, name in names.items()}
-    fused = [] if interpreted(names) else fused_operators(names)
+    fused = [] if triton_interpreted() else fused_operators(names)
     counted = {o: "triton" if o in fused else "reference" if n == "reference" else "torch" for o, n in names.items()}
     return ",".join(f"{operator}={name}" for operator, name in counted.items())
 
@@ -104,13 +104,6 @@ def fitting_micro_batch(
     dtype: "bf16" or "fp32", by default the configuration's. zero_world: processes that share the optimiser's state.
     device_type: where "auto" runs, "cuda" or "cpu", by default this machine's.
     """
-    estimate = memory(
-        config,
-        encoder_length,
-        decoder_length,
-        impl=impl,
-        precision=dtype,
-        zero_world=zero_world,
-        device_type=device_type,
-    )
+    options: dict[str, Any] = {"precision": dtype, "zero_world": zero_world, "device_type": device_type}
+    estimate = memory(config, encoder_length, decoder_length, impl=impl, **options)
     return int(min(LARGEST_MICRO_BATCH, max(1, room(memory_bytes, estimate.total(0)) // estimate.per_sequence)))

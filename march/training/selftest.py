@@ -11,7 +11,7 @@ import torch.distributed as torch_distributed
 import kernels
 from kernels.dispatch import OPERATORS, choice
 from march.config import ModelConfig, resolve
-from march.cost.measure import DTYPES, inputs
+from march.cost.step import DTYPES, inputs
 from march.model import Transformer
 from march.training.distributed import T, World, run_on_rank
 from march.training.errors import UsageError

@@ -27,8 +27,7 @@ from kernels.calls import fused_function, generic_calls
 from kernels.compile_only import recording
 from kernels.compile_only.limits import limits_of
 from kernels.operators import OPERATORS
-from march.cost.cache import launch_traffic
-from march.cost.flops import launch_flops
+from march.cost.counter import launch_event
 
 assert kernels.__file__.startswith(os.getcwd())
 record, cpu = OPERATORS["scale_add"], torch.device("cpu")
@@ -57,8 +56,8 @@ x, y = (torch.empty(2, 5, 12, device="meta", dtype=torch.bfloat16) for _ in rang
 with recording("sm_86", compile=False) as launches:
     kernels.scale_add(x, y, impl="triton")
 (launch,) = launches
-traffic = launch_traffic(launch)
-assert (traffic.reads, traffic.writes, launch_flops(launch)) == (480, 240, 0), traffic
+event = launch_event(launch)
+assert (event.reads, event.writes, event.flops) == (480, 240, 0), event
 assert [limit.no_spills for limit in limits_of(launch.kernel, launch.constants, "sm_86")] == [True]
 assert tune.entries()
 print("asked")

@@ -7,7 +7,7 @@ import torch
 
 import march
 from march import config, experiments
-from march.cost.size import total_parameters
+from march.cost import total_parameters
 from march.report import listing
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")

@@ -16,20 +16,17 @@ from torch import Tensor
 
 from kernels.compile_only import Argument, Launch
 from march import experiments
-from march.cost import cache, op_costs
-from march.cost.compulsory import Observer
-from march.cost.counter import Allocation, Counter, Product
-from march.cost.flops import FORMULAS
+from march.cost import step
+from march.cost.counter import Allocation, Counter, launch_event
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 
 
-def fresh(*command: str, interpret: bool = False) -> str:
-    """Standard output of a Python process whose Triton compiles, or interprets."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/march'}", "TRITON_INTERPRET": "1"}
-    if not interpret:
-        del environment["TRITON_INTERPRET"]
+def fresh(*command: str) -> str:
+    """Standard output of a Python process whose Triton compiles."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/march'}"}
+    environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
@@ -53,7 +50,7 @@ def test_baseline_keeps_at_most_2_6_gib(baseline):
 
 
 def test_baseline_moves_at_most_1_3_times_the_compulsory_traffic(baseline):
-    assert baseline["dram_over_compulsory"] <= 1.3
+    assert baseline["over_compulsory"] <= 1.3
 
 
 def test_gradients_of_keys_and_values_are_neither_copied_nor_added_between_operators(baseline):
@@ -86,15 +83,15 @@ def test_every_operator_of_baseline_is_fused(baseline):
 
 
 def test_rows_add_up(baseline):
-    for name in op_costs.NUMBERS:
+    for name in step.NUMBERS:
         assert baseline["total"][name] == sum(row[name] for row in baseline["rows"])
-    assert all(row["dram_read"] + row["dram_written"] > 0 for row in baseline["rows"])
+    assert all(row["bytes_read"] + row["bytes_written"] > 0 for row in baseline["rows"])
 
 
 def test_flops_agree_with_the_portable_path(baseline):
     """The same products in forward; the fused backward computes scores and dP twice, for dQ and for dK and dV."""
     config = experiments.configuration("Baseline")
-    portable = op_costs.step_costs(config, micro_batch=1, impl="torch")
+    portable = step.step_costs(config, micro_batch=1, impl="torch")
 
     def flops(rows: list, operators: tuple, phase: str) -> int:
         return sum(r["flops"] for r in rows if r["operator"] in operators and r["phase"] == phase)
@@ -163,7 +160,7 @@ def test_an_inserted_copy_raises_the_bytes_by_exactly_that():
     """Outside the operators, and inside a registered one, where torch sees nothing."""
     before, after, inside = json.loads(fresh("-c", INSERTED))
     size = 97 * 32 * 2
-    for name in ("bytes_read", "bytes_written", "dram_read", "dram_written"):
+    for name in ("bytes_read", "bytes_written"):
         assert after["total"][name] - before["total"][name] == size
     assert after["total"]["launches"] == before["total"]["launches"] > 0
     # every stream that residual_norm is given: 5 encoder and 10 decoder calls, x and s of 4 and 9, x of the first
@@ -172,7 +169,7 @@ def test_an_inserted_copy_raises_the_bytes_by_exactly_that():
         next(row for row in one["rows"] if (row["operator"], row["phase"]) == ("residual_norm", "forward"))
         for one in (before, inside)
     ]
-    for name in ("dram_read", "dram_written"):
+    for name in ("bytes_read", "bytes_written"):
         assert rows[1][name] - rows[0][name] == forward
     assert rows[1]["names"]["aten::clone"] == 9 + 19
 
@@ -197,7 +194,7 @@ print(json.dumps(found))
 
 
 def test_every_experiment_has_a_ledger():
-    """No kernel without its access and formula, at sizes where that is all that is tested."""
+    """No kernel without its record, at sizes where that is all that is tested."""
     found = json.loads(fresh("-c", EXPERIMENTS))
     assert set(found) == set(experiments.names())
     for name, (one, ratio, *others) in found.items():
@@ -211,99 +208,33 @@ def test_every_experiment_has_a_ledger():
         assert bool(one["forbidden"]) == (name in ("UnifiedAttentionAsPublished", "GroupedKeysValues")), name
 
 
-# ---------------------------------------------------------------- the cache model
+def test_a_kernel_without_a_record_is_an_error():
+    launch = Launch("_new_kernel", "m", "sm_86", (1, 1, 1), 4, 2, {}, (Argument("x_ptr", "float32", (4,), (1,), 16),))
+    with pytest.raises(LookupError, match=r"_new_kernel.*record.*declare it"):
+        launch_event(launch)
 
 
-@pytest.fixture(scope="module")
-def traces():
-    lines = fresh(str(ROOT / "tests/march/access_trace.py"), interpret=True).splitlines()
-    return [json.loads(line) for line in lines]
+SEQUENCES = """
+import json, sys
+from march import experiments
+from march.cost import step_costs
+from models import small_overrides
+
+config = experiments.configuration("Baseline", **small_overrides("Baseline") | {"max_length": 128})
+print(json.dumps([step_costs(config, 128, 128, micro_batch=n).to_dict()["rows"] for n in (1, 2, 5)]))
+"""
 
 
-LOOKED_UP = {("_embedding_fwd_kernel", "table_ptr"), ("_linear_cross_entropy_dh_kernel", "w_ptr")}
-
-
-def test_declared_accesses_are_those_of_the_kernels(traces):
-    """Against addresses recorded in the interpreter and a cache simulated line by line: waves of four to eight programs
-    and caches of 12 to 96 KB, or without limit. Equal but for where the small cache ends within a tile: 2%."""
-    assert {row["kernel"] for row in traces} == set(cache.ACCESS)
-    again: dict = {}
-    for row in traces:
-        assert row["undeclared"] == [], row
-        declared, traced = row["pointers"]
-        assert declared == traced, row["kernel"]
-        assert row["products"] == (row["kernel"] in FORMULAS), row["kernel"]
-        for name, (declared, simulated) in row["again"].items():
-            unlimited = row["capacity"] >= 1 << 30
-            if (row["kernel"], name) in LOOKED_UP:
-                # a cache that holds the table: the declaration is the bound that all tokens differ
-                assert simulated <= declared
-                continue
-            assert simulated <= declared <= simulated * (1.0 if unlimited else 1.03), (row["kernel"], name)
-            again.setdefault((row["kernel"], name), {}).setdefault(unlimited, []).append(declared)
-    # the small caches make a difference, or they would test nothing
-    larger = [key for key, counts in again.items() if sum(counts[False]) > 1.2 * sum(counts[True])]
-    assert len(larger) >= 6, larger
-
-
-@pytest.mark.parametrize(
-    ("kernel", "pointers", "said"),
-    [("_new_kernel", ["x_ptr"], "_new_kernel"), ("_sum_rows_kernel", ["partial_ptr", "out_ptr", "x_ptr"], "of x_ptr")],
-)
-def test_a_kernel_or_a_tensor_that_is_not_declared_is_an_error(kernel, pointers, said):
-    arguments = tuple(Argument(name, "float32", (4,), (1,), 16) for name in pointers)
-    with pytest.raises(cache.AccessError, match=rf"{said}.*march/cost/cache.py.*declare it"):
-        cache.launch_traffic(Launch(kernel, "m", "sm_86", (1, 1, 1), 4, 2, {}, arguments))
-
-
-def test_what_is_read_once_is_read_once(traces):
-    for row in traces:
-        for name, (simulated, distinct, size) in row["once"].items():
-            assert simulated == distinct, (row["kernel"], name)
-            # whole lines: up to one more at each end
-            assert distinct <= size + 64, (row["kernel"], name)
-
-
-def product_by_lines(m: int, n: int, k: int, wave: int, capacity: int) -> int:
-    """Bytes of a bf16 product's operands from memory, slice of k by slice of k, least recently used first out."""
-    size, slices = cache.LIBRARY_TILE * 32 * 2, k // 32
-    tiles = list(cache.grouped(-(-m // cache.LIBRARY_TILE), -(-n // cache.LIBRARY_TILE), cache.LIBRARY_GROUP))
-    cached: dict = {}
-    missed = 0
-    for first in range(0, len(tiles), wave):
-        for part in range(slices):
-            for key in [
-                x for row, column in tiles[first : first + wave] for x in (("a", row, part), ("b", column, part))
-            ]:
-                missed += 0 if key in cached else size
-                cached.pop(key, None)
-                cached[key] = None
-                while len(cached) * size > capacity:
-                    del cached[next(iter(cached))]
-    return missed
-
-
-@pytest.mark.parametrize(
-    ("m", "n", "k"), [(4096, 512, 512), (4096, 512, 2048), (2048, 512, 6400), (512, 512, 8192), (9216, 1536, 512)]
-)
-def test_library_products_against_a_simulation(m, n, k):
-    counted = cache.product_reads(Product(1, m, n, k, 2))
-    simulated = product_by_lines(m, n, k, cache.LIBRARY_WAVE, cache.WORKING_SET)
-    assert (m + n) * k * 2 <= counted
-    assert 0.98 * simulated <= counted <= 1.05 * simulated
-
-
-def test_a_product_reads_each_operand_once_where_it_fits():
-    assert cache.product_reads(Product(3, 256, 128, 64, 4)) == 3 * (256 + 128) * 64 * 4
-
-
-def test_lru_of_tiles():
-    programs = [[[("a", i)]] for i in (0, 1, 2, 0, 3, 1)]
-    size = {"a": 10}
-    assert cache.reads(programs, lambda tile: size[tile[0]], wave=1, capacity=30) == {"a": 50}
-    assert cache.reads(programs, lambda tile: size[tile[0]], wave=1, capacity=40) == {"a": 40}
-    assert cache.reads(programs, lambda tile: size[tile[0]], wave=6, capacity=10) == {"a": 40}
-    assert cache.reads(programs, lambda tile: size[tile[0]], wave=1, capacity=5) == {"a": 60}
+def test_one_and_two_sequences_predict_five():
+    """Launches are as many, their FLOPs and bytes, and what backward keeps, a line through micro-batches 1 and 2, of
+    whole tiles."""
+    one, two, five = (
+        {(row["operator"], row["phase"]): row for row in rows} for rows in json.loads(fresh("-c", SEQUENCES))
+    )
+    assert one.keys() == two.keys() == five.keys()
+    for key, row in five.items():
+        for name in step.NUMBERS:
+            assert row[name] == one[key][name] + 4 * (two[key][name] - one[key][name]), (key, name)
 
 
 # ---------------------------------------------------------------- what is forbidden
@@ -332,7 +263,7 @@ def allocation(shape: tuple, dtype: torch.dtype = torch.bfloat16, operator: str 
 )
 def test_the_forbidden_is_found(one, reason):
     config = experiments.configuration("Baseline")
-    found = op_costs.forbidden([one], config, (921, 206), 64)
+    found = step.forbidden([one], config, (921, 206), 64)
     assert reason in [why for why, _ in found]
 
 
@@ -346,12 +277,12 @@ def test_what_a_step_makes_is_not_forbidden():
         allocation((64 * 206, 7552), operator="linear_cross_entropy"),
         allocation((64 * 206, 512), torch.float32, "linear_cross_entropy", "backward"),
     ]
-    assert op_costs.forbidden(fine, config, (921, 206), 64) == []
+    assert step.forbidden(fine, config, (921, 206), 64) == []
 
 
 def test_the_reference_makes_what_is_forbidden():
     config = experiments.configuration("Baseline")
-    found = op_costs.step_costs(config, 921, 206, micro_batch=1, impl="reference").forbidden
+    found = step.step_costs(config, 921, 206, micro_batch=1, impl="reference").forbidden
     assert {"[L, L]", "float32 copy of an activation"} <= {why for why, _ in found}
 
 
@@ -361,26 +292,23 @@ def test_the_reference_makes_what_is_forbidden():
 def test_backward_is_labelled_by_the_operator_that_it_belongs_to():
     """On real tensors: three operators in a row, one of them not observed."""
     counter = Counter()
-    observer = Observer(counter)
-    double = observer.wrap("glu", lambda x, weight: x * weight)
+    double = counter.wrap("glu", lambda x, weight: x * weight)
     with counter:
         x = torch.ones(4, 4, requires_grad=True)
         weight = torch.ones(4, 4, requires_grad=True)
         hidden: Tensor = double(x, weight)
         product = hidden @ weight
         loss = product.exp().sum()
-        observer.label_rest(loss)
-        counter.phase = "backward"
-        loss.backward()
+        counter.backward(loss)
     labels = {(e.phase, e.operator, e.name) for e in counter.events}
     assert ("forward", "glu", "aten::mul") in labels
     assert ("backward", "glu", "aten::mul") in labels
     assert ("forward", "linear", "aten::mm") in labels
     assert ("backward", "linear", "aten::mm") in labels
     assert ("forward", "other", "aten::exp") in labels
-    linear = observer.linear_traffic()
     # forward x, W, y; backward dy, x, W, dx, dW: each 64 bytes
-    assert sorted((one.phase, one.bytes) for one in linear) == [("backward", 5 * 64), ("forward", 3 * 64)]
+    assert counter.compulsory["linear", "forward"] == 3 * 64
+    assert counter.compulsory["linear", "backward"] == 5 * 64
 
 
 FITS = """

@@ -6,16 +6,18 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from bench import cache
 from bench.projection import __main__ as command
 from bench.projection import collect, executed, tables
-from bench.projection.collect import Call, Compiled, Counts
+from bench.projection.collect import Counts, table_of
 from bench.projection.fit import NOISE, PRIORS, fit, leave_one_out, mean_error
 from bench.projection.model import FP32, NAMES, TENSOR, UNALIGNED, Efficiencies, ideal_seconds, rounds, work
 from bench.projection.project import calibrate, kernels_of, project, static
@@ -31,14 +33,22 @@ PLANTED = Efficiencies(tensor=0.62, unaligned=0.31, fp32=0.5, bandwidth=0.66, ho
 WIDE = {name: prior._replace(spread=50.0) for name, prior in PRIORS.items()}
 
 
-def product_call(m: int, n: int, k: int, element_size: int = 2, alignment: int = 16, count: int = 1) -> Call:
+def product_call(m: int, n: int, k: int, element_size: int = 2, alignment: int = 16, count: int = 1) -> list[dict]:
+    moved = {"reads": element_size * (m * k + k * n), "writes": element_size * m * n}
     product = Product(1, m, n, k, element_size, alignment)
-    moved = element_size * (m * k + k * n)
-    return Call("forward", "p", "aten::mm", count, 2 * m * n * k, moved, element_size * m * n, product)
+    return count * [call("p", "aten::mm", flops=2 * m * n * k, **moved, **asdict(product))]
 
 
-def counts(calls: list[Call], micro: int = 64, precision: str = "bf16", impl: str = "eager") -> Counts:
-    return Counts("made up", impl, "", precision, micro, 36_000_000, tuple(calls))
+def call(operator: str, name: str, **more) -> dict:
+    return {"phase": "forward", "operator": operator, "name": name, "flops": 0, "reads": 0, "writes": 0} | more
+
+
+def added(count: int) -> list[dict]:
+    return count * [call("e", "aten::add", reads=10**9, writes=10**9)]
+
+
+def counts(calls: list[dict], micro: int = 64, precision: str = "bf16", impl: str = "eager") -> Counts:
+    return Counts("made up", impl, "", precision, micro, 36_000_000, table_of(calls))
 
 
 def made_up_works() -> dict:
@@ -47,11 +57,9 @@ def made_up_works() -> dict:
     works = {}
     for i in range(12):
         fp32 = i == 3
-        calls = [
-            product_call(58944, 2048, 2048, 4 if fp32 else 2, 16, int(rng.integers(20, 80))),
-            product_call(58944, 2048, 2048, 4 if fp32 else 2, 2, int(rng.integers(5, 60))),
-            Call("forward", "e", "aten::add", int(rng.integers(10, 60)), 0, 10**9, 10**9),
-        ]
+        size, times = 4 if fp32 else 2, rng.integers((20, 5, 10), (80, 60, 60)).tolist()
+        calls = product_call(58944, 2048, 2048, size, 16, times[0]) + product_call(58944, 2048, 2048, size, 2, times[1])
+        calls += added(times[2])
         works[str(i)] = work(counts(calls, 32 if i % 3 else 64, "fp32" if fp32 else "bf16"), A5000)
     return works
 
@@ -77,7 +85,7 @@ def test_the_fit_stays_within_its_bounds():
 
 def test_the_priors_decide_where_the_runs_cannot():
     """No run has unaligned products: their efficiency is what was expected of it."""
-    only = work(counts([product_call(58944, 2048, 2048, count=40)]), A5000)
+    only = work(counts(product_call(58944, 2048, 2048, count=40)), A5000)
     found = fit({"a": only}, {"a": only.seconds(PLANTED)})
     assert found.efficiencies.unaligned == pytest.approx(PRIORS["unaligned"].expected)
 
@@ -96,14 +104,14 @@ def test_a_run_that_is_off_is_seen_when_left_out():
 
 
 def test_more_bandwidth_is_never_slower_and_faster_where_bytes_decide():
-    steps = counts([product_call(58944, 512, 512, count=30), Call("forward", "e", "aten::add", 50, 0, 10**9, 10**9)])
+    steps = counts(product_call(58944, 512, 512, count=30) + added(50))
     slow, fast = (work(steps, replace(A5000, bandwidth=b)).call_seconds(PLANTED) for b in (5e11, 1e12))
     assert (fast <= slow).all()
     assert fast[1] == pytest.approx(slow[1] / 2, rel=1e-3)
 
 
 def test_overlap_adds_the_shorter_part():
-    steps = counts([product_call(58944, 2048, 512)])
+    steps = counts(product_call(58944, 2048, 512))
     times = [float(work(steps, A5000, overlap=x).call_seconds(PLANTED)[0]) for x in (1.0, 0.5, 0.0)]
     assert times[0] < times[1] < times[2]
     assert times[1] == pytest.approx((times[0] + times[2]) / 2)
@@ -118,26 +126,26 @@ def test_overlap_adds_the_shorter_part():
     ],
 )
 def test_products_take_the_efficiency_of_their_kind(call, kind):
-    found, seconds = ideal_seconds(call, A5000)
+    (found,), (seconds,) = ideal_seconds(table_of(call), A5000)
     assert found == kind
     peak = A5000.fp32 if kind == FP32 else A5000.bf16
-    assert seconds == pytest.approx(call.flops / peak, rel=0.05)
+    assert seconds == pytest.approx(call[0]["flops"] / peak, rel=0.05)
 
 
 def test_tiles_are_whole_and_rounds_are_full():
-    assert rounds(64, 64) == rounds(128, 64) == rounds(3, 64) == 1
-    assert rounds(65, 64) == pytest.approx(128 / 65)
-    narrow, wide = (ideal_seconds(product_call(8192, n, 512), A5000)[1] for n in (8, 64))
+    assert rounds(np.array([64, 128, 3, 65]), 64) == pytest.approx([1, 1, 1, 128 / 65])
+    narrow, wide = ideal_seconds(table_of(product_call(8192, 8, 512) + product_call(8192, 64, 512)), A5000)[1]
     assert narrow == wide
 
 
-def fused(
-    slots: float, warps: int, precision: str = "bf16", programs: int = 6400, issued: float = 1.0, **more: float
-) -> float:
-    flops = 10**12
-    compiled = Compiled(slots, issued, programs, warps, precision, **more)
-    call = Call("forward", "attention", "k", 1, flops, 0, 0, compiled=compiled, executed=flops)
-    return ideal_seconds(call, A5000)[1] * A5000.bf16 / flops
+def fused_call(name: str = "k", flops: int = 10**12, **more) -> dict:
+    seen = {"precision": "bf16", "programs": 6400, "issued": 1.0, "executed": flops, "warps": 8, "slots": 8}
+    return call("attention", name, flops=flops) | seen | more
+
+
+def fused(slots: float, warps: int, precision: str = "bf16", **more: float) -> float:
+    calls = table_of([fused_call(slots=slots, warps=warps, precision=precision, **more)])
+    return ideal_seconds(calls, A5000)[1][0] * A5000.bf16 / 10**12
 
 
 def test_issue_slots_and_warps_bound_a_fused_loop():
@@ -194,10 +202,8 @@ def test_a_launch_without_counts_is_static_and_named(monkeypatch, tmp_path):
     other = recorded(PTX, Lq=6)
     executed.save([other], said.append, executed.FILE)
     assert list(executed.known(executed.FILE)) == [executed.name_of(other)]
-    calls = [
-        Call("forward", "attention", f"_{n}_kernel", 1, 9, 0, 0, compiled=Compiled(8, 1, 64, 8, precision, beyond))
-        for n, precision, beyond in (("a", "bf16", None), ("b", "bf16", 0.0), ("c", "tf32x3", None))
-    ]
+    kinds = (("a", "bf16", None), ("b", "bf16", 0.0), ("c", "tf32x3", None))
+    calls = [fused_call(f"_{name}_kernel", precision=precision, beyond=beyond) for name, precision, beyond in kinds]
     found = counts(calls, impl="triton")
     assert found.uncounted == ["a_kernel"]
     assert static(found).uncounted == ["a_kernel", "b_kernel"]
@@ -237,7 +243,7 @@ def test_tiles_of_a_launch_are_whole_and_causal_blocks_skipped():
 
 
 def test_the_exchange_grows_with_the_gpus_and_is_none_alone():
-    calls = [product_call(4096, 4096, 512)]
+    calls = product_call(4096, 4096, 512)
     alone, two, eight = (work(counts(calls, 1), A5000, gpus).others(PLANTED)["exchange"] for gpus in (1, 2, 8))
     assert alone == 0
     assert eight / two == pytest.approx((7 / 8) / (1 / 2))
@@ -255,7 +261,7 @@ def folder(tmp_path_factory):
     """Counts of these tests are kept apart."""
     path = tmp_path_factory.mktemp("projection")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MARCH_PROJECTION_CACHE", str(path))
+        patch.setenv("MARCH_COUNTS", str(path))
         yield path
 
 
@@ -263,8 +269,12 @@ def small(name: str, micro: int = 2) -> Counts:
     return collect.collect(name, "eager", micro, lengths=(33, 18))
 
 
-def total(found: Counts, operator: str, field: str) -> int:
-    return sum(call.count * getattr(call, field) for call in found.calls if call.operator == operator)
+def of(found: Counts, operator: str) -> pd.DataFrame:
+    return found.calls[found.calls.operator == operator]
+
+
+def total(found: Counts, operator: str, column: str) -> int:
+    return (of(found, operator)["count"] * of(found, operator)[column]).sum()
 
 
 def test_eager_counts_are_the_models_products():
@@ -272,31 +282,32 @@ def test_eager_counts_are_the_models_products():
     scores = 2 * 8 * (3 * 33 * 33 + 3 * 18 * 18 + 3 * 18 * 33)
     last = 2 * 8 * 33 * 33  # the last encoder block's have no backward
     assert total(found, "attention products", "flops") == 2 * 64 * (2 * scores + 4 * (scores - last))
-    assert sum(call.count for call in found.calls if call.operator == "softmax") == 9 + 8
-    assert all(call.product.alignment == 16 for call in found.calls if call.operator == "linear products")
+    assert of(found, "softmax")["count"].sum() == 9 + 8
+    assert set(of(found, "linear products").alignment) == {16}
     # rows of 33 keys in bf16 start at multiples of 2 bytes, of 18 at multiples of 4
-    assert {call.product.alignment for call in found.calls if call.operator == "attention products"} == {2, 4, 16}
+    assert set(of(found, "attention products").alignment) == {2, 4, 16}
 
 
 def test_eager_dropout_is_the_one_of_cuda():
-    names = {call.name for call in small("Baseline").calls}
+    names = set(small("Baseline").calls.name)
     assert {"aten::native_dropout", "aten::native_dropout_backward"} <= names
     assert "aten::bernoulli_" not in names
 
 
 def test_the_bank_has_no_mask_and_heads_drive_the_scores():
     def masks(name: str) -> int:
-        return sum(call.count for call in small(name).calls if call.operator == "mask" and call.phase == "forward")
+        found = of(small(name), "mask")
+        return found[found.phase == "forward"]["count"].sum()
 
     assert masks("Baseline") == masks("Database") == 9
-    assert 2 * total(small("LessHeadsMoreQKVDim"), "softmax", "read") == total(small("Baseline"), "softmax", "read")
+    assert 2 * total(small("LessHeadsMoreQKVDim"), "softmax", "reads") == total(small("Baseline"), "softmax", "reads")
 
 
 def test_counts_are_read_again_until_a_source_changes(monkeypatch):
     first = small("APEUnitVariance")
     monkeypatch.setattr(collect, "eager_calls", lambda *_: pytest.fail("counted again"))
-    assert small("APEUnitVariance") == first
-    monkeypatch.setattr(collect, "sources_hash", lambda *_, **__: "other")
+    pd.testing.assert_frame_equal(small("APEUnitVariance").calls, first.calls)
+    monkeypatch.setattr(cache, "sources_hash", lambda *_: "other")
     with pytest.raises(pytest.fail.Exception, match="counted again"):
         small("APEUnitVariance")
 

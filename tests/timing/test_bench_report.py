@@ -91,7 +91,7 @@ def save(path, content):
 
 def counted():
     rows = [
-        {"operator": name, "phase": phase, "flops": flops, "dram": 10**9}
+        {"operator": name, "phase": phase, "flops": flops, "bytes": 10**9}
         for name, flops in (("attention", 10**12), ("adamw", 0))
         for phase in ("forward", "backward")
     ]
@@ -101,7 +101,7 @@ def counted():
 
 @pytest.fixture
 def no_counting(monkeypatch):
-    monkeypatch.setattr(command, "collect", lambda names: {name: counted() for name in names})
+    monkeypatch.setattr(command, "counted", lambda name: counted())
 
 
 PROJECTION = {
@@ -210,14 +210,17 @@ def test_markdown_and_html_have_the_same_cells(tmp_path):
     cells = ["p|q", "__init__", "a*b*c", "<b>&amp;</b>", "[x](y)", "a\\b\\*", "`code`", "1. x", "x" * 70, "1_000 {z}"]
     template = tmp_path / "t.md"
     template.write_text('# T\n\n## One\n\n**CPU time**\n\na `b`\n\n{{ table("x | y", "{a} | {b:.1f}", items) }}\n')
-    text = pages.render(template, items=[{"a": cell, "b": 1.5} for cell in cells] + [{"a": "none", "b": None}])
+    text = pages.render(
+        template,
+        items=[{"a": cell, "b": 1.5} for cell in cells] + [{"a": "none", "b": None}, {"a": "nan", "b": float("nan")}],
+    )
     assert "| p\\|q | 1.5 |" in text
     html = pages.html(text)
     found = re.findall(r"<td[^>]*>(.*?)</td>\s*<td[^>]*>(.*?)</td>", html)
-    assert [unescape(re.sub("</?code>", "`", cell)) for cell, _ in found] == [*cells, "none"]
-    assert [value for _, value in found] == ["1.5"] * len(cells) + ["-"]
+    assert [unescape(re.sub("</?code>", "`", cell)) for cell, _ in found] == [*cells, "none", "nan"]
+    assert [value for _, value in found] == ["1.5"] * len(cells) + ["-", "-"]
     assert "<code>b</code>" in html
-    assert '<p class="kind ">CPU time</p>' in html
+    assert '<p class="kind">CPU time</p>' in html
     assert '<a href="#s0">One</a>' in html
 
 
