@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from mutants import SYNCHRONISATION, EndlessError, Launched, Mutant, counted
 
+from kernels import emulator
 from kernels.emulator import codegen
 from kernels.emulator.parse import Kernel, parse
 
@@ -29,12 +30,14 @@ class Judge:
         self.registers: dict | None = None
 
     def caught(self, mutant: Mutant) -> str | None:
-        """The kind of a finding, "results", "never ends", or None."""
+        """The kind of a finding, "results", "never ends", "refused" (no rule of the emulator's), or None."""
         try:
             with counted(3 * self.launch.blocks + 200):
                 findings, results = self.launch.execute(mutant.text)
         except EndlessError:
             return "never ends"
+        except emulator.UnsupportedPtx:  # such as a copy of 17 bytes
+            return "refused"
         if findings:
             return findings[0].kind
         same = all(torch.equal(x, self.launch.results[address]) for address, x in results.items())

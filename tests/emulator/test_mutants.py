@@ -46,9 +46,9 @@ def _table(rows: dict[str, Counter], columns: list[str], first: str) -> list[str
 
 def _document(found: Outcomes) -> str:
     def column(caught: bool, by: str) -> str:
-        return (by if by in ("results", "never ends") else "finding") if caught else "nothing changes"
+        return (by if by in ("results", "never ends", "refused") else "finding") if caught else "nothing changes"
 
-    columns = ["finding", "results", "never ends", "nothing changes"]
+    columns = ["finding", "results", "never ends", "refused", "nothing changes"]
     by_kernel: dict[str, Counter] = {name: Counter() for name in sorted(KERNELS)}
     by_kind: dict[str, Counter] = {name: Counter() for name in (*SYNCHRONISATION, *VALUES)}
     reasons: Counter = Counter()
@@ -68,7 +68,7 @@ def _document(found: Outcomes) -> str:
         "Written by `MUTANTS=write python -m pytest tests/emulator/test_mutants.py -m slow`, for sm_86.",
         "",
         f"{total.total()} mutants: {total['finding']} give a finding, {total['results']} other results, "
-        f"{total['never ends']} never end, {total['nothing changes']} change nothing.",
+        f"{total['never ends']} never end, {total['refused']} have no rule, {total['nothing changes']} change nothing.",
         "Of barriers, waits and commits a plain model that follows each byte of shared memory (`byte_model.py`) says",
         "the same as the emulator, for every one.",
         "", "## By kernel", "", *_table(by_kernel, columns, "kernel"),
