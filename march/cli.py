@@ -13,8 +13,8 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "show": ("march.training.main:main", ("--show",), "NAME: one experiment, its configuration, parameters and cost"),
     "compare": ("march.compare.main:main", (), "EXPERIMENT ...: train several over seeds, say which is better"),
     "runs": ("march.compare.runs:main", (), "the runs that are there: filter, sort, CSV, JSON"),
-    "infill": ("march.use:infill", (), "RUN TEXT: fill the gaps <extra_id_0>, ... of a text by a trained model"),
-    "export": ("march.use:export", (), "RUN FOLDER: a trained model as safetensors, with tokenizer and recipe"),
+    "infill": ("march.use:infill", (), "RUN TEXT: fill the gaps <extra_id_0> ... of a text by a trained model"),
+    "export": ("march.use:export", (), "RUN FOLDER: a trained model as safetensors, tokenizer and recipe"),
     "data": ("march.data.__main__:main", (), "prepare, describe and verify the text to train on"),
 }
 

@@ -110,10 +110,10 @@ def test_an_ideas_own_parameter_is_counted_and_shown(monkeypatch):
         self.register_parameter("own", torch.nn.Parameter(torch.empty(7, 11)))
 
     monkeypatch.setattr(Transformer, "__init__", extended)
-    cost.size.parameters.cache_clear()
+    cost.parameters.cache_clear()
     assert cost.total_parameters(config) == before + 77
-    assert cost.size.parameters(config)["own"] == 77
-    cost.size.parameters.cache_clear()
+    assert cost.parameters(config)["own"] == 77
+    cost.parameters.cache_clear()
 
 
 def test_show_heeds_the_budget_and_one_implementation(capsys):
